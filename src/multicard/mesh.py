@@ -1,0 +1,138 @@
+"""Which ranks talk to which: the mesh and its axes. Numbers come from ``ParallelConfig``, groups live here."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from multicard import process_group
+from multicard.config import AXES, ParallelConfig
+from multicard.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """One mesh axis as a rank sees it; what every layer and collective takes.
+
+    An axis of size 1 has no group, and every collective on it is the identity: the same model runs on one card without
+    ``torch.distributed`` initialised.
+    """
+
+    name: str
+    rank: int
+    size: int
+    group: dist.ProcessGroup | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.size:
+            raise ConfigError(f"rank {self.rank} of axis {self.name!r} is outside its {self.size}: ranks count from 0")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ParallelMesh:
+    """This rank's place on every axis.
+
+    Attributes:
+        config: the degrees.
+        rank: this rank's number in the whole mesh.
+        device: where this rank computes.
+        tp, ulysses, ring, cfg, dp: the axes.
+        sequence: ring x ulysses as one axis; its rank is ``ring·ULYSSES + ulysses`` and names the slice held.
+        world: all ranks as one axis.
+        device_mesh: the same as torch's own mesh, for code that wants one; None with one rank.
+    """
+
+    config: ParallelConfig
+    rank: int
+    device: torch.device
+    dp: Axis
+    cfg: Axis
+    ring: Axis
+    ulysses: Axis
+    tp: Axis
+    sequence: Axis
+    world: Axis
+    device_mesh: DeviceMesh | None = None
+
+    @property
+    def world_size(self) -> int:
+        return self.config.world_size
+
+
+def single(device: str | torch.device = "cpu") -> ParallelMesh:
+    """The mesh of one rank: no process group, every collective the identity."""
+    axes = {name: Axis(name, 0, 1) for name in (*AXES, "sequence", "world")}
+    return ParallelMesh(config=ParallelConfig(), rank=0, device=torch.device(device), device_mesh=None, **axes)
+
+
+_meshes: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[ParallelConfig, ParallelMesh]] = (
+    weakref.WeakKeyDictionary()
+)  # a memo, not state: a process group can carry one set of sub-groups per config, and asking again must not make more
+
+
+def init_mesh(
+    config: ParallelConfig | None = None, *, backend: str = "auto", device: str = "auto", timeout: float = 60.0
+) -> ParallelMesh:
+    """Join the job that this process is a rank of, and return its mesh; called again, the same mesh.
+
+    Runs inside a rank: under ``torchrun``, ``multicard run``, SLURM, or where ``torch.distributed`` is initialised
+    already. Outside any job it is refused, unless the config is one rank. Collective: every rank must call it.
+
+    Args:
+        config: the degrees; None means those given to ``multicard run``, or one rank outside any job.
+        backend: "auto" (shm for CPU ranks on one host, gloo for CPU ranks on several, NCCL, HCCL), or a name that
+            ``torch.distributed`` knows.
+        device: "auto", "cpu", "cuda", "npu", "xpu".
+        timeout: seconds that one collective may wait.
+
+    Raises:
+        ConfigError: no job to join, or one whose world size isn't the config's.
+    """
+    config = config or process_group.config_from_environment() or ParallelConfig()
+    if not dist.is_initialized() and not process_group.in_job():
+        if config.world_size == 1:
+            return single(process_group.pick_device(device))
+        raise ConfigError(
+            f"init_mesh({config}) outside any job: start {config.world_size} ranks with `multicard run`, "
+            f"`torchrun --nproc-per-node {config.world_size}` or mc.launch"
+        )
+    process_group.join(config.world_size, backend=backend, device=device, timeout=timeout)
+    if config.world_size == 1:
+        return single(process_group.rank_device(device))
+    world = dist.distributed_c10d._get_default_group()
+    known = _meshes.setdefault(world, {})
+    if config not in known:
+        known[config] = _build(config, process_group.rank_device(device))
+    return known[config]
+
+
+def _build(config: ParallelConfig, device: torch.device) -> ParallelMesh:
+    device_mesh = init_device_mesh(device.type, tuple(config.degrees.values()), mesh_dim_names=AXES)
+    rank = dist.get_rank()
+    place = config.coordinates(rank)
+
+    def axis(name: str) -> Axis:
+        size = getattr(config, name)
+        return Axis(name, place[name], size, device_mesh.get_group(name) if size > 1 else None)
+
+    axes = {name: axis(name) for name in AXES}
+    return ParallelMesh(
+        config=config,
+        rank=rank,
+        device=device,
+        **axes,
+        sequence=_sequence_axis(axes["ring"], axes["ulysses"], device_mesh),
+        world=Axis("world", rank, config.world_size, dist.group.WORLD),
+        device_mesh=device_mesh,
+    )
+
+
+def _sequence_axis(ring: Axis, ulysses: Axis, device_mesh: DeviceMesh) -> Axis:
+    rank, size = ring.rank * ulysses.size + ulysses.rank, ring.size * ulysses.size
+    if ring.size == 1 or ulysses.size == 1:
+        return Axis("sequence", rank, size, ring.group or ulysses.group)
+    return Axis("sequence", rank, size, device_mesh["ring", "ulysses"]._flatten("sequence").get_group())
