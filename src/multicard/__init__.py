@@ -1,8 +1,11 @@
-"""Transformer inference on several cards at once."""
+"""Transformer inference on several cards at once.
 
-from multicard import errors
-from multicard.config import ParallelConfig
-from multicard.mesh import Axis, ParallelMesh, init_mesh, single
+The public names are those of ``__init__.pyi``; each is imported when it is first used, so ``import multicard`` costs
+nothing and does nothing.
+"""
+
+import lazy_loader
 
 __version__ = "0.1.0"
-__all__ = ["Axis", "ParallelConfig", "ParallelMesh", "errors", "init_mesh", "single"]
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,45 @@
+# `make demo` and `make test` do all of their own set-up: they need Python 3.11 or newer, make and git, nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+MODEL := .cache/smollm2
+QUESTION := What is the capital of France?
+
+.PHONY: help demo test soak check bench docs clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"multicard needs Python 3.11 or newer, this is {sys.version.split()[0]}: make PYTHON=python3.11 ..."'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[transformers,diffusers,dev]'
+	touch $@
+
+$(MODEL)/config.json: | $(READY)
+	$(BIN)/python examples/smollm2.py $(MODEL)
+
+demo: $(READY) $(MODEL)/config.json  ## a real model answers a question, and a picture is drawn, each on two ranks
+	$(BIN)/multicard generate --model $(MODEL) --tp 2 "$(QUESTION)" --max-new-tokens 32
+	$(BIN)/python examples/digits/sample.py --cfg 2 --output out/digits.png
+
+test: $(READY) $(MODEL)/config.json  ## all tests but the soak
+	$(BIN)/python -m pytest -m "not soak"
+
+soak: $(READY) $(MODEL)/config.json  ## the long counts: faults, stress, long contexts
+	$(BIN)/python -m pytest -m soak
+
+check: $(READY)  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY) $(MODEL)/config.json  ## every benchmark, one after the other, on a machine that does nothing else
+	for script in benchmarks/[a-z]*.py; do [ $$script = benchmarks/common.py ] || $(BIN)/python $$script || exit 1; done
+
+docs: $(READY) $(MODEL)/config.json  ## write the generated tables in docs/ again
+	$(BIN)/python -m pytest --write-docs -m "not soak" -k docs
+
+clean:  ## remove what these commands made
+	rm -rf $(VENV) .cache out build .pytest_cache .hypothesis .ruff_cache .mypy_cache
