@@ -1,0 +1,1 @@
+"""Other people's models, split in place by plan."""
