@@ -6,6 +6,11 @@ import multicard as mc
 from multicard import errors
 
 PUBLIC = {
+    "VocabParallelEmbedding",
+    "RowParallelLinear",
+    "ParallelLMHead",
+    "GatherLastDim",
+    "ColumnParallelLinear",
     "Axis",
     "ParallelConfig",
     "ParallelMesh",

@@ -5,5 +5,10 @@ from .mesh import Axis as Axis
 from .mesh import ParallelMesh as ParallelMesh
 from .mesh import init_mesh as init_mesh
 from .mesh import single as single
+from .layers import ColumnParallelLinear as ColumnParallelLinear
+from .layers import GatherLastDim as GatherLastDim
+from .layers import ParallelLMHead as ParallelLMHead
+from .layers import RowParallelLinear as RowParallelLinear
+from .layers import VocabParallelEmbedding as VocabParallelEmbedding
 
 __version__: str

@@ -1,0 +1,74 @@
+"""The vocabulary's input side: an embedding whose rows are split over ranks."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from multicard import collectives, partition
+from multicard.errors import ConfigError
+from multicard.layers.shard import Shard, shard_of, sharded
+from multicard.mesh import Axis
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Token ids to vectors; each rank holds some rows, looks up those, and the rest come by one all-reduce.
+
+    Exact in every dtype: for each id all ranks but one add zeros.
+
+    Args:
+        num_embeddings: the vocabulary's size, any number; the first ranks hold one row more.
+        embedding_dim: the vectors' length.
+        axis: the ranks that share the vocabulary.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        axis: Axis,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim, self.axis = num_embeddings, embedding_dim, axis
+        self.vocabulary = partition.split(num_embeddings, axis.size)[axis.rank]
+        shard = Shard((num_embeddings, embedding_dim), 0, (self.vocabulary,) if self.vocabulary else ())
+        self.weight = sharded(torch.empty(shard.local_shape, dtype=dtype, device=device), shard)
+
+    @classmethod
+    def from_embedding(cls, embedding: nn.Embedding, axis: Axis) -> VocabParallelEmbedding:
+        """This rank's copy of its rows of ``embedding``."""
+        vocabulary, hidden = embedding.weight.shape
+        layer = cls(vocabulary, hidden, axis, device="meta")
+        shard = shard_of(layer.weight)
+        layer.weight = sharded(shard.take(embedding.weight.detach()), shard)
+        return layer
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Integer ``(...)``, the same on every rank, to ``(..., embedding_dim)``, the same on every rank.
+
+        Raises:
+            ConfigError: an id that is negative or not in the vocabulary, on every rank alike.
+        """
+        self._check(ids)
+        if self.axis.size == 1:
+            return F.embedding(ids, self.weight)
+        if not self.vocabulary:
+            return collectives.all_reduce(self.weight.new_zeros(*ids.shape, self.embedding_dim), self.axis)
+        local = ids - self.vocabulary.start
+        mine = (local >= 0) & (local < len(self.vocabulary))
+        rows = F.embedding(local * mine, self.weight)
+        return collectives.all_reduce(rows.masked_fill_(~mine.unsqueeze(-1), 0), self.axis)
+
+    def _check(self, ids: Tensor) -> None:
+        if not ids.numel():
+            return
+        low, high = (int(bound) for bound in torch.stack(ids.aminmax()).tolist())
+        if low < 0 or high >= self.num_embeddings:
+            wrong = low if low < 0 else high
+            raise ConfigError(f"token id {wrong} is not in the vocabulary: ids are 0 to {self.num_embeddings - 1}")
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, here={self.vocabulary}"

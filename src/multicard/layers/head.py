@@ -1,0 +1,100 @@
+"""The vocabulary's output side: the language-model head, and gathering what ranks hold of a last dimension."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from multicard import collectives, partition
+from multicard.errors import ConfigError
+from multicard.layers.shard import Shard, check_shares, count, shard_of, sharded
+from multicard.mesh import Axis
+
+
+class GatherLastDim(nn.Module):
+    """Every rank's part of the last dimension, put together on every rank. One all-gather.
+
+    Args:
+        axis: the ranks that hold parts.
+        size: the whole dimension's length; None: every rank holds as many as this one.
+        shares: every rank's spans of it; None: an even split of ``size``. A feature that several ranks hold is taken
+            from the first.
+
+    Raises:
+        ConfigError: a feature that no rank holds.
+    """
+
+    def __init__(self, axis: Axis, size: int | None = None, shares: Sequence[Sequence[range]] | None = None) -> None:
+        super().__init__()
+        self.axis = axis
+        self.sizes: tuple[int, ...] | None = None
+        self.order: Tensor | None = None
+        if size is None:
+            return
+        checked = check_shares(shares, size, axis)
+        self.sizes = tuple(map(count, checked))
+        held = [row for spans in checked for span in spans for row in span]
+        if held != list(range(size)):
+            place = {row: i for i, row in reversed(list(enumerate(held)))}
+            if len(place) != size:
+                raise ConfigError(f"gathering {size} features of which ranks hold {len(place)}: give every one a rank")
+            self.order = torch.tensor([place[row] for row in range(size)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., this rank's features)`` to ``(..., all features)``, the same on every rank."""
+        y = collectives.all_gather(x, self.axis, dim=-1, sizes=self.sizes)
+        return y if self.order is None else y.index_select(-1, self.order.to(y.device))
+
+
+class ParallelLMHead(nn.Module):
+    """Logits of this rank's slice of the vocabulary: a column-parallel linear without bias, by vocabulary rows.
+
+    Choosing the next token doesn't need them gathered (:mod:`multicard.models.sampling`); ``gather_output`` does so.
+
+    Args:
+        embedding_dim: the hidden size.
+        num_embeddings: the vocabulary's size, any number.
+        axis: the ranks that share it.
+        weight: an embedding's weight to share (a tied head): the same parameter, no copy.
+    """
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        num_embeddings: int,
+        axis: Axis,
+        gather_output: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        *,
+        weight: nn.Parameter | None = None,
+    ) -> None:
+        super().__init__()
+        self.axis, self.num_embeddings = axis, num_embeddings
+        self.vocabulary = partition.split(num_embeddings, axis.size)[axis.rank]
+        shard = Shard((num_embeddings, embedding_dim), 0, (self.vocabulary,) if self.vocabulary else ())
+        if weight is not None and tuple(weight.shape) != shard.local_shape:
+            raise ConfigError(f"a tied weight of shape {tuple(weight.shape)} where {shard.local_shape} is this rank's")
+        self.weight = (
+            weight if weight is not None else sharded(torch.empty(shard.local_shape, dtype=dtype, device=device), shard)
+        )
+        self.gather = GatherLastDim(axis, num_embeddings) if gather_output else None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, axis: Axis, gather_output: bool = False) -> ParallelLMHead:
+        """This rank's copy of its vocabulary rows. A head with a bias is refused."""
+        if linear.bias is not None:
+            raise ConfigError("ParallelLMHead has no bias: use ColumnParallelLinear.from_linear for this one")
+        vocabulary, hidden = linear.weight.shape
+        head = cls(hidden, vocabulary, axis, gather_output, device="meta")
+        shard = shard_of(head.weight)
+        head.weight = sharded(shard.take(linear.weight.detach()), shard)
+        return head
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., hidden)`` to ``(..., this rank's vocabulary)``, or the whole vocabulary with ``gather_output``."""
+        y = F.linear(x, self.weight)
+        return y if self.gather is None else self.gather(y)

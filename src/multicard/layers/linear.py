@@ -1,0 +1,185 @@
+"""Linear layers split over a tensor-parallel axis: by output (column) and by input (row).
+
+The two compose without talking in between: ``row(activation(column(x)))`` is one all-reduce
+(Megatron-LM, arXiv 1909.08053). Names follow ``y = x Aᵀ + b`` with A split by its rows = output features
+("column-parallel", from the paper's ``y = xA``) or by its columns = input features ("row-parallel").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from multicard import collectives
+from multicard.errors import ConfigError
+from multicard.layers.head import GatherLastDim
+from multicard.layers.shard import Shard, Shares, check_partition, check_shares, count, shard_of, sharded
+from multicard.mesh import Axis
+
+
+class ColumnParallelLinear(nn.Module):
+    """``y = x Aᵀ + b`` where each rank holds some of the output features and returns those.
+
+    Fused projections (query-key-value, gate-up) are one layer whose outputs are the concatenation of the single ones;
+    ``shares`` then has a span of each for every rank. A row may be on several ranks (replicated key/value heads).
+
+    Args:
+        in_features: length of the input's last dimension, whole on every rank.
+        out_features: output features in all.
+        axis: the ranks that share them.
+        bias: add one; each rank holds its own features' part.
+        gather_output: return all output features on every rank (one all-gather) instead of this rank's.
+        shares: every rank's spans of output features; None: an even split, the first ranks one more.
+
+    Raises:
+        ConfigError: shares that don't fit, or ``gather_output`` with features that no rank holds.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        axis: Axis,
+        bias: bool = True,
+        gather_output: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        *,
+        shares: Sequence[Sequence[range]] | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.axis = in_features, out_features, axis
+        self.shares: Shares = check_shares(shares, out_features, axis)
+        self.spans = self.shares[axis.rank]
+        self.weight = _empty((out_features, in_features), 0, self.spans, dtype, device)
+        self.bias = _empty((out_features,), 0, self.spans, dtype, device) if bias else None
+        self.gather = GatherLastDim(axis, shares=self.shares, size=out_features) if gather_output else None
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear | Sequence[nn.Linear],
+        axis: Axis,
+        gather_output: bool = False,
+        shares: Sequence[Sequence[range]] | None = None,
+    ) -> ColumnParallelLinear:
+        """This rank's copy of its part of ``linear``, or of several on the same input, fused in that order."""
+        linears = [linear] if isinstance(linear, nn.Linear) else list(linear)
+        weight = torch.cat([m.weight for m in linears]) if len(linears) > 1 else linears[0].weight
+        bias = _cat_biases(linears)
+        out_features, in_features = weight.shape
+        layer = cls(
+            in_features, out_features, axis, bias is not None, gather_output, weight.dtype, "meta", shares=shares
+        )
+        _fill(layer, weight, bias)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., in_features)`` to ``(..., this rank's features)``, or all of them with ``gather_output``."""
+        y = F.linear(x, self.weight, self.bias)
+        return y if self.gather is None else self.gather(y)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, here={count(self.spans)}, "
+            f"bias={self.bias is not None}, {self.axis.name}={self.axis.rank}/{self.axis.size}"
+        )
+
+
+class RowParallelLinear(nn.Module):
+    """``y = x Aᵀ + b`` where each rank holds some of the input features; their products are added up.
+
+    One all-reduce. The bias is whole on every rank and added once, after it.
+
+    Args:
+        in_features: input features in all.
+        out_features: output features, whole on every rank.
+        axis: the ranks that share the input features.
+        bias: add one.
+        input_is_parallel: the input is this rank's features already (a column-parallel layer's output); False: it is
+            whole and this layer takes its own.
+        shares: every rank's spans of input features, each feature on exactly one rank; None: an even split.
+
+    Raises:
+        ConfigError: shares that aren't a partition of the input features.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        axis: Axis,
+        bias: bool = True,
+        input_is_parallel: bool = True,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        *,
+        shares: Sequence[Sequence[range]] | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.axis = in_features, out_features, axis
+        self.input_is_parallel = input_is_parallel
+        self.shares: Shares = check_shares(shares, in_features, axis)
+        check_partition(self.shares, in_features, "RowParallelLinear")
+        self.spans = self.shares[axis.rank]
+        self.weight = _empty((out_features, in_features), 1, self.spans, dtype, device)
+        self.bias = _empty((out_features,), 0, (range(out_features),), dtype, device) if bias else None
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        axis: Axis,
+        input_is_parallel: bool = True,
+        shares: Sequence[Sequence[range]] | None = None,
+    ) -> RowParallelLinear:
+        """This rank's copy of its part of ``linear``."""
+        out_features, in_features = linear.weight.shape
+        bias = linear.bias is not None
+        dtype = linear.weight.dtype
+        layer = cls(in_features, out_features, axis, bias, input_is_parallel, dtype, "meta", shares=shares)
+        _fill(layer, linear.weight, linear.bias)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., this rank's features)``, or all of them, to ``(..., out_features)``, the same on every rank."""
+        if self.axis.size == 1:
+            return F.linear(x, self.weight, self.bias)
+        if not self.input_is_parallel:
+            x = Shard(tuple(x.shape), x.dim() - 1, self.spans).take(x)
+        y = collectives.all_reduce(F.linear(x, self.weight), self.axis)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, here={count(self.spans)}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, {self.axis.name}={self.axis.rank}/{self.axis.size}"
+        )
+
+
+def _empty(
+    shape: tuple[int, ...],
+    dim: int,
+    spans: tuple[range, ...],
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+) -> nn.Parameter:
+    shard = Shard(shape, dim, spans)
+    return sharded(torch.empty(shard.local_shape, dtype=dtype, device=device), shard)
+
+
+def _fill(layer: ColumnParallelLinear | RowParallelLinear, weight: Tensor, bias: Tensor | None) -> None:
+    for name, whole in (("weight", weight), ("bias", bias)):
+        if whole is not None:
+            shard = shard_of(getattr(layer, name))
+            setattr(layer, name, sharded(shard.take(whole.detach()), shard))
+
+
+def _cat_biases(linears: Sequence[nn.Linear]) -> Tensor | None:
+    biases: list[Tensor] = [m.bias for m in linears if m.bias is not None]
+    if biases and len(biases) != len(linears):
+        raise ConfigError("fusing linears with and without a bias: give all of them one, or none")
+    return torch.cat(biases) if len(biases) > 1 else (biases[0] if biases else None)

@@ -1,0 +1,96 @@
+"""A parameter owns its shard rule: which slices of the whole tensor it is, along which dimension.
+
+The loader asks the rule and reads only those bytes; ``from_linear`` asks the same rule and copies only those rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from multicard import partition
+from multicard.errors import ConfigError
+from multicard.mesh import Axis
+
+Spans = tuple[range, ...]
+"""Slices of one dimension that one rank holds, in the order in which it holds them."""
+
+Shares = tuple[Spans, ...]
+"""Everybody's spans, by rank."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """The slices ``spans`` of a whole tensor of shape ``shape`` along ``dim``."""
+
+    shape: tuple[int, ...]
+    dim: int
+    spans: Spans
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        return (*self.shape[: self.dim], count(self.spans), *self.shape[self.dim + 1 :])
+
+    def take(self, whole: Tensor) -> Tensor:
+        """This rank's part of ``whole``, as a tensor of its own."""
+        if tuple(whole.shape) != self.shape:
+            raise ConfigError(f"a tensor of shape {tuple(whole.shape)} where {self.shape} was declared")
+        parts = [whole.narrow(self.dim, span.start, len(span)) for span in self.spans]
+        if not parts:
+            return whole.new_empty(self.local_shape)
+        return torch.cat(parts, self.dim) if len(parts) > 1 else parts[0].clone(memory_format=torch.contiguous_format)
+
+
+def sharded(data: Tensor, shard: Shard) -> nn.Parameter:
+    """An inference parameter that carries its shard rule."""
+    parameter = nn.Parameter(data, requires_grad=False)
+    parameter.shard = shard  # type: ignore[attr-defined]
+    return parameter
+
+
+def shard_of(parameter: Tensor) -> Shard:
+    """The rule that a parameter carries; one that carries none is whole on every rank."""
+    whole = Shard(tuple(parameter.shape), 0, (range(parameter.shape[0]),)) if parameter.dim() else Shard((), 0, ())
+    return getattr(parameter, "shard", whole)
+
+
+def even_shares(size: int, parts: int) -> Shares:
+    """One contiguous span a rank, the first ``size mod parts`` ranks one row more."""
+    return tuple((span,) if span else () for span in partition.split(size, parts))
+
+
+def count(spans: Spans) -> int:
+    """Rows in all."""
+    return sum(map(len, spans))
+
+
+def check_shares(shares: Sequence[Sequence[range]] | None, size: int, axis: Axis) -> Shares:
+    """``shares`` merged and checked, or the even ones.
+
+    Raises:
+        ConfigError: not one share a rank, or a span outside ``range(size)``.
+    """
+    if shares is None:
+        return even_shares(size, axis.size)
+    if len(shares) != axis.size:
+        raise ConfigError(f"{len(shares)} shares on axis {axis.name!r} of {axis.size} ranks: give every rank's")
+    merged = tuple(partition.merge_spans(spans) for spans in shares)
+    for rank, spans in enumerate(merged):
+        for span in spans:
+            if span.start < 0 or span.stop > size or span.step != 1:
+                raise ConfigError(f"rank {rank}'s share {span} is outside the {size} rows that there are")
+    return merged
+
+
+def check_partition(shares: Shares, size: int, what: str) -> None:
+    """Every row on exactly one rank, as a sum over ranks needs.
+
+    Raises:
+        ConfigError: a row that no rank or several ranks hold.
+    """
+    spans = sorted((span for spans in shares for span in spans), key=lambda span: span.start)
+    if partition.merge_spans(spans) != ((range(size),) if size else ()):
+        raise ConfigError(f"{what} needs each of {size} rows on exactly one rank, not {shares}")
