@@ -1,14 +1,14 @@
 # The public surface. `from .module import Name as Name`, in the order of the house's floors.
 from . import errors as errors
 from .config import ParallelConfig as ParallelConfig
-from .mesh import Axis as Axis
-from .mesh import ParallelMesh as ParallelMesh
-from .mesh import init_mesh as init_mesh
-from .mesh import single as single
 from .layers import ColumnParallelLinear as ColumnParallelLinear
 from .layers import GatherLastDim as GatherLastDim
 from .layers import ParallelLMHead as ParallelLMHead
 from .layers import RowParallelLinear as RowParallelLinear
 from .layers import VocabParallelEmbedding as VocabParallelEmbedding
+from .mesh import Axis as Axis
+from .mesh import ParallelMesh as ParallelMesh
+from .mesh import init_mesh as init_mesh
+from .mesh import single as single
 
 __version__: str
