@@ -18,7 +18,7 @@ FLOORS = [  # what a module may import at its top level: its own floor and those
     {"llm", "diffusion"},
     {"cli", "__main__"},
 ]
-BESIDE = {"launch": 1, "_rank": 1}  # beside the house, as high as its second floor
+BESIDE = {"launch": 1, "_rank": 1, "ranks": 1}  # beside the house, as high as its second floor
 
 
 def floor(module: str) -> int:

@@ -6,6 +6,9 @@ from .layers import GatherLastDim as GatherLastDim
 from .layers import ParallelLMHead as ParallelLMHead
 from .layers import RowParallelLinear as RowParallelLinear
 from .layers import VocabParallelEmbedding as VocabParallelEmbedding
+from .launch import Kept as Kept
+from .launch import Ranks as Ranks
+from .launch import launch as launch
 from .mesh import Axis as Axis
 from .mesh import ParallelMesh as ParallelMesh
 from .mesh import init_mesh as init_mesh

@@ -1,0 +1,132 @@
+"""How a caller and its ranks talk: messages over the pipes between them, never over a socket.
+
+A message is a JSON header and cloudpickle parts. Tensors and arrays travel beside the pickle as raw bytes (pickle
+protocol 5), so nothing here calls ``torch.save`` or ``torch.load``, and no large value is copied into a pickle first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import io
+import json
+import os
+import pickle
+import struct
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import cloudpickle
+import numpy
+import torch
+
+_LENGTH = struct.Struct("<I")
+_CHUNK = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """``kind`` says what it is, ``call`` which call it belongs to, ``parts`` are a pickle and its buffers."""
+
+    kind: str
+    call: int
+    parts: tuple[Any, ...] = ()
+
+    def load(self) -> Any:
+        """The value that was sent."""
+        return pickle.loads(self.parts[0], buffers=self.parts[1:])
+
+    def encode(self) -> list[Any]:
+        """What to write, in order."""
+        views = [memoryview(part).cast("B") for part in self.parts]
+        header = json.dumps([self.kind, self.call, [len(view) for view in views]]).encode()
+        return [_LENGTH.pack(len(header)) + header, *views]
+
+
+def pack(kind: str, call: int, value: Any) -> Message:
+    """A message that carries ``value``, which must pickle (functions of any kind do)."""
+    buffers: list[Any] = []
+    body = _dumps(value, buffers.append)
+    return Message(kind, call, (body, *(buffer.raw() for buffer in buffers)))
+
+
+class Reader:
+    """Puts messages together from the bytes that arrive."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._header: tuple[str, int, list[int]] | None = None
+
+    def read(self, fd: int) -> Iterator[Message]:
+        """What one read of ``fd`` completes. Raises EOFError at the end, BlockingIOError if nothing is there."""
+        chunk = os.read(fd, _CHUNK)
+        if not chunk:
+            raise EOFError("the other end of the pipe is closed")
+        self._buffer += chunk
+        while (message := self._next()) is not None:
+            yield message
+
+    def _next(self) -> Message | None:
+        if self._header is None:
+            header = self._take_header()
+            if header is None:
+                return None
+            self._header = header
+        kind, call, sizes = self._header
+        if len(self._buffer) < sum(sizes):
+            return None
+        parts = [self._take(size) for size in sizes]
+        self._header = None
+        return Message(kind, call, tuple(parts))
+
+    def _take_header(self) -> tuple[str, int, list[int]] | None:
+        if len(self._buffer) < _LENGTH.size:
+            return None
+        (length,) = _LENGTH.unpack_from(self._buffer)
+        if len(self._buffer) < _LENGTH.size + length:
+            return None
+        self._take(_LENGTH.size)
+        kind, call, sizes = json.loads(self._take(length))
+        return kind, call, sizes
+
+    def _take(self, size: int) -> bytearray:
+        if size == len(self._buffer):  # the usual case for a large value: hand it over instead of copying it
+            taken, self._buffer = self._buffer, bytearray()
+            return taken
+        taken = self._buffer[:size]
+        del self._buffer[:size]
+        return taken
+
+
+def write(fd: int, message: Message) -> None:
+    """Write all of ``message`` to a blocking ``fd``."""
+    for view in map(memoryview, message.encode()):
+        while view:
+            view = view[os.write(fd, view[:_CHUNK]) :]
+
+
+def _dumps(value: Any, buffer_callback: Callable[[pickle.PickleBuffer], Any]) -> bytes:
+    stream = io.BytesIO()
+    _Pickler(stream, protocol=5, buffer_callback=buffer_callback).dump(value)
+    return stream.getvalue()
+
+
+class _Pickler(cloudpickle.Pickler):
+    """cloudpickle, with tensors as raw bytes. Values on a card arrive on the CPU."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if type(obj) is torch.Tensor and obj.layout == torch.strided and not obj.is_quantized and not obj.is_meta:
+            flat = obj.detach().cpu().contiguous().resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)
+            buffer = pickle.PickleBuffer(flat.numpy())
+            return _tensor, (buffer, obj.dtype, tuple(obj.shape), obj.requires_grad)
+        if isinstance(obj, types.ModuleType) and type(obj) is not types.ModuleType:
+            return importlib.import_module, (obj.__name__,)  # lazy modules are of a class of their own
+        return super().reducer_override(obj)
+
+
+def _tensor(buffer: Any, dtype: torch.dtype, shape: tuple[int, ...], requires_grad: bool) -> torch.Tensor:
+    data = numpy.frombuffer(buffer, dtype=numpy.uint8)
+    if not data.flags.writeable:
+        data = data.copy()
+    return torch.from_numpy(data).view(dtype).reshape(shape).requires_grad_(requires_grad)

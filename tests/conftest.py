@@ -1,0 +1,59 @@
+"""Ranks for the tests: real processes, started once a test run and shared by all tests."""
+
+import os
+import sys
+
+import cloudpickle
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import multicard as mc
+from multicard.launch import Ranks
+
+
+def on_mesh(mesh, config, fn, args):
+    """The pool's mesh is any of its size; build the one that the test asked for (memoised in the rank)."""
+    return fn(mesh if config.world_size == 1 else mc.init_mesh(config), *args)
+
+
+@pytest.fixture(scope="session")
+def pools():
+    """Pools of ranks by (number of ranks, backend), started when first asked for."""
+    started: dict[tuple[int, str], Ranks] = {}
+
+    def get(size: int, backend: str) -> Ranks:
+        ranks = started.get((size, backend))
+        if ranks is None or not ranks.alive:
+            ranks = started[size, backend] = Ranks(mc.ParallelConfig(dp=size), backend=backend, timeout=30)
+        return ranks
+
+    yield get
+    for ranks in started.values():
+        ranks.close()
+
+
+@pytest.fixture
+def run_on(pools):
+    """``run_on(fn, *args, backend="auto", **degrees)``: ``fn(mesh, *args)`` on every rank of that mesh, by rank.
+
+    ``fn`` may be a closure or a helper of the test module: it travels by value, so ranks don't import the tests.
+    """
+
+    def run(fn, *args, backend="auto", **degrees):
+        config = mc.ParallelConfig(**degrees)
+        by_value = [module for module in _test_modules() if module.__name__ not in _registered()]
+        for module in by_value:
+            cloudpickle.register_pickle_by_value(module)
+        return pools(config.world_size, backend).run(on_mesh, config, fn, args)
+
+    return run
+
+
+def _test_modules():
+    here = os.path.dirname(__file__)
+    return [m for m in list(sys.modules.values()) if (getattr(m, "__file__", None) or "").startswith(here)]
+
+
+def _registered():
+    return cloudpickle.list_registry_pickle_by_value()
