@@ -105,7 +105,7 @@ class Ranks:
             return [message.load() for message in self._collect(call)]
 
     def keep(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Kept:
-        """``fn(mesh, *args, **kwargs)`` on every rank, where its value stays: pass the Kept to ``run`` or ``stream``."""
+        """``fn(mesh, *args, **kwargs)`` on every rank, where its value stays; pass the Kept to ``run`` or ``stream``."""
         with self._lock:
             call = self._send_all("keep", (fn, args, kwargs))
             self._collect(call)

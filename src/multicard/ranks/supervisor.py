@@ -113,7 +113,8 @@ class Supervisor:
     def send(self, rank: int, message: wire.Message) -> None:
         """Write ``message`` to the rank; gives up silently once the rank is dead or the job is closing."""
         process = self._processes[rank]
-        for view in map(memoryview, message.encode()):
+        for part in message.encode():
+            view = memoryview(part)
             while view:
                 if rank in self.dead or self._closing is not None:
                     return

@@ -101,7 +101,8 @@ class Reader:
 
 def write(fd: int, message: Message) -> None:
     """Write all of ``message`` to a blocking ``fd``."""
-    for view in map(memoryview, message.encode()):
+    for part in message.encode():
+        view = memoryview(part)
         while view:
             view = view[os.write(fd, view[:_CHUNK]) :]
 
@@ -118,7 +119,7 @@ class _Pickler(cloudpickle.Pickler):
     def reducer_override(self, obj: Any) -> Any:
         if type(obj) is torch.Tensor and obj.layout == torch.strided and not obj.is_quantized and not obj.is_meta:
             flat = obj.detach().cpu().contiguous().resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)
-            buffer = pickle.PickleBuffer(flat.numpy())
+            buffer = pickle.PickleBuffer(memoryview(flat.numpy()))
             return _tensor, (buffer, obj.dtype, tuple(obj.shape), obj.requires_grad)
         if isinstance(obj, types.ModuleType) and type(obj) is not types.ModuleType:
             return importlib.import_module, (obj.__name__,)  # lazy modules are of a class of their own

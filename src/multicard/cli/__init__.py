@@ -1,0 +1,67 @@
+"""The command line: ``multicard`` or ``python -m multicard``.
+
+One module a command, each a thin function over what Python code calls too; it is registered below. What starts ranks
+takes the shared options of :mod:`multicard.cli.options`. Exit code 2 is bad input, 1 a failed run, 130 Ctrl-C; each
+with one line on standard error. With ``--json`` standard output holds one JSON object and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import typer
+
+from multicard import errors
+from multicard.cli import run
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app.command("run", context_settings=run.CONTEXT)(run.run)
+
+BAD_INPUT = (errors.ConfigError, errors.UnsupportedError, errors.CheckpointError)
+
+
+@app.callback()
+def multicard() -> None:
+    """Transformer inference on several cards at once."""
+
+
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """Run the command in ``args`` (None: the process's own) and exit with its code."""
+    signal.signal(signal.SIGTERM, _interrupt)  # ranks and files are cleaned up after, as on Ctrl-C
+    try:
+        sys.exit(app(args=args, prog_name="multicard", standalone_mode=False) or 0)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted", 130)
+    except BAD_INPUT as error:
+        _fail(str(error), 2, error)
+    except errors.MulticardError as error:
+        _fail(str(error), 1, error)
+    except Exception as error:
+        usage = getattr(error, "format_message", None)  # typer's own: a flag that doesn't exist, a value that isn't one
+        if usage is not None:
+            _fail(f"{usage()} See `multicard --help`.", 2)
+        _fail(_describe(error), 1, error)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _describe(error: Exception) -> str:
+    cause = error.__cause__
+    if isinstance(cause, errors.RankError):
+        return f"{cause}: {error}" if str(error) not in str(cause) else str(cause)
+    return f"{type(error).__name__}: {error}"
+
+
+def _fail(message: str, code: int, error: Exception | None = None) -> NoReturn:
+    """One line; all that is known of ``error`` too where MULTICARD_TRACEBACK is set."""
+    if error is not None and os.environ.get("MULTICARD_TRACEBACK", "0") != "0":
+        raise error
+    line = message.strip().splitlines()[0] if message.strip() else "failed"
+    print(f"multicard: {line}", file=sys.stderr)
+    sys.exit(code)
