@@ -1,0 +1,138 @@
+"""``transformers`` models split over a mesh in place: ``generate()`` and the modelling code stay what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from multicard.errors import UnsupportedError
+from multicard.integrations import transformers_layers as layers
+from multicard.integrations.transformers_checks import check_structure
+from multicard.integrations.transformers_heads import Heads, localize, read_heads
+from multicard.integrations.transformers_plans import FUSED, HEAD_STYLES, ResolvedPlan, resolve_plan
+from multicard.mesh import Axis, ParallelMesh
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def parallelize(model: PreTrainedModel, mesh: ParallelMesh, plan: Mapping[str, str] | None = None) -> PreTrainedModel:
+    """Split ``model`` over ``mesh`` in place, and return it. Every rank must call it on the same model.
+
+    Args:
+        model: any ``transformers`` model with a plan of its own or of ours; on the meta device it stays there.
+        mesh: its tp axis splits weights; ring and ulysses split the prompt and the cache.
+        plan: ``{pattern: style}`` instead of ours, with styles from ``transformers_plans.STYLES``.
+
+    Raises:
+        ConfigError: the plan doesn't fit the model.
+        UnsupportedError: the model can't be split exactly; the message names the module and why.
+    """
+    split_tensors(model, mesh.tp, plan)
+    model.requires_grad_(False).eval()
+    return model if model.device.type == "meta" else model.to(mesh.device)
+
+
+def split_tensors(model: PreTrainedModel, axis: Axis, plan: Mapping[str, str] | None = None) -> None:
+    """Tensor parallel only: each rank keeps its part of every planned module."""
+    if axis.size == 1:
+        return
+    resolved = resolve_plan(model, plan)
+    attentions = _attentions(model, resolved, axis)
+    check_structure(model, resolved, attentions, trusted=plan is not None)
+    implementation = model.config._attn_implementation
+    for path, style in resolved.styles.items():
+        if style not in ("whole", "embedding", "head"):
+            _convert(model, path, style, _heads_of(path, attentions) if style in HEAD_STYLES else None, axis)
+    for path, heads in attentions.items():
+        localize(model.get_submodule(path), heads, resolved.family(path), implementation)
+    _split_vocabulary(model, axis)
+
+
+def _attentions(model: PreTrainedModel, resolved: ResolvedPlan, axis: Axis) -> dict[str, Heads]:
+    """The attention modules of the plan: those that own a projection to heads."""
+    owners = {path.rpartition(".")[0] for path, style in resolved.styles.items() if style in ("query", *FUSED)}
+    return {
+        path: read_heads(model.get_submodule(path), model, resolved.family(path), axis, path) for path in sorted(owners)
+    }
+
+
+def _heads_of(path: str, attentions: Mapping[str, Heads]) -> Heads:
+    """The heads of the attention that ``path`` belongs to: its owner's, or the nearest's (BERT's output projection)."""
+    parent = path
+    while parent:
+        parent = parent.rpartition(".")[0]
+        near = [owner for owner in attentions if owner == parent or owner.startswith(f"{parent}.") or not parent]
+        if near:
+            return attentions[near[0]]
+    raise UnsupportedError(f"the plan splits {path} by heads, but no query projection is near it")
+
+
+def _convert(model: nn.Module, path: str, style: str, heads: Heads | None, axis: Axis) -> None:
+    parent, _, name = path.rpartition(".")
+    owner = model.get_submodule(parent)
+    if name in owner._parameters:
+        _cut(owner, name, style, heads, path)
+        return
+    module = owner.get_submodule(name)
+    if style == "experts":
+        layers.experts(module, axis, path)
+    elif style == "head_columns" and heads is not None:
+        shares = heads.query_shares(module.weight.shape[1])
+        layers.cut_parameter(module, "weight", 1, shares[axis.rank])
+    else:
+        _replace(model, module, _parallel(module, style, heads, axis, path))
+
+
+def _parallel(module: nn.Module, style: str, heads: Heads | None, axis: Axis, path: str) -> nn.Module:
+    if style == "gate_up":
+        return layers.gate_up(module, axis, path)
+    if style == "row":
+        return layers.row(module, axis, None, path)
+    if style == "column":
+        return layers.column(module, axis, None, path)
+    assert heads is not None
+    linear = layers.as_linear(module, path)
+    if style == "attention_out":
+        width = linear.in_features
+        idle = width // heads.query if heads.idle else 0
+        return layers.row(module, axis, heads.output_shares(width), path, idle)
+    return layers.column(module, axis, layers.head_shares(style, heads, linear.out_features, path), path)
+
+
+def _cut(owner: nn.Module, name: str, style: str, heads: Heads | None, path: str) -> None:
+    if style not in ("heads", "key_value_heads") or heads is None:
+        raise UnsupportedError(f"{path} is a parameter, which can't be split by {style!r}: pass plan=")
+    rows = owner._parameters[name].shape[0]
+    shares = heads.query_shares(rows) if style == "heads" else heads.kv_shares(rows)
+    layers.cut_parameter(owner, name, 0, shares[heads.rank])
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` wherever ``old`` is: one module may stand in several places."""
+    for owner in list(model.modules()):
+        for name, child in owner._modules.items():
+            if child is old:
+                owner._modules[name] = new
+
+
+def _split_vocabulary(model: PreTrainedModel, axis: Axis) -> None:
+    """Input embeddings and the output head by vocabulary rows, one shared parameter where they are tied."""
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if isinstance(table, nn.Embedding):
+        whole, shared = table.weight, None
+        tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is whole]
+        tied = isinstance(head, nn.Linear) and head.weight is whole
+        splits = [layers.embedding(table, axis) for table in tables]
+        for old, new in zip(tables, splits, strict=True):
+            if new is None or None in splits:
+                continue
+            new.weight = shared = shared if shared is not None else new.weight
+            _replace(model, old, new)
+    if isinstance(head, nn.Linear):
+        parallel = layers.head(head, axis)
+        _replace(model, head, parallel)
+        if tied and shared is not None:
+            parallel.weight = shared

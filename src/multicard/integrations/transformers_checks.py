@@ -1,0 +1,134 @@
+"""Whether a resolved plan is exact for a model: every module that would see a split tensor must be one that we know.
+
+Shapes and names only, before anything is changed: what isn't recognised is refused, never guessed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from multicard.errors import UnsupportedError
+from multicard.integrations.transformers_heads import Heads, uses_interface
+from multicard.integrations.transformers_plans import HEAD_STYLES, ResolvedPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BEFORE_HEADS = re.compile(r"q_a_proj|kv_a_proj\w*|q_a_layernorm|kv_a_layernorm|q_a_norm|kv_a_norm")
+"""Latent attention's low-rank parts: they work on whole tensors."""
+
+PER_HEAD_NORMS = re.compile(r"(q|k|v|query|key|qk)_?(layer)?_?norm(alization)?|norm_[qk]")
+
+
+def check_structure(
+    model: PreTrainedModel, plan: ResolvedPlan, attentions: Mapping[str, Heads], *, trusted: bool
+) -> None:
+    """Refuse what can't be split exactly.
+
+    Args:
+        model: before anything is split.
+        plan: the styles of its modules.
+        attentions: its attention modules' heads, by path.
+        trusted: the plan is the caller's own: only widths are checked, not names.
+
+    Raises:
+        UnsupportedError: naming the module and what about it isn't known.
+    """
+    for path, heads in attentions.items():
+        _check_attention(model, plan, path, heads, trusted or plan.family(path).rules != {})
+    _check_widths(model, plan)
+    if not trusted:
+        _check_owners(model, plan, attentions)
+
+
+def _check_attention(model: nn.Module, plan: ResolvedPlan, path: str, heads: Heads, known: bool) -> None:
+    module = model.get_submodule(path)
+    if not known and not uses_interface(module):
+        raise _refused(path, module, "its attention doesn't go through transformers' attention interface")
+    outs = [name for name, style in plan.styles.items() if style == "attention_out" and _beside(name, path)]
+    if len(outs) != 1:
+        raise _refused(path, module, f"the plan has {len(outs)} output projections for it, not one")
+    out = model.get_submodule(outs[0])
+    width = getattr(out, "in_features", getattr(out, "nx", 0))
+    if width % heads.query:
+        raise _refused(path, module, f"its output projection takes {width} features from {heads.query} heads")
+    for name, _ in module.named_parameters(recurse=False):
+        if f"{path}.{name}" not in plan.styles:
+            raise _refused(path, module, f"its parameter {name!r} isn't in the plan")
+    widths = {heads.query * d for d in _head_dims(model, plan, path, heads)}
+    widths |= {heads.kv * d for d in _head_dims(model, plan, path, heads)}
+    for name, child in module.named_children():
+        if f"{path}.{name}" in plan.styles and plan.styles[f"{path}.{name}"] in HEAD_STYLES:
+            continue
+        _check_bystander(path, module, name, child, plan, widths if max(heads.query, heads.kv) > 1 else set())
+
+
+def _beside(name: str, path: str) -> bool:
+    """The output projection is the attention's own, or its sibling's (BERT)."""
+    parent = path.rpartition(".")[0]
+    return name.startswith(f"{path}.") or (
+        bool(parent) and re.fullmatch(rf"{re.escape(parent)}\.output\.\w+", name) is not None
+    )
+
+
+def _head_dims(model: nn.Module, plan: ResolvedPlan, path: str, heads: Heads) -> set[int]:
+    dims = set()
+    for name, style in plan.styles.items():
+        if name.rpartition(".")[0] == path and style in ("query", "key_value"):
+            features = getattr(model.get_submodule(name), "out_features", 0)
+            dims.add(features // (heads.query if style == "query" else heads.kv))
+    return dims
+
+
+def _check_bystander(
+    path: str, module: nn.Module, name: str, child: nn.Module, plan: ResolvedPlan, widths: set[int]
+) -> None:
+    """A child of an attention that isn't split must work on whole tensors, or on each head by itself."""
+    shapes = {n: tuple(p.shape) for n, p in child.named_parameters() if f"{path}.{name}.{n}" not in plan.styles}
+    if not shapes or BEFORE_HEADS.fullmatch(name):
+        return
+    per_head = PER_HEAD_NORMS.fullmatch(name) and all(len(s) == 1 and s[0] not in widths for s in shapes.values())
+    if not per_head:
+        raise _refused(path, module, f"its part {name!r} ({type(child).__name__}, {shapes}) isn't in the plan")
+
+
+def _check_widths(model: nn.Module, plan: ResolvedPlan) -> None:
+    """What column layers give is what the row layer of the same module takes."""
+    owners: dict[str, dict[str, set[int]]] = {}
+    for path, style in plan.styles.items():
+        if style in ("column", "gate_up", "row"):
+            module = model.get_submodule(path)
+            ins = getattr(module, "in_features", getattr(module, "nx", 0))
+            outs = getattr(module, "out_features", getattr(module, "nf", 0))
+            width = {"row": ins, "column": outs, "gate_up": outs // 2}[style]
+            owner = re.sub(r"\.(intermediate|output)$", "", path.rpartition(".")[0])
+            owners.setdefault(owner, {}).setdefault("row" if style == "row" else "column", set()).add(width)
+    for owner, widths in owners.items():
+        if widths.get("row") != widths.get("column") or len(widths["row"]) != 1:
+            found = {kind: sorted(sizes) for kind, sizes in widths.items()}
+            raise _refused(owner, model.get_submodule(owner), f"the widths that the plan splits don't meet: {found}")
+
+
+def _check_owners(model: nn.Module, plan: ResolvedPlan, attentions: Mapping[str, Heads]) -> None:
+    """Nothing unknown sits between a column and a row layer of a plan that transformers ships."""
+    owners = {path.rpartition(".")[0] for path, style in plan.styles.items() if style in ("column", "gate_up")}
+    for owner in sorted(owners - set(attentions)):
+        if plan.family(owner).rules:
+            continue
+        module = model.get_submodule(owner)
+        planned = {path for path in plan.styles if path.startswith(f"{owner}.") and plan.styles[path] != "whole"}
+        for name, _ in module.named_parameters():
+            full = f"{owner}.{name}"
+            if full not in planned and not any(full.startswith(f"{path}.") for path in planned):
+                raise _refused(owner, module, f"its parameter {name!r} isn't in the plan")
+
+
+def _refused(path: str, module: nn.Module, why: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{path} ({type(module).__name__}) can't be split by tensor parallelism: {why}; "
+        "pass plan={pattern: style} that splits it or leaves it whole"
+    )

@@ -1,0 +1,125 @@
+"""Tiny models of many architectures: random weights, and sizes that divide by nothing."""
+
+import torch
+import transformers as hf
+
+SIZES = {"vocab_size": 131, "hidden_size": 72, "num_hidden_layers": 2, "max_position_embeddings": 128}
+IDS = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+GQA = {"num_attention_heads": 9, "num_key_value_heads": 3}
+LLAMA = {**SIZES, **IDS, **GQA, "intermediate_size": 85, "head_dim": 8}
+MHA = {**SIZES, **IDS, "num_attention_heads": 6, "intermediate_size": 85}
+MOE = {**LLAMA, "num_experts_per_tok": 2, "intermediate_size": 44}
+MLA = {
+    **SIZES, **IDS, "num_attention_heads": 6, "num_key_value_heads": 6, "q_lora_rank": 24, "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12, "intermediate_size": 85, "moe_intermediate_size": 20,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1,
+}  # fmt: skip
+GPT2 = {"vocab_size": 131, "n_embd": 60, "n_layer": 2, "n_head": 5, "n_positions": 128, "n_inner": 85, **IDS}
+
+DECODERS = {
+    "bloom": lambda: hf.BloomConfig(vocab_size=131, hidden_size=60, n_layer=2, n_head=5, **IDS),
+    "cohere": lambda: hf.CohereConfig(**{**LLAMA, "use_qk_norm": True}),
+    "deepseek_v2": lambda: hf.DeepseekV2Config(**MLA, topk_method="greedy"),
+    "deepseek_v3": lambda: hf.DeepseekV3Config(**MLA),
+    "falcon": lambda: hf.FalconConfig(**MHA, new_decoder_architecture=False, multi_query=True),
+    "falcon-alibi": lambda: hf.FalconConfig(**MHA, alibi=True, multi_query=False, bias=True),
+    "falcon-40b": lambda: hf.FalconConfig(**MHA, new_decoder_architecture=True, num_kv_heads=3),
+    "gemma": lambda: hf.GemmaConfig(**LLAMA),
+    "gemma2": lambda: hf.Gemma2Config(**LLAMA, sliding_window=7, query_pre_attn_scalar=8),
+    "gemma3": lambda: hf.Gemma3TextConfig(**LLAMA, sliding_window=7, query_pre_attn_scalar=8),
+    "glm4": lambda: hf.Glm4Config(**LLAMA),
+    "gpt2": lambda: hf.GPT2Config(**GPT2),
+    "gpt_bigcode": lambda: hf.GPTBigCodeConfig(**GPT2, multi_query=True),
+    "gpt_neo": lambda: hf.GPTNeoConfig(
+        vocab_size=131, hidden_size=60, num_layers=2, num_heads=5, intermediate_size=85, window_size=7,
+        attention_types=[[["global", "local"], 1]], max_position_embeddings=128, **IDS,
+    ),
+    "gpt_neox": lambda: hf.GPTNeoXConfig(**MHA),
+    "gpt_oss": lambda: hf.GptOssConfig(**{**MOE, "num_local_experts": 4, "sliding_window": 7}),
+    "gptj": lambda: hf.GPTJConfig(**GPT2, rotary_dim=4),
+    "granite": lambda: hf.GraniteConfig(**LLAMA),
+    "llama": lambda: hf.LlamaConfig(**LLAMA),
+    "llama-tied": lambda: hf.LlamaConfig(**LLAMA, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
+    "mistral": lambda: hf.MistralConfig(**LLAMA, sliding_window=7),
+    "mixtral": lambda: hf.MixtralConfig(**MOE, num_local_experts=4),
+    "mpt": lambda: hf.MptConfig(vocab_size=131, d_model=60, n_layers=2, n_heads=5, max_seq_len=128, **IDS),
+    "nemotron": lambda: hf.NemotronConfig(**LLAMA),
+    "olmo2": lambda: hf.Olmo2Config(**LLAMA),
+    "opt": lambda: hf.OPTConfig(
+        vocab_size=131, hidden_size=60, num_hidden_layers=2, num_attention_heads=5, ffn_dim=85,
+        max_position_embeddings=128, word_embed_proj_dim=60, **IDS,
+    ),
+    "phi": lambda: hf.PhiConfig(**{**MHA, "num_key_value_heads": 3}),
+    "phi3": lambda: hf.Phi3Config(**LLAMA, original_max_position_embeddings=128),
+    "qwen2": lambda: hf.Qwen2Config(**LLAMA),
+    "qwen2_moe": lambda: hf.Qwen2MoeConfig(
+        **MOE, num_experts=4, moe_intermediate_size=20, shared_expert_intermediate_size=30, decoder_sparse_step=1
+    ),
+    "qwen3": lambda: hf.Qwen3Config(**LLAMA),
+    "qwen3_moe": lambda: hf.Qwen3MoeConfig(**MOE, num_experts=4, moe_intermediate_size=20, decoder_sparse_step=1),
+    "smollm3": lambda: hf.SmolLM3Config(**LLAMA),
+    "stablelm": lambda: hf.StableLmConfig(**{**LLAMA, "use_qkv_bias": True}),
+    "starcoder2": lambda: hf.Starcoder2Config(**LLAMA),
+}  # fmt: skip
+
+ENCODER = {"hidden_size": 60, "num_hidden_layers": 2, "num_attention_heads": 5, "intermediate_size": 85}
+ENCODERS = {
+    "bert": lambda: hf.BertConfig(vocab_size=131, max_position_embeddings=64, **ENCODER),
+    "clip_text": lambda: hf.CLIPTextConfig(vocab_size=131, max_position_embeddings=64, eos_token_id=2, **ENCODER),
+    "roberta": lambda: hf.RobertaConfig(vocab_size=131, max_position_embeddings=64, **ENCODER),
+    "t5_encoder": lambda: hf.T5Config(vocab_size=131, d_model=60, d_kv=12, num_heads=5, d_ff=85, num_layers=2),
+    "umt5_encoder": lambda: hf.UMT5Config(
+        vocab_size=131, d_model=60, d_kv=12, num_heads=5, d_ff=85, num_layers=2, feed_forward_proj="gated-gelu"
+    ),
+    "vit": lambda: hf.ViTConfig(image_size=16, patch_size=4, **ENCODER),
+}
+CLASSES = {"t5_encoder": "T5EncoderModel", "umt5_encoder": "UMT5EncoderModel", "clip_text": "CLIPTextModel"}
+
+
+def build(name):
+    """The same random model in every process: weights large enough for every part to matter."""
+    torch.manual_seed(0)
+    if name in DECODERS:
+        model = hf.AutoModelForCausalLM.from_config(DECODERS[name]())
+    else:
+        model = getattr(hf, CLASSES.get(name, "AutoModel"))._from_config(ENCODERS[name]()) if name in CLASSES else hf.AutoModel.from_config(ENCODERS[name]())
+    return scramble(model)
+
+
+def scramble(model):
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() > 1 and "norm" not in name:
+            parameter.data = noise * (1.5 / parameter.shape[-1] ** 0.5)
+        else:
+            parameter.data = 0.3 * noise + ("norm" in name.lower() or "ln_" in name) * 1.0
+    return model.eval()
+
+
+def inputs(name):
+    generator = torch.Generator().manual_seed(2)
+    if name == "vit":
+        return {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator)}
+    ids = torch.randint(3, 131, (2, 12), generator=generator)
+    mask = torch.ones_like(ids)
+    if name in DECODERS:
+        mask[0, :3] = 0
+    else:
+        mask[0, 9:] = 0
+    ids[mask == 0] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@torch.no_grad()
+def forward(model, name):
+    """Logits, or the last hidden state; rows that are padding count for nothing."""
+    given = inputs(name)
+    out = model(**given)
+    y = out.logits if "logits" in out else out.last_hidden_state
+    return y[given["attention_mask"].bool()] if "attention_mask" in given else y
+
+
+def tokens(model, name, **kwargs):
+    given = inputs(name)
+    return model.generate(**given, max_new_tokens=8, do_sample=False, **kwargs)[:, given["input_ids"].shape[1] :]
