@@ -1,0 +1,188 @@
+"""Collectives in which everybody reads what everybody writes: each rank has a window, and a step is write, post, read.
+
+A step uses one half of every window and the next step the other, so one wait a step is enough: what a rank overwrites
+in step s was read in step s-2, and its peers have said so by posting s-1. Tensors larger than a window go in pieces.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from multicard import partition
+from multicard.backends.shm_reduce import reduce_into
+from multicard.backends.shm_segment import WINDOW, Segment
+from multicard.backends.shm_sync import Sync
+
+FLAT = 1 << 16
+"""Up to this many bytes every rank adds up everything (one wait); above, each adds up its slice (two waits)."""
+VIEWS = 256  # remembered window views; a model's decode step needs a handful
+
+Slots = tuple[list[Tensor], list[Tensor]]
+
+
+class Board:
+    """The windows of one group. Every method is a collective, between ``Sync.enter`` and the result.
+
+    Args:
+        segment: the group's memory.
+        sync: this rank's view of its progress.
+    """
+
+    def __init__(self, segment: Segment, sync: Sync) -> None:
+        self._windows, self._sync = segment.windows, sync
+        self.rank, self.size = sync.rank, sync.size
+        self._views: dict[tuple[torch.dtype, tuple[int, ...]], Slots] = {}
+
+    def _slots(self, dtype: torch.dtype, shape: tuple[int, ...]) -> list[Tensor]:
+        """The start of every rank's window, in the half that the next step uses, as a tensor of that shape."""
+        key = (dtype, shape)
+        slots = self._views.get(key)
+        if slots is None:
+            if len(self._views) >= VIEWS:
+                self._views.clear()
+            slots = self._views[key] = (self._half(0, dtype, shape), self._half(1, dtype, shape))
+        return slots[self._sync.sequence + 1 & 1]
+
+    def _half(self, half: int, dtype: torch.dtype, shape: tuple[int, ...]) -> list[Tensor]:
+        size = math.prod(shape) * dtype.itemsize
+        return [self._windows[half, r, :size].view(dtype).view(shape) for r in range(self.size)]
+
+    def _typed(self, dtype: torch.dtype) -> list[Tensor]:
+        """Every rank's whole window, in the half that the next step uses, as elements."""
+        return self._slots(dtype, (WINDOW // dtype.itemsize,))
+
+    # ---- everybody gets everything
+
+    def barrier(self) -> None:
+        self._sync.post()
+        self._sync.await_all()
+
+    def all_reduce(self, x: Tensor, op: str) -> None:
+        """Combine everybody's ``x`` in place. Any strides."""
+        if x.numel() * x.itemsize <= FLAT:
+            sync, slots = self._sync, self._slots(x.dtype, x.shape)
+            sync.may_write()
+            slots[self.rank].copy_(x)
+            sync.post()
+            sync.await_all()
+            reduce_into(x, slots, op)
+            return
+        flat = x.contiguous().view(-1)
+        piece = WINDOW // x.itemsize // self.size * self.size
+        for part in flat.split(piece):
+            self._reduce_piece(part, op)
+        if not x.is_contiguous():
+            x.copy_(flat.view(x.shape))
+
+    def _reduce_piece(self, x: Tensor, op: str) -> None:
+        """Every rank adds up its slice of everybody's, then everybody copies the slices: reduce-scatter, all-gather."""
+        sync, rank = self._sync, self.rank
+        shares = [slice(s.start, s.stop) for s in partition.split(x.numel(), self.size)]
+        slots = self._typed(x.dtype)
+        sync.may_write()
+        for r, share in enumerate(shares):
+            if r != rank:
+                slots[rank][share].copy_(x[share])
+        sync.post()
+        sync.await_all()
+        mine = shares[rank]
+        parts = [x[mine] if r == rank else slots[r][mine] for r in range(self.size)]
+        results = self._typed(x.dtype)
+        reduced = results[rank][: mine.stop - mine.start]
+        reduce_into(reduced, parts, op)
+        sync.post()
+        x[mine].copy_(reduced)
+        sync.await_all()
+        for r, share in enumerate(shares):
+            if r != rank:
+                x[share].copy_(results[r][: share.stop - share.start])
+
+    def all_gather(self, outs: Sequence[Tensor], x: Tensor) -> None:
+        """Everybody's flat ``x`` into flat ``outs`` by rank; their lengths may differ. ``outs[rank]`` may be ``x``."""
+        sync, rank = self._sync, self.rank
+        piece = WINDOW // x.itemsize
+        for start in range(0, max(out.numel() for out in outs), piece):
+            slots = self._typed(x.dtype)
+            mine = x[start : start + piece]
+            sync.may_write()
+            slots[rank][: mine.numel()].copy_(mine)
+            sync.post()
+            if start == 0 and outs[rank].data_ptr() != x.data_ptr():
+                outs[rank].copy_(x)
+            sync.await_all()
+            for r, out in enumerate(outs):
+                part = out[start : start + piece]
+                if r != rank and part.numel():
+                    part.copy_(slots[r][: part.numel()])
+
+    def reduce_scatter(self, out: Tensor, parts: Sequence[Tensor], op: str) -> None:
+        """``parts`` are this rank's flat contributions by rank; ``out`` gets everybody's to this one, combined."""
+        sync, rank = self._sync, self.rank
+        room = WINDOW // out.itemsize // self.size
+        for start in range(0, max(part.numel() for part in parts), room):
+            slots = self._typed(out.dtype)
+            sync.may_write()
+            for r, part in enumerate(parts):
+                piece = part[start : start + room]
+                if r != rank and piece.numel():
+                    slots[rank][r * room : r * room + piece.numel()].copy_(piece)
+            sync.post()
+            sync.await_all()
+            mine = out[start : start + room]
+            at = slice(rank * room, rank * room + mine.numel())
+            own = parts[rank][start : start + room]
+            if mine.numel():
+                result = torch.empty_like(mine) if own.data_ptr() == mine.data_ptr() else mine
+                reduce_into(result, [own if r == rank else slots[r][at] for r in range(self.size)], op)
+                if result is not mine:
+                    mine.copy_(result)
+
+    # ---- one rank gives, or gets
+
+    def broadcast(self, x: Tensor, root: int) -> None:
+        """The flat ``x`` of ``root`` into everybody's."""
+        sync = self._sync
+        for part in x.split(WINDOW // x.itemsize):
+            slots = self._slots(part.dtype, part.shape)
+            if self.rank == root:
+                sync.may_write()
+                slots[root].copy_(part)
+            sync.post()
+            if self.rank != root:
+                sync.await_one(root)
+                part.copy_(slots[root])
+
+    def collect(self, x: Tensor, root: int, use: Callable[[slice, list[Tensor]], None]) -> None:
+        """Show ``root`` everybody's flat ``x`` piece by piece: it calls ``use(where, pieces by rank)``."""
+        sync = self._sync
+        piece = WINDOW // x.itemsize
+        for start in range(0, x.numel(), piece):
+            part = x[start : start + piece]
+            slots = self._slots(part.dtype, part.shape)
+            sync.may_write()
+            slots[self.rank].copy_(part)
+            sync.post()
+            if self.rank == root:
+                sync.await_all()
+                use(slice(start, start + part.numel()), slots)
+
+    def scatter(self, out: Tensor, parts: Sequence[Tensor], root: int) -> None:
+        """``root``'s flat ``parts`` by rank into everybody's flat ``out``, all of one length."""
+        sync = self._sync
+        room = WINDOW // out.itemsize // self.size
+        for start in range(0, out.numel(), room):
+            slot = self._typed(out.dtype)[root]
+            if self.rank == root:
+                sync.may_write()
+                for r, part in enumerate(parts):
+                    piece = part[start : start + room]
+                    slot[r * room : r * room + piece.numel()].copy_(piece)
+            sync.post()
+            mine = out[start : start + room]
+            if self.rank != root:
+                sync.await_one(root)
+            mine.copy_(slot[self.rank * room : self.rank * room + mine.numel()])

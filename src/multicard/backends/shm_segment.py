@@ -1,0 +1,210 @@
+"""The memory that the ranks of one group share, and who those ranks are.
+
+One anonymous file (``memfd_create``) a group. It has no name, so no other user can open it, nothing is left in
+``/dev/shm`` however the ranks die, and a container's small ``/dev/shm`` doesn't limit it. Rank 0 makes it; the others
+open it through ``/proc/PID/fd/N``, which the kernel grants to processes of the same user. Pages exist once touched:
+a group that never talks costs nothing.
+
+Layout, each part on cache lines of its own:
+
+    rows      one a rank: its flag, who it is, whether it has failed, what it is in
+    channels  one an ordered pair: pieces posted, pieces taken, a table of the pieces in flight
+    windows   two a rank, WINDOW bytes: what collectives write for everybody to read
+    cells     DEPTH a channel, CELL bytes: what point-to-point messages travel in
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import mmap
+import os
+import secrets
+import time
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from multicard.errors import CollectiveTimeout, RankError, UnsupportedError
+
+WORD = 8
+LINE = 128  # bytes: two lines of 64, which x86 prefetches together
+PAGE = 4096
+WINDOW = 1 << 20
+CELL = 1 << 18
+DEPTH = 32
+
+FLAG, PID, FAILED, CALL = 0, LINE // WORD, LINE // WORD + 2, 2 * LINE // WORD  # a row's words
+CALL_WORDS = 8
+ROW = 3 * LINE // WORD
+POSTED, TAKEN, TABLE = 0, LINE // WORD, 2 * LINE // WORD  # a channel's words
+ENTRY = 4
+CHANNEL = TABLE + DEPTH * ENTRY
+NONCE = 0
+ROWS = LINE // WORD
+
+
+@dataclasses.dataclass(frozen=True)
+class Process:
+    """A process by number and start time, which together name it once and for all."""
+
+    pid: int
+    start: int
+
+    @classmethod
+    def current(cls) -> Process:
+        return cls(os.getpid(), start_time(os.getpid()) or 0)
+
+    @property
+    def alive(self) -> bool:
+        return start_time(self.pid) == self.start
+
+
+def start_time(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot; None if it is gone or a zombie (proc(5), ``stat``)."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in b"ZX" else int(fields[19])
+
+
+def _place() -> str:
+    """What ranks must have in common to share memory: the running kernel, and the namespace their pids count in."""
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return f"{file.read().strip()}/{os.readlink('/proc/self/ns/pid')}"
+
+
+class Invitation:
+    """What every rank puts in the store when its group is made, and reads of the others when it first talks.
+
+    Making a group is cheap and never waits: size-1 and unused groups map nothing.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, ranks: Sequence[int]) -> None:
+        self.store, self.rank, self.ranks, self.fd = store, rank, tuple(ranks), -1
+        if not hasattr(os, "memfd_create"):
+            raise UnsupportedError("backend shm needs Linux (memfd_create); use backend='gloo'")
+        nonce = 0
+        if rank == 0:
+            self.fd = os.memfd_create("multicard")
+            os.fchmod(self.fd, 0o600)
+            os.ftruncate(self.fd, segment_bytes(len(ranks)))
+            nonce = secrets.randbits(63) | 1
+            os.pwrite(self.fd, nonce.to_bytes(WORD, "little"), NONCE * WORD)
+        me = Process.current()
+        store.set(str(rank), f"{_place()} {me.pid} {me.start} {self.fd} {nonce}")
+
+    def accept(self, timeout: float) -> tuple[Segment, list[Process]]:
+        """Map the segment and learn who the peers are. Waits until every rank has made its group.
+
+        Raises:
+            CollectiveTimeout: a rank didn't make its group in time.
+            UnsupportedError: ranks that can't share memory.
+        """
+        deadline = time.monotonic() + timeout
+        peers = [self._read(rank, deadline) for rank in range(len(self.ranks))]
+        while True:
+            segment = self._open(*self._read(0, deadline))
+            if segment is not None:
+                break
+            # What the store has is from an earlier group of this name, in this or a dead process: its rank 0 is late.
+            self._wait(0, deadline)
+        me = Process.current()
+        segment.words[segment.row(self.rank) + PID] = me.pid
+        return segment, [peer for peer, _, _ in peers]
+
+    def _read(self, rank: int, deadline: float) -> tuple[Process, int, int]:
+        while not self.store.check([str(rank)]):
+            self._wait(rank, deadline)
+        place, pid, start, fd, nonce = self.store.get(str(rank)).decode().split()
+        if place != _place():
+            raise UnsupportedError(
+                f"rank {self.ranks[rank]} is on another host or in another pid namespace than rank "
+                f"{self.ranks[self.rank]}: shm can't reach it; use backend='gloo'"
+            )
+        return Process(int(pid), int(start)), int(fd), int(nonce)
+
+    def _wait(self, rank: int, deadline: float) -> None:
+        if time.monotonic() > deadline:
+            raise CollectiveTimeout(
+                f"rank {self.ranks[rank]} did not make its process group in time", rank=self.ranks[rank]
+            )
+        time.sleep(0.001)
+
+    def _open(self, owner: Process, fd: int, nonce: int) -> Segment | None:
+        """Rank 0's file, or None where that is not the one of this group."""
+        if self.rank == 0:
+            return Segment(self.fd, len(self.ranks))
+        try:
+            opened = os.open(f"/proc/{owner.pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            if not owner.alive:
+                raise RankError(f"rank {self.ranks[0]} died before the group's first use", rank=self.ranks[0]) from None
+            return None
+        except PermissionError as error:
+            raise UnsupportedError(
+                f"rank {self.ranks[self.rank]} may not open rank {self.ranks[0]}'s memory ({error}): "
+                "shm needs ranks of one user; use backend='gloo'"
+            ) from error
+        try:
+            if os.fstat(opened).st_size != segment_bytes(len(self.ranks)):
+                return None
+            segment = Segment(opened, len(self.ranks))
+        finally:
+            os.close(opened)
+        used = segment.words[segment.row(self.rank) + PID] != 0
+        return None if used or segment.words[NONCE] != nonce else segment
+
+    def withdraw(self) -> None:
+        """Give up rank 0's descriptor: the memory lives on in the ranks that have mapped it."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def _header_words(size: int) -> int:
+    return ROWS + size * ROW + size * size * CHANNEL
+
+
+def _windows_at(size: int) -> int:
+    return -(-_header_words(size) * WORD // PAGE) * PAGE
+
+
+def _cells_at(size: int) -> int:
+    return _windows_at(size) + 2 * size * WINDOW
+
+
+def segment_bytes(size: int) -> int:
+    """Address space of a group of ``size`` ranks. Memory is only used where it has been written."""
+    return _cells_at(size) + size * size * DEPTH * CELL
+
+
+class Segment:
+    """The mapped memory.
+
+    Attributes:
+        words: rows and channels as 64-bit words. An aligned word is read and written by one move, in every build of
+            CPython (``memoryview`` copies a word of 8 bytes), so it is never seen half written.
+        windows: ``(2, ranks, WINDOW)`` bytes.
+        cells: ``(from, to, DEPTH, CELL)`` bytes.
+    """
+
+    def __init__(self, fd: int, size: int) -> None:
+        memory = mmap.mmap(fd, segment_bytes(size))
+        self.words = memoryview(memory)[: _header_words(size) * WORD].cast("Q")
+        whole = torch.frombuffer(memory, dtype=torch.uint8)
+        windows, cells = _windows_at(size), _cells_at(size)
+        self.windows: Tensor = whole[windows:cells].view(2, size, WINDOW)
+        self.cells: Tensor = whole[cells:].view(size, size, DEPTH, CELL)
+        self.size = size
+
+    def row(self, rank: int) -> int:
+        """The first word of a rank's row."""
+        return ROWS + rank * ROW
+
+    def channel(self, source: int, to: int) -> int:
+        """The first word of a channel."""
+        return ROWS + self.size * ROW + (source * self.size + to) * CHANNEL
