@@ -145,6 +145,9 @@ FAMILIES: dict[str, Family] = {
         )
     ),
     "gpt_neox": Family(_GPT_NEOX),
+    "gpt_oss": Family(
+        _rules(**_NAMES, attention_out="self_attn.o_proj", heads="self_attn.sinks", experts="mlp.experts")
+    ),
     "gptj": Family(
         _rules(
             query="attn.q_proj",
