@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +61,8 @@ class ParallelLMHead(nn.Module):
         weight: an embedding's weight to share (a tied head): the same parameter, no copy.
     """
 
+    multiply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = staticmethod(F.linear)
+
     def __init__(
         self,
         embedding_dim: int,
@@ -96,5 +98,5 @@ class ParallelLMHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., hidden)`` to ``(..., this rank's vocabulary)``, or the whole vocabulary with ``gather_output``."""
-        y = F.linear(x, self.weight)
+        y = self.multiply(x, self.weight, None)
         return y if self.gather is None else self.gather(y)

@@ -7,7 +7,7 @@ The two compose without talking in between: ``row(activation(column(x)))`` is on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from multicard.errors import ConfigError
 from multicard.layers.head import GatherLastDim
 from multicard.layers.shard import Shard, Shares, check_partition, check_shares, count, shard_of, sharded
 from multicard.mesh import Axis
+
+Multiply = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""``(x, weight, bias)`` to ``x Aᵀ + b``."""
 
 
 class ColumnParallelLinear(nn.Module):
@@ -33,10 +36,13 @@ class ColumnParallelLinear(nn.Module):
         bias: add one; each rank holds its own features' part.
         gather_output: return all output features on every rank (one all-gather) instead of this rank's.
         shares: every rank's spans of output features; None: an even split, the first ranks one more.
+        parts: names and sizes of the layers that this one fuses, as a checkpoint has them.
 
     Raises:
         ConfigError: shares that don't fit, or ``gather_output`` with features that no rank holds.
     """
+
+    multiply: Multiply = staticmethod(F.linear)  # packing the weight changes it (multicard.layers.packed)
 
     def __init__(
         self,
@@ -49,13 +55,14 @@ class ColumnParallelLinear(nn.Module):
         device: torch.device | str | None = None,
         *,
         shares: Sequence[Sequence[range]] | None = None,
+        parts: tuple[tuple[str, int], ...] = (),
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.axis = in_features, out_features, axis
         self.shares: Shares = check_shares(shares, out_features, axis)
         self.spans = self.shares[axis.rank]
-        self.weight = _empty((out_features, in_features), 0, self.spans, dtype, device)
-        self.bias = _empty((out_features,), 0, self.spans, dtype, device) if bias else None
+        self.weight = _empty(Shard((out_features, in_features), 0, self.spans, parts), dtype, device)
+        self.bias = _empty(Shard((out_features,), 0, self.spans, parts), dtype, device) if bias else None
         self.gather = GatherLastDim(axis, shares=self.shares, size=out_features) if gather_output else None
 
     @classmethod
@@ -79,7 +86,7 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in_features)`` to ``(..., this rank's features)``, or all of them with ``gather_output``."""
-        y = F.linear(x, self.weight, self.bias)
+        y = self.multiply(x, self.weight, self.bias)
         return y if self.gather is None else self.gather(y)
 
     def extra_repr(self) -> str:
@@ -107,6 +114,8 @@ class RowParallelLinear(nn.Module):
         ConfigError: shares that aren't a partition of the input features.
     """
 
+    multiply: Multiply = staticmethod(F.linear)  # packing the weight changes it (multicard.layers.packed)
+
     def __init__(
         self,
         in_features: int,
@@ -125,8 +134,8 @@ class RowParallelLinear(nn.Module):
         self.shares: Shares = check_shares(shares, in_features, axis)
         check_partition(self.shares, in_features, "RowParallelLinear")
         self.spans = self.shares[axis.rank]
-        self.weight = _empty((out_features, in_features), 1, self.spans, dtype, device)
-        self.bias = _empty((out_features,), 0, (range(out_features),), dtype, device) if bias else None
+        self.weight = _empty(Shard((out_features, in_features), 1, self.spans), dtype, device)
+        self.bias = _empty(Shard((out_features,), 0, (range(out_features),)), dtype, device) if bias else None
 
     @classmethod
     def from_linear(
@@ -147,10 +156,10 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(..., this rank's features)``, or all of them, to ``(..., out_features)``, the same on every rank."""
         if self.axis.size == 1:
-            return F.linear(x, self.weight, self.bias)
+            return self.multiply(x, self.weight, self.bias)
         if not self.input_is_parallel:
             x = Shard(tuple(x.shape), x.dim() - 1, self.spans).take(x)
-        y = collectives.all_reduce(F.linear(x, self.weight), self.axis)
+        y = collectives.all_reduce(self.multiply(x, self.weight, None), self.axis)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
@@ -160,14 +169,7 @@ class RowParallelLinear(nn.Module):
         )
 
 
-def _empty(
-    shape: tuple[int, ...],
-    dim: int,
-    spans: tuple[range, ...],
-    dtype: torch.dtype | None,
-    device: torch.device | str | None,
-) -> nn.Parameter:
-    shard = Shard(shape, dim, spans)
+def _empty(shard: Shard, dtype: torch.dtype | None, device: torch.device | str | None) -> nn.Parameter:
     return sharded(torch.empty(shard.local_shape, dtype=dtype, device=device), shard)
 
 

@@ -24,11 +24,16 @@ Shares = tuple[Spans, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """The slices ``spans`` of a whole tensor of shape ``shape`` along ``dim``."""
+    """The slices ``spans`` of a whole tensor of shape ``shape`` along ``dim``.
+
+    ``parts`` names what the whole is fused of, along ``dim``, where a checkpoint holds it in pieces:
+    ``(("q_proj", 576), ("k_proj", 192), ...)``. Empty: the whole is one tensor.
+    """
 
     shape: tuple[int, ...]
     dim: int
     spans: Spans
+    parts: tuple[tuple[str, int], ...] = ()
 
     @property
     def local_shape(self) -> tuple[int, ...]:

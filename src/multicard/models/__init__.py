@@ -1,0 +1,1 @@
+"""The decoder that :class:`multicard.LLM` runs, made of parallel layers."""

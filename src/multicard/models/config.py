@@ -1,0 +1,200 @@
+"""What a decoder looks like, read from a Hugging Face ``config.json``; what we lack is refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from multicard.errors import CheckpointError, ConfigError, UnsupportedError
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "qkv_bias": True},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "qk_norm": True},
+}
+"""Model types that the decoder is, each with its defaults where they aren't Llama's."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ROPE_TYPES = ("default", "linear", "llama3")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding (arXiv 2104.09864).
+
+    Attributes:
+        theta: base of the frequencies.
+        kind: "default", "linear" (positions ÷ ``factor``, arXiv 2306.15595) or "llama3" (low frequencies ÷ ``factor``,
+            high ones kept, smooth in between).
+        factor, low_freq_factor, high_freq_factor, original_context: of those kinds.
+    """
+
+    theta: float = 10000.0
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """A pre-norm decoder with rotary positions, grouped-query attention and a gated MLP.
+
+    Attributes:
+        context: positions that the model knows.
+        window: positions that attention may look back, where the checkpoint limits it; longer requests are refused.
+        eos: ids that end an answer.
+        dtype: the checkpoint's own.
+    """
+
+    family: str
+    vocab_size: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    context: int
+    norm_eps: float = 1e-6
+    rope: RopeConfig = RopeConfig()
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tied_head: bool = False
+    window: int | None = None
+    eos: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "hidden", "intermediate", "layers", "heads", "kv_heads", "head_dim", "context")
+        for name in sizes:
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: a whole number of 1 or more")
+        if self.heads % self.kv_heads:
+            raise ConfigError(f"{self.heads} attention heads over {self.kv_heads} key/value heads: must be a multiple")
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim={self.head_dim}: rotary positions turn pairs, so it must be even")
+
+    @classmethod
+    def from_folder(cls, folder: str | pathlib.Path) -> DecoderConfig:
+        """The config of a checkpoint folder.
+
+        Raises:
+            CheckpointError: no such folder, no ``config.json``, or one that isn't JSON or lacks a key.
+            UnsupportedError: an architecture, rope type or feature that the decoder lacks.
+        """
+        raw = read_json(pathlib.Path(folder), "config.json")
+        try:
+            config = cls.from_dict(raw)
+        except KeyError as error:
+            raise CheckpointError(f"{folder}/config.json has no {error.args[0]!r}") from None
+        generation = read_json(pathlib.Path(folder), "generation_config.json", optional=True)
+        eos = _ids(generation.get("eos_token_id"))
+        return dataclasses.replace(config, eos=eos) if eos else config
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> DecoderConfig:
+        """The same from ``config.json``'s content, in the old or the new spelling of its keys."""
+        family = raw.get("model_type")
+        if family not in FAMILIES:
+            raise UnsupportedError(
+                f"model_type {family!r} is not one that LLM has ({', '.join(FAMILIES)}): use mc.parallelize on the "
+                "transformers model"
+            )
+        raw = {**FAMILIES[family], **{key: value for key, value in raw.items() if value is not None}}
+        _refuse(raw)
+        heads = raw["num_attention_heads"]
+        attention_bias = bool(raw.get("attention_bias", False))
+        return cls(
+            family=family,
+            vocab_size=raw["vocab_size"],
+            hidden=raw["hidden_size"],
+            intermediate=raw["intermediate_size"],
+            layers=raw["num_hidden_layers"],
+            heads=heads,
+            kv_heads=raw.get("num_key_value_heads", heads),
+            head_dim=raw.get("head_dim", raw["hidden_size"] // heads),
+            context=raw.get("max_position_embeddings", 2048),
+            norm_eps=raw.get("rms_norm_eps", 1e-6),
+            rope=_rope(raw),
+            qkv_bias=bool(raw.get("qkv_bias", False)) or (attention_bias and family != "mistral"),
+            output_bias=attention_bias and family in ("llama", "qwen3"),
+            mlp_bias=bool(raw.get("mlp_bias", False)) and family == "llama",
+            qk_norm=bool(raw.get("qk_norm", False)),
+            tied_head=bool(raw.get("tie_word_embeddings", False)),
+            window=_window(raw),
+            eos=_ids(raw.get("eos_token_id")),
+            dtype=DTYPES.get(str(raw.get("dtype", raw.get("torch_dtype", "float32"))), torch.float32),
+        )
+
+
+def read_json(folder: pathlib.Path, name: str, optional: bool = False) -> dict[str, Any]:
+    """A JSON object out of a checkpoint folder; where ``optional``, an absent file is an empty one."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such checkpoint folder")
+    path = folder / name
+    if not path.is_file():
+        if optional:
+            return {}
+        raise CheckpointError(f"{path}: no such file; is {folder} a Hugging Face checkpoint?")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__} where an object is expected")
+    return content
+
+
+def _refuse(raw: Mapping[str, Any]) -> None:
+    if "quantization_config" in raw:
+        method = raw["quantization_config"].get("quant_method")
+        raise UnsupportedError(f"quantised weights ({method}): LLM reads float32, bfloat16 and float16 checkpoints")
+    if (activation := raw.get("hidden_act", "silu")) not in ("silu", "swish"):
+        raise UnsupportedError(f"hidden_act {activation!r}: the decoder's MLP has silu only")
+    if raw.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UnsupportedError(f"partial_rotary_factor {raw['partial_rotary_factor']}: the decoder rotates whole heads")
+
+
+def _rope(raw: Mapping[str, Any]) -> RopeConfig:
+    """New spelling: ``rope_parameters``; old: ``rope_theta`` beside ``rope_scaling``, whose kind was once ``type``."""
+    spelled: dict[str, Any] = {**raw.get("rope_scaling", {}), **raw.get("rope_parameters", {})}
+    kind = spelled.get("rope_type", spelled.get("type", "default"))
+    if kind not in ROPE_TYPES:
+        raise UnsupportedError(f"rope type {kind!r}: the decoder has {', '.join(ROPE_TYPES)}")
+    if spelled.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UnsupportedError("rope_parameters.partial_rotary_factor: the decoder rotates whole heads")
+    return RopeConfig(
+        theta=float(spelled.get("rope_theta", raw.get("rope_theta", 10000.0))),
+        kind=kind,
+        factor=float(spelled["factor"]) if kind != "default" else 1.0,
+        low_freq_factor=float(spelled["low_freq_factor"]) if kind == "llama3" else 1.0,
+        high_freq_factor=float(spelled["high_freq_factor"]) if kind == "llama3" else 4.0,
+        original_context=int(spelled["original_max_position_embeddings"]) if kind == "llama3" else 8192,
+    )
+
+
+def _window(raw: Mapping[str, Any]) -> int | None:
+    kinds = raw.get("layer_types")
+    unknown = sorted(set(kinds or ()) - {"full_attention", "sliding_attention"})
+    if unknown:
+        raise UnsupportedError(f"layer_types {', '.join(unknown)}: the decoder has full attention only")
+    if kinds and "sliding_attention" not in kinds:
+        return None
+    uses = raw.get("use_sliding_window", raw["model_type"] == "mistral")
+    return int(raw["sliding_window"]) if uses and raw.get("sliding_window") else None
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, int) else tuple(value)

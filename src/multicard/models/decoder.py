@@ -1,0 +1,198 @@
+"""The decoder: Llama, Mistral, Qwen2 and Qwen3 as one pre-norm transformer made of parallel layers.
+
+Heads are split over the tensor-parallel axis with the key/value heads that they read, the MLP by rows, the vocabulary
+by ids: two all-reduces a layer and one for the embedding. Nothing here knows the degree; one rank is the plain model.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from multicard import partition
+from multicard.errors import ConfigError
+from multicard.layers.embedding import VocabParallelEmbedding
+from multicard.layers.head import ParallelLMHead
+from multicard.layers.linear import ColumnParallelLinear, RowParallelLinear
+from multicard.layers.norm import RMSNorm
+from multicard.layers.shard import Shares
+from multicard.mesh import ParallelMesh
+from multicard.models.config import DecoderConfig
+from multicard.models.kv_cache import KVCache
+from multicard.models.rope import Rope, rotate
+
+Where = torch.device | str | None
+
+
+class ParallelAttention(nn.Module):
+    """Grouped-query self-attention over a cache, with this rank's heads.
+
+    Query heads are split evenly in order; each rank holds the key/value heads that its own read, so any number of
+    heads works at any degree up to it. One all-reduce, after the output projection.
+
+    Raises:
+        ConfigError: more ranks than attention heads.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, mesh: ParallelMesh, dtype: torch.dtype | None = None, device: Where = None
+    ) -> None:
+        super().__init__()
+        heads, kv_heads, dim = config.heads, config.kv_heads, config.head_dim
+        if mesh.tp.size > heads:
+            raise ConfigError(
+                f"tp={mesh.tp.size} with {heads} attention heads: a rank needs one, so tp is {heads} at most"
+            )
+        shards = partition.split_heads(heads, kv_heads, mesh.tp.size)
+        self.heads = shards[mesh.tp.rank]
+        self.head_dim = dim
+        self.local = (len(self.heads.query), len(self.heads.kv), len(self.heads.kv))
+        parts = (("q_proj", heads * dim), ("k_proj", kv_heads * dim), ("v_proj", kv_heads * dim))
+        self.qkv_proj = ColumnParallelLinear(
+            config.hidden,
+            (heads + 2 * kv_heads) * dim,
+            mesh.tp,
+            config.qkv_bias,
+            dtype=dtype,
+            device=device,
+            shares=_qkv_shares(shards, heads, kv_heads, dim),
+            parts=parts,
+        )
+        self.o_proj = RowParallelLinear(
+            heads * dim,
+            config.hidden,
+            mesh.tp,
+            config.output_bias,
+            dtype=dtype,
+            device=device,
+            shares=[(_rows(shard.query, dim),) for shard in shards],
+        )
+        self.q_norm = RMSNorm(dim, config.norm_eps, dtype, device) if config.qk_norm else None
+        self.k_norm = RMSNorm(dim, config.norm_eps, dtype, device) if config.qk_norm else None
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, layer: int) -> Tensor:
+        """``(batch, tokens, hidden)``, the same on every rank, to the same."""
+        batch, tokens, _ = x.shape
+        q_heads, k_heads, _ = self.local
+        qkv = self.qkv_proj(x).view(batch, tokens, -1, self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k, v = qkv.split(self.local, dim=2)
+            q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        else:
+            turned = rotate(qkv[:, :, : q_heads + k_heads], cos, sin)
+            q, k, v = turned[:, :, :q_heads], turned[:, :, q_heads:], qkv[:, :, q_heads + k_heads :]
+        return self.o_proj(cache.attend(layer, q, k, v).reshape(batch, tokens, -1))
+
+
+class ParallelMLP(nn.Module):
+    """``down(silu(gate(x)) · up(x))`` with this rank's rows of the intermediate size. One all-reduce."""
+
+    def __init__(
+        self,
+        hidden: int,
+        intermediate: int,
+        mesh: ParallelMesh,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        device: Where = None,
+    ) -> None:
+        super().__init__()
+        rows = partition.split(intermediate, mesh.tp.size)
+        shares = [(span, range(intermediate + span.start, intermediate + span.stop)) for span in rows]
+        parts = (("gate_proj", intermediate), ("up_proj", intermediate))
+        self.gate_up_proj = ColumnParallelLinear(
+            hidden, 2 * intermediate, mesh.tp, bias, dtype=dtype, device=device, shares=shares, parts=parts
+        )
+        self.down_proj = RowParallelLinear(intermediate, hidden, mesh.tp, bias, dtype=dtype, device=device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., hidden)``, the same on every rank, to the same."""
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate).mul_(up))
+
+
+class ParallelTransformerLayer(nn.Module):
+    """Norm, attention, norm, MLP, each added to what came in. Two all-reduces."""
+
+    def __init__(
+        self, config: DecoderConfig, mesh: ParallelMesh, dtype: torch.dtype | None = None, device: Where = None
+    ) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden, config.norm_eps, dtype, device)
+        self.self_attn = ParallelAttention(config, mesh, dtype, device)
+        self.post_attention_layernorm = RMSNorm(config.hidden, config.norm_eps, dtype, device)
+        self.mlp = ParallelMLP(config.hidden, config.intermediate, mesh, config.mlp_bias, dtype, device)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, layer: int) -> Tensor:
+        """``(batch, tokens, hidden)``, the same on every rank, to the same."""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class ParallelTransformer(nn.Module):
+    """The whole decoder: token ids to this rank's slice of the logits.
+
+    Parameters carry the names that Hugging Face checkpoints give them, and their own shard rules.
+
+    Args:
+        config: what to build.
+        mesh: ``mesh.tp`` splits it.
+        dtype: None: the checkpoint's own.
+        device: None: the mesh's. "meta" allocates nothing, for :func:`multicard.weights.load`.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, mesh: ParallelMesh, dtype: torch.dtype | None = None, device: Where = None
+    ) -> None:
+        super().__init__()
+        self.config, self.mesh = config, mesh
+        self.dtype = dtype or config.dtype
+        device = device or mesh.device
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden, mesh.tp, self.dtype, device)
+        layers = [ParallelTransformerLayer(config, mesh, self.dtype, device) for _ in range(config.layers)]
+        self.layers = nn.ModuleList(layers)
+        self.norm = RMSNorm(config.hidden, config.norm_eps, self.dtype, device)
+        tied = self.embed_tokens.weight if config.tied_head else None
+        self.lm_head = ParallelLMHead(
+            config.hidden, config.vocab_size, mesh.tp, dtype=self.dtype, device=device, weight=tied
+        )
+        self.rope = Rope(config.rope, config.head_dim, self.dtype, mesh.device)
+
+    def new_cache(self, capacity: int, starts: tuple[int, ...] = (0,)) -> KVCache:
+        """An empty cache for this rank's heads; see :class:`~multicard.models.kv_cache.KVCache`."""
+        heads = partition.split_heads(self.config.heads, self.config.kv_heads, self.mesh.tp.size)[self.mesh.tp.rank]
+        return KVCache(self.config.layers, heads, self.config.head_dim, capacity, starts, self.dtype, self.mesh.device)
+
+    def forward(self, ids: Tensor, cache: KVCache, last_only: bool = True) -> Tensor:
+        """Run the next tokens through the model.
+
+        Args:
+            ids: ``(batch, tokens)``, the same on every rank.
+            cache: what came before; these tokens are added to it.
+            last_only: logits of the last token only.
+
+        Returns:
+            ``(batch, 1 or tokens, this rank's vocabulary)``.
+        """
+        positions = cache.advance(ids.shape[1])
+        cos, sin = self.rope(positions, cache.length)
+        x = self.embed_tokens(ids)
+        for number, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, cache, number)
+        if last_only:
+            x = x[:, -1:]
+        return self.lm_head(self.norm(x))
+
+
+def _rows(heads: range, dim: int) -> range:
+    return range(heads.start * dim, heads.stop * dim)
+
+
+def _qkv_shares(shards: tuple[partition.HeadShard, ...], heads: int, kv_heads: int, dim: int) -> Shares:
+    """Every rank's spans of the fused projection: its query heads, its keys' heads, its values' heads."""
+
+    def rows(first: int, some: range) -> range:
+        return _rows(range(first + some.start, first + some.stop), dim)
+
+    return tuple((rows(0, s.query), rows(heads, s.kv), rows(heads + kv_heads, s.kv)) for s in shards)

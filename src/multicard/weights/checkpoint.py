@@ -1,0 +1,216 @@
+"""safetensors files by slices: https://github.com/huggingface/safetensors#format, read with ``pread``."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from multicard.errors import CheckpointError, UnsupportedError
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+WIDTHS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+LARGEST_HEADER = 100_000_000
+STAGING = 8 << 20
+SINGLE, INDEX, SUMS = "model.safetensors", "model.safetensors.index.json", "SHA256SUMS"
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """Where a tensor is: ``offset`` bytes from its file's start."""
+
+    path: pathlib.Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    def check_dtype(self) -> None:
+        if self.dtype not in DTYPES:
+            raise CheckpointError(f"{self.path}: {self.name} is {self.dtype}; {', '.join(DTYPES)} can be read")
+
+    def slice_bytes(self, dim: int, rows: int) -> int:
+        """What ``rows`` rows along ``dim`` take."""
+        return math.prod(self.shape) // max(self.shape[dim], 1) * rows * WIDTHS[self.dtype]
+
+
+class Checkpoint:
+    """All tensors of a folder: one safetensors file, or an index of several. A context manager.
+
+    Raises:
+        CheckpointError: a file is missing, truncated, damaged or isn't safetensors; tensors overlap; the index names
+            what isn't there.
+        UnsupportedError: only pickled weights are there.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = pathlib.Path(folder)
+        self.tensors: dict[str, Entry] = {}
+        self.files, weight_map = _files(self.folder)
+        self.where = self.folder / (INDEX if weight_map else SINGLE)
+        for path in self.files:
+            for entry in _read_header(path):
+                if weight_map is None or weight_map.get(entry.name) == path.name:
+                    self.tensors[entry.name] = entry
+        for name, file in (weight_map or {}).items():
+            if name not in self.tensors:
+                raise CheckpointError(f"{self.folder / file}: no tensor {name!r}, which {self.where.name} puts there")
+        self._open: dict[pathlib.Path, int] = {}
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def read(self, name: str, dim: int, rows: range, out: Tensor) -> tuple[int, int]:
+        """Rows ``rows`` along ``dim`` of a tensor into ``out``, converted to its dtype; nothing else is read.
+
+        Returns:
+            the bytes read, and the size of the buffer that they went through.
+        """
+        entry = self.tensors[name]
+        outer, inner = math.prod(entry.shape[:dim]), math.prod(entry.shape[dim + 1 :])
+        width = WIDTHS[entry.dtype]
+        run, stride = len(rows) * inner, entry.shape[dim] * inner  # a run of elements out of every stride
+        target = out.view(outer, run) if out.is_contiguous() else out.reshape(outer, run)
+        start = entry.offset + rows.start * inner * width
+        tall = max(1, STAGING // max(run * width, 1))
+        wide = run if run * width <= STAGING else STAGING // width
+        staging = np.empty((min(tall, outer), wide * width), dtype=np.uint8)
+        for row in range(0, outer, tall):
+            for column in range(0, run, wide):
+                block = target[row : row + tall, column : column + wide]
+                count, length = block.shape
+                for i in range(count):
+                    at = start + ((row + i) * stride + column) * width
+                    self._fill(entry, memoryview(staging[i])[: length * width], at)
+                held = torch.from_numpy(staging[:count, : length * width]).view(DTYPES[entry.dtype])
+                block.copy_(held)
+        if not out.is_contiguous():
+            out.copy_(target.view(out.shape))
+        return outer * run * width, staging.nbytes
+
+    def _fill(self, entry: Entry, buffer: memoryview, offset: int) -> None:
+        if entry.path not in self._open:
+            self._open[entry.path] = _open(entry.path)
+        while buffer:
+            try:
+                got = os.preadv(self._open[entry.path], [buffer], offset)
+            except OSError as error:
+                raise CheckpointError(f"{entry.path}: {error.strerror} while reading {entry.name}") from None
+            if got == 0:
+                raise CheckpointError(f"{entry.path} is truncated: it ends at byte {offset}, inside {entry.name}")
+            buffer, offset = buffer[got:], offset + got
+
+
+def verify(checkpoint: Checkpoint, rank: int, size: int) -> None:
+    """Compare this rank's share of the files with ``SHA256SUMS`` in their folder (as ``sha256sum`` writes it).
+
+    Raises:
+        CheckpointError: no such list, a file that it lacks, or one whose content differs.
+    """
+    sums = checkpoint.folder / SUMS
+    if not sums.is_file():
+        raise CheckpointError(f"{sums}: no such file to verify with: make it with `sha256sum *.safetensors > {SUMS}`")
+    lines = [line.split(maxsplit=1) for line in sums.read_text().splitlines()]
+    known = {fields[1].lstrip("*").strip(): fields[0] for fields in lines if len(fields) == 2}
+    for path in checkpoint.files[rank::size]:
+        if path.name not in known:
+            raise CheckpointError(f"{sums} has no line for {path.name}")
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != known[path.name].lower():
+            raise CheckpointError(f"{path} is damaged: its SHA-256 is {digest}, and {SUMS} says {known[path.name]}")
+
+
+def _files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str] | None]:
+    index = folder / INDEX
+    if not index.is_file():
+        single = folder / SINGLE
+        if not single.is_file() and any(folder.glob("*.bin")):
+            raise UnsupportedError(f"{folder} holds pickled weights only, which can run code: convert to safetensors")
+        return [single], None
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{index} is not an index of safetensors files") from None
+    for name in names:
+        if not re.fullmatch(r"[\w.\-]+", str(name)):
+            raise CheckpointError(f"{index} names the file {name!r}, which isn't in its folder")
+    return [folder / name for name in names], weight_map
+
+
+def _read_header(path: pathlib.Path) -> list[Entry]:
+    descriptor = _open(path)
+    try:
+        size = os.fstat(descriptor).st_size
+        length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+        if size < 8 or 8 + length > size:
+            raise CheckpointError(f"{path} is truncated or not safetensors: {size} bytes, header of {length}")
+        if length > LARGEST_HEADER:
+            raise CheckpointError(f"{path}: a header of {length} bytes; {LARGEST_HEADER} at most")
+        header = json.loads(os.pread(descriptor, length, 8), object_pairs_hook=_unique)
+        header.pop("__metadata__", None)
+        entries = [(_entry(path, name, described, 8 + length)) for name, described in header.items()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: its header is damaged ({type(error).__name__}: {error})") from None
+    finally:
+        os.close(descriptor)
+    _check_layout(path, sorted(entries, key=lambda pair: pair[0].offset), 8 + length, size)
+    return [entry for entry, _ in entries]
+
+
+def _entry(path: pathlib.Path, name: str, described: dict[str, Any], base: int) -> tuple[Entry, int]:
+    """A header's line, and the byte after its tensor."""
+    dtype, shape, (begin, end) = described["dtype"], tuple(map(int, described["shape"])), described["data_offsets"]
+    width = WIDTHS.get(dtype)
+    if min(shape, default=0) < 0 or begin < 0 or (width is not None and end - begin != math.prod(shape) * width):
+        raise CheckpointError(f"{path}: {name} is {dtype} {shape}, and {end - begin} bytes are not that")
+    return Entry(path, name, dtype, shape, base + begin), base + end
+
+
+def _check_layout(path: pathlib.Path, ordered: list[tuple[Entry, int]], start: int, size: int) -> None:
+    """Tensors fill the file without gaps, as the format says; anything else is a damaged header."""
+    at = start
+    for entry, end in ordered:
+        if entry.offset != at:
+            kind = "overlaps another tensor" if entry.offset < at else "leaves a gap before it"
+            raise CheckpointError(f"{path}: {entry.name} {kind} (byte {entry.offset}, expected {at})")
+        at = end
+    if at > size:
+        raise CheckpointError(f"{path} is truncated: {size} bytes of {at}")
+    if at < size:
+        raise CheckpointError(f"{path} has {size - at} bytes after its last tensor")
+
+
+def _open(path: pathlib.Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise CheckpointError("a name twice in its header")
+    return found
