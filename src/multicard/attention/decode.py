@@ -1,0 +1,69 @@
+"""Decoding over a key/value cache whose positions are spread over ranks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from multicard.attention.checks import check_tensors
+from multicard.attention.kernels import block_attention
+from multicard.attention.merge import merge_ranks
+from multicard.attention.visibility import both
+from multicard.errors import ConfigError
+from multicard.mesh import Axis
+
+
+def attend_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    axis: Axis,
+    kv_lengths: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention of a few new tokens over a cache of which each rank of ``axis`` holds a part.
+
+    Each rank attends to its own part; outputs and log-sum-exps are gathered and merged in rank order (one all-gather of
+    ``B·T·H·(Dv + 1)`` float32 a rank), so the result has the same bits on every rank. Works with any number of heads
+    and key/value heads, independently of tensor parallel.
+
+    Args:
+        q: ``(B, T, H, D)``, the same on every rank of the axis.
+        k, v: ``(B, n, Hkv, D)`` and ``(B, n, Hkv, Dv)``, this rank's part; n any, zero included.
+        kv_lengths: ``(B,)`` integers: only so many of this rank's keys are in use; None: all.
+        key_mask: ``(B, n)`` bool, True = may be attended to.
+        mask: ``(B|1, H|1, T, n)`` bool or additive, for what differs between the new tokens (causality among them).
+        scale: None means ``1/√D``.
+
+    Returns:
+        ``(B, T, H, Dv)`` in q's dtype. Rows with nothing to attend to anywhere give zeros.
+
+    Raises:
+        ConfigError: shapes or dtypes that don't fit together.
+    """
+    check_tensors(q, k, v)
+    _check(q, k, kv_lengths, key_mask, mask)
+    keep = None if key_mask is None else key_mask[:, None, None, :]
+    if kv_lengths is not None:
+        used = torch.arange(k.shape[1], device=k.device) < kv_lengths.to(k.device)[:, None]
+        keep = both(used[:, None, None, :], keep)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    out, lse = block_attention(q, k, v, scale=scale, mask=both(mask, keep))
+    return merge_ranks(out, lse, axis).to(q.dtype)
+
+
+def _check(q: Tensor, k: Tensor, kv_lengths: Tensor | None, key_mask: Tensor | None, mask: Tensor | None) -> None:
+    if kv_lengths is not None and (kv_lengths.shape != q.shape[:1] or kv_lengths.is_floating_point()):
+        raise ConfigError(f"kv_lengths has shape {tuple(kv_lengths.shape)}: must be integers ({q.shape[0]},)")
+    if key_mask is not None and (key_mask.shape != k.shape[:2] or key_mask.dtype != torch.bool):
+        raise ConfigError(f"key_mask has shape {tuple(key_mask.shape)}: must be bool {tuple(k.shape[:2])}")
+    if mask is not None:
+        wanted = ((1, q.shape[0]), (1, q.shape[2]), (1, q.shape[1]), (k.shape[1],))
+        if mask.ndim != 4 or any(n not in allowed for n, allowed in zip(mask.shape, wanted, strict=True)):
+            raise ConfigError(
+                f"mask has shape {tuple(mask.shape)}: must be (batch|1, heads|1, new tokens, this rank's keys), here "
+                f"({q.shape[0]}|1, {q.shape[2]}|1, {q.shape[1]}, {k.shape[1]})"
+            )

@@ -1,0 +1,70 @@
+"""``attention_forward``: attention on one card, by MindIE-SD's call."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from multicard.attention.checks import check_tensors
+from multicard.attention.kernels import block_attention, reference
+from multicard.errors import ConfigError
+
+OPT_MODES = ("runtime", "static", "manual")
+OP_TYPES = ("prompt_flash_attn", "fused_attn_score", "ascend_laser_attention")
+OPERATOR_LAYOUTS = ("BNSD", "BSND", "BSH")
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+    fused: bool = True,
+    head_first: bool = False,
+    opt_mode: str = "runtime",
+    op_type: str = "fused_attn_score",
+    layout: str = "BNSD",
+) -> Tensor:
+    """softmax(q·kᵀ·scale + attn_mask)·v on one card, as ``mindiesd.attention_forward`` is called.
+
+    ``opt_mode``, ``op_type`` and ``layout`` choose among Ascend's operators there; here the kernel is chosen by what it
+    supports, so they are checked and otherwise have no effect.
+
+    Args:
+        q: ``(B, Sq, H, D)``; with ``head_first`` ``(B, H, Sq, D)``; k and v alike, H a multiple of their heads.
+        attn_mask: broadcastable to ``(B, H, Sq, Sk)``; bool (True = keep) or added to the scores.
+        scale: None means ``1/√D``.
+        fused: False computes by the formula, in plain torch.
+        layout: the operator's layout, "BNSD", "BSND" or "BSH"; it does not describe q, k, v.
+
+    Returns:
+        the shape of q with v's head_dim, in q's dtype. Rows with nothing to attend to give zeros.
+
+    Raises:
+        ConfigError: an unknown ``opt_mode``, ``op_type`` or ``layout``, or shapes that don't fit together.
+    """
+    for name, value, known in (
+        ("opt_mode", opt_mode, OPT_MODES),
+        ("op_type", op_type, OP_TYPES),
+        ("layout", layout, OPERATOR_LAYOUTS),
+    ):
+        if value not in known:
+            raise ConfigError(f"{name}={value!r}: must be one of {', '.join(known)}")
+    if head_first:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    check_tensors(q, k, v)
+    if attn_mask is not None:
+        _check_mask(attn_mask, q, k)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    kernel = None if fused else reference.KERNEL
+    out = block_attention(q, k, v, scale=scale, mask=attn_mask, kernel=kernel)[0].to(q.dtype)
+    return out.transpose(1, 2) if head_first else out
+
+
+def _check_mask(mask: Tensor, q: Tensor, k: Tensor) -> None:
+    wanted = ((1, q.shape[0]), (1, q.shape[2]), (1, q.shape[1]), (k.shape[1],))
+    if mask.ndim != 4 or any(n not in allowed for n, allowed in zip(mask.shape, wanted, strict=True)):
+        raise ConfigError(
+            f"attn_mask has shape {tuple(mask.shape)}: must be (batch|1, heads|1, rows|1, keys), here "
+            f"({q.shape[0]}|1, {q.shape[2]}|1, {q.shape[1]}|1, {k.shape[1]})"
+        )

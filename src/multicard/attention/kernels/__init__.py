@@ -1,0 +1,109 @@
+"""Attention over one block of keys, ``(out, lse)``, by the best kernel that supports what is asked."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from multicard.attention.kernels import ascend, flash_attn, reference, torch_cpu, torch_cuda
+from multicard.attention.kernels.base import DEAD, Kernel, Request
+from multicard.errors import ConfigError
+
+__all__ = ["Kernel", "Request", "block_attention", "candidates", "choose"]
+
+
+@functools.cache
+def candidates(device: str) -> tuple[Kernel, ...]:
+    """The kernels for a type of device, best first; the last, the reference, refuses nothing."""
+    found: list[Kernel] = []
+    if device == "cpu":
+        found = [torch_cpu.KERNEL]
+    elif device == "cuda":
+        packaged = [flash_attn.KERNEL] if importlib.util.find_spec("flash_attn") else []
+        found = [*packaged, torch_cuda.FLASH, torch_cuda.EFFICIENT, torch_cuda.CUDNN]
+    elif device == "npu":
+        found = [ascend.KERNEL] if importlib.util.find_spec("torch_npu") else []
+    return (*found, reference.KERNEL)
+
+
+def choose(request: Request) -> Kernel:
+    """The first kernel for the request's device that doesn't refuse it."""
+    return next(kernel for kernel in candidates(request.device) if kernel.refuses(request) is None)
+
+
+def block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    kernel: Kernel | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of query rows over one block of keys.
+
+    Args:
+        q: ``(B, Sq, H, D)``. k: ``(B, Sk, Hkv, D)``, H a multiple of Hkv. v: ``(B, Sk, Hkv, Dv)``. Any strides, any
+            length, zero included.
+        scale: multiplies the scores.
+        causal: row i sees keys 0 to i; needs ``Sq == Sk``.
+        mask: ``(B|1, H|1, Sq|1, Sk)``; bool (True = keep) or added to the scores.
+        kernel: None: the best one that supports it.
+
+    Returns:
+        ``out`` ``(B, Sq, H, Dv)`` in q's dtype or float32, and ``lse`` ``(B, Sq, H)`` in float32. Rows with nothing to
+        attend to have out 0 and LSE -inf.
+
+    Raises:
+        ConfigError: heads aren't a multiple of key/value heads.
+    """
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        raise ConfigError(f"{q.shape[2]} query heads over {k.shape[2]} key/value heads: must be a multiple")
+    if q.numel() == 0 or k.numel() == 0:
+        return (
+            q.new_zeros(*q.shape[:3], v.shape[3]),
+            torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device),
+        )
+    value_dim = v.shape[3]
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    asked, kernel = kernel, kernel or choose(_request(q, k, v, causal, mask is not None))
+    if asked is None and kernel is reference.KERNEL:  # ask for something easier that comes to the same
+        q, k, v = _padded(q, k, v)
+        if causal and mask is not None:
+            causal, mask = False, _folded(mask, q.shape[1])
+        kernel = choose(_request(q, k, v, causal, mask is not None))
+    out, lse = kernel.run(q, k, v, mask, causal, scale)
+    out = out[..., :value_dim]
+    return (out, lse) if mask is None else _without_dead_rows(out, lse)
+
+
+def _request(q: Tensor, k: Tensor, v: Tensor, causal: bool, masked: bool) -> Request:
+    return Request(
+        q.device.type, q.dtype, q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3], causal, masked
+    )
+
+
+def _padded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One head_dim for all, a multiple of 16: zeros leave the scores as they are, and give values to cut off again."""
+    width = math.ceil(max(q.shape[3], v.shape[3]) / 16) * 16
+    q, k, v = (F.pad(x, (0, width - x.shape[3])) if x.shape[3] < width else x for x in (q, k, v))
+    return q, k, v
+
+
+def _folded(mask: Tensor, rows: int) -> Tensor:
+    """``mask`` with what lies above the diagonal dropped as well."""
+    below = torch.ones(rows, rows, dtype=torch.bool, device=mask.device).tril_()
+    return mask & below if mask.dtype == torch.bool else mask.masked_fill(~below, -torch.inf)
+
+
+def _without_dead_rows(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    dead = lse < DEAD
+    if out.device.type == "cpu" and not torch.compiler.is_compiling() and not dead.any():
+        return out, lse
+    return out.masked_fill(dead.unsqueeze(-1), 0.0), lse.masked_fill(dead, -torch.inf)

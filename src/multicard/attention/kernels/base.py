@@ -1,0 +1,76 @@
+"""What an attention kernel is: one signature, and a statement of what it supports."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+MASKED = -1.7e38
+"""Added to a score that must not count. Finite, so that a kernel that meets a row of nothing else stays finite too: its
+LSE comes out near this number instead of undefined, and :data:`DEAD` finds it."""
+
+DEAD = -1e37
+"""A row whose LSE is below this has no key to attend to."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a kernel is asked for, in numbers that decide whether it can.
+
+    Attributes:
+        device: "cpu", "cuda", "npu".
+        dtype: of queries, keys and values.
+        query_rows, key_rows: lengths, both above zero.
+        heads, kv_heads: the first a multiple of the second.
+        head_dim, value_dim: of queries and keys; of values.
+        causal: row i sees keys 0 to i; only asked for with as many rows as keys.
+        masked: a mask is given.
+    """
+
+    device: str
+    dtype: torch.dtype
+    query_rows: int
+    key_rows: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    causal: bool
+    masked: bool
+
+
+KernelFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float], tuple[Tensor, Tensor]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One implementation of attention over one block of keys.
+
+    Attributes:
+        name: what it is called in tables and tests.
+        run: ``run(q, k, v, mask, causal, scale) -> (out, lse)``. ``q`` is ``(B, Sq, H, D)``, ``k`` ``(B, Sk, Hkv, D)``,
+            ``v`` ``(B, Sk, Hkv, Dv)``, ``mask`` ``(B|1, H|1, Sq|1, Sk)``, bool (True = keep) or added to the scores.
+            ``out`` is ``(B, Sq, H, Dv)`` in the inputs' dtype or float32, ``lse`` ``(B, Sq, H)`` float32, the natural
+            logarithm of the sum of exponentials, below :data:`DEAD` in rows with nothing to attend to.
+        refuses: ``refuses(request)``: why it can't, or None. A kernel is never called with what it refuses.
+    """
+
+    name: str
+    run: KernelFunction
+    refuses: Callable[[Request], str | None]
+
+
+def additive(mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A mask as numbers to add to the scores: 0 or the lowest value that stays finite where bool said drop."""
+    lowest = max(MASKED, torch.finfo(dtype).min)
+    if mask.dtype == torch.bool:
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, lowest)
+    return mask.clamp(min=lowest).to(dtype)
+
+
+def repeat_kv(x: Tensor, heads: int) -> Tensor:
+    """``(B, S, Hkv, D)`` with every key/value head repeated for the query heads that read it: ``(B, S, H, D)``."""
+    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)

@@ -1,0 +1,79 @@
+"""Who holds which rows and keys during one call, whatever the schedule: integers only."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from multicard import partition
+from multicard.attention.sequence import flatten
+from multicard.mesh import Axis, ParallelMesh
+
+Spans = tuple[range, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharding:
+    """The slices of one attention call, in natural numbers.
+
+    A Ulysses group holds its members' slices together, so what goes around the ring are the blocks of whole groups.
+    Before the exchange a group's rows come in rank order; from then on they are sorted.
+
+    Attributes:
+        ring, ulysses: the axes in use; either may be of size 1.
+        rows, keys: by sequence rank the spans it holds.
+        rank: this rank's number in the sequence axis.
+        replicated_kv: every rank holds all keys: one block, no ring.
+    """
+
+    ring: Axis
+    ulysses: Axis
+    rows: tuple[Spans, ...]
+    keys: tuple[Spans, ...]
+    rank: int
+    replicated_kv: bool
+
+    @classmethod
+    def of(
+        cls, mesh: ParallelMesh, axes: tuple[Axis, Axis], seq_len: int, kv_seq_len: int, order: str, replicated_kv: bool
+    ) -> Sharding:
+        size = mesh.sequence.size
+        rows = partition.split_sequence(seq_len, size, order)
+        keys = ((range(kv_seq_len),),) * size if replicated_kv else partition.split_sequence(kv_seq_len, size, order)
+        return cls(*axes, rows, keys, mesh.sequence.rank, replicated_kv)
+
+    @property
+    def group_rows(self) -> Spans:
+        """The rows of this rank's Ulysses group, in rank order."""
+        return flatten(self.rows[rank] for rank in self._group(self.rank // self.ulysses.size))
+
+    @property
+    def group_keys(self) -> Spans:
+        return flatten(self.keys[rank] for rank in self._group(self.rank // self.ulysses.size))
+
+    @property
+    def group_row_sizes(self) -> list[int]:
+        """How many rows each rank of the Ulysses group holds."""
+        return [sum(map(len, self.rows[rank])) for rank in self._group(self.rank // self.ulysses.size)]
+
+    @property
+    def group_key_sizes(self) -> list[int]:
+        return [sum(map(len, self.keys[rank])) for rank in self._group(self.rank // self.ulysses.size)]
+
+    @property
+    def blocks(self) -> tuple[Spans, ...]:
+        """For every ring rank the keys of its group, sorted."""
+        if self.replicated_kv:
+            return (self.keys[0],)
+        groups = (self._group(i) for i in range(self.ring.size))
+        return tuple(
+            partition.merge_spans(sorted(flatten(self.keys[rank] for rank in group), key=lambda span: span.start))
+            for group in groups
+        )
+
+    def positions(self, offset: int) -> Spans:
+        """Default positions of the group's rows, sorted; the first query of the sequence is at ``offset``."""
+        spans = partition.merge_spans(sorted(self.group_rows, key=lambda span: span.start))
+        return tuple(range(span.start + offset, span.stop + offset) for span in spans)
+
+    def _group(self, ring_rank: int) -> range:
+        return range(ring_rank * self.ulysses.size, (ring_rank + 1) * self.ulysses.size)
