@@ -17,8 +17,13 @@ PUBLIC = {
     "ParallelMesh",
     "Ranks",
     "launch",
+    "attend",
+    "attend_decode",
+    "attention_forward",
     "errors",
+    "gather_sequence",
     "init_mesh",
+    "shard_sequence",
     "single",
 }
 

@@ -1,14 +1,19 @@
 # The public surface. `from .module import Name as Name`, in the order of the house's floors.
 from . import errors as errors
+from .attention import attend as attend
+from .attention import attend_decode as attend_decode
+from .attention import attention_forward as attention_forward
+from .attention import gather_sequence as gather_sequence
+from .attention import shard_sequence as shard_sequence
 from .config import ParallelConfig as ParallelConfig
+from .launch import Kept as Kept
+from .launch import Ranks as Ranks
+from .launch import launch as launch
 from .layers import ColumnParallelLinear as ColumnParallelLinear
 from .layers import GatherLastDim as GatherLastDim
 from .layers import ParallelLMHead as ParallelLMHead
 from .layers import RowParallelLinear as RowParallelLinear
 from .layers import VocabParallelEmbedding as VocabParallelEmbedding
-from .launch import Kept as Kept
-from .launch import Ranks as Ranks
-from .launch import launch as launch
 from .mesh import Axis as Axis
 from .mesh import ParallelMesh as ParallelMesh
 from .mesh import init_mesh as init_mesh
