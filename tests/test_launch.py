@@ -12,7 +12,7 @@ def gather_ranks(mesh, base):
 
 
 def test_values_by_rank(run_on):
-    assert run_on(gather_ranks, 10, tp=2) == [[10, 11], [10, 11]]
+    assert run_on(gather_ranks, 10, tp=2, backend="gloo") == [[10, 11], [10, 11]]
 
 
 def test_closures_and_meshes(run_on):
@@ -30,13 +30,13 @@ def test_exception_keeps_its_type(run_on):
             raise LookupError("not here")
 
     with pytest.raises(LookupError, match="not here") as caught:
-        run_on(fn, tp=2)
+        run_on(fn, tp=2, backend="gloo")
     assert caught.value.__cause__.rank == 1
-    assert run_on(gather_ranks, 0, tp=2) == [[0, 1]] * 2
+    assert run_on(gather_ranks, 0, tp=2, backend="gloo") == [[0, 1]] * 2
 
 
 def test_keep_and_stream():
-    with mc.Ranks(mc.ParallelConfig(tp=2), timeout=10) as ranks:
+    with mc.Ranks(mc.ParallelConfig(tp=2), timeout=10, backend="gloo") as ranks:
         kept = ranks.keep(lambda mesh: {"rank": mesh.rank})
         assert ranks.run(lambda mesh, own: own["rank"], kept) == [0, 1]
 

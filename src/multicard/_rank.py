@@ -1,127 +1,188 @@
-"""A rank: a fresh process that joins its job and then does what its parent's pipe says. Run by ``multicard.launch``."""
+"""A rank: a fresh process that joins its job and then does what its parent's pipe says. ``multicard.launch`` runs it.
+
+Two threads: this one does the work, the other reads commands all the time. So the rank ends when its parent does,
+whatever it is busy with, and can tell what it is busy with.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import faulthandler
 import os
 import queue
+import runpy
+import signal
 import sys
 import threading
-import traceback
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from multicard.ranks import wire
+if TYPE_CHECKING:
+    from multicard.ranks import wire
+
+PR_SET_PDEATHSIG = 1
 
 
 class Rank:
     """This process's side of the pipes: commands arrive on one, reports leave on the other."""
 
     def __init__(self, commands: int, reports: int) -> None:
-        self.commands, self.reports = commands, reports
-        self.inbox: queue.SimpleQueue[wire.Message] = queue.SimpleQueue()
-        self._kept: dict[int, Any] = {}
+        self._commands, self._reports = commands, reports
+        self._inbox: queue.SimpleQueue[wire.Message] = queue.SimpleQueue()
+        self._writing = threading.Lock()
         self._mesh: Any = None
+        self._kept: dict[int, Any] = {}
+        self._streams: dict[int, Any] = {}
+        self.ran_script = False
+        self._handlers: dict[str, Callable[[wire.Message], Any]] = {
+            "start": self._start,
+            "join": self._join,
+            "run": self._run,
+            "keep": self._keep,
+            "open": self._open,
+            "next": self._next,
+            "script": self._script,
+        }
 
     def listen(self) -> None:
-        """Read commands until the pipe closes, which it does when the parent dies: then so do we."""
+        """Read commands until their pipe closes, as it does when the parent dies: then so do we, and our children."""
+        from multicard.ranks import wire
+
         reader = wire.Reader()
-        try:
+        with contextlib.suppress(EOFError, OSError):
             while True:
-                for message in reader.read(self.commands):
-                    if message.kind == "exit":
-                        os._exit(0)
-                    self.inbox.put(message)
-        except (EOFError, OSError):
-            os._exit(1)
-
-    def report(self, kind: str, call: int, value: Any = None) -> None:
-        wire.write(self.reports, wire.pack(kind, call, value))
-
-    def report_error(self, call: int, error: BaseException) -> None:
-        wire.write(self.reports, wire.pack("error", call, _describe(error)))
+                for message in reader.read(self._commands):
+                    if message.kind == "inspect":
+                        self._inspect(message)
+                    else:
+                        self._inbox.put(message)
+        os.killpg(0, signal.SIGKILL)
 
     def serve(self) -> None:
-        """Join the job, say so, then run one command after the other."""
-        try:
-            self._join(self.inbox.get().load())
-        except BaseException as error:
-            self.report_error(0, error)
-            return
-        self.report("ready", 0)
-        while True:
-            message = self.inbox.get()
-            try:
-                getattr(self, f"_on_{message.kind}")(message)
-            except BaseException as error:
-                self.report_error(message.call, error)
-            del message
+        """Run one command after the other until told to exit."""
+        from multicard.ranks import failure
 
-    def _join(self, options: dict[str, Any]) -> None:
-        import torch
+        number = int(os.environ["RANK"])
+        while (message := self._inbox.get()).kind != "exit":
+            if message.kind in ("drop", "close"):
+                self._forget(message)
+                continue
+            try:
+                value = self._handlers[message.kind](message)
+                kind = "end" if value is _END else "value"
+                self._report(kind, message.call, None if value is _END else value)
+            except BaseException as error:
+                self._report("error", message.call, failure.describe(error, number))
+            del message  # what a call was given and gave is the caller's, not ours to hold on to
+            value = None
+
+    def _report(self, kind: str, call: int, value: Any = None) -> None:
+        from multicard.ranks import wire
+
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+        message = wire.pack(kind, call, value)
+        with self._writing:
+            wire.write(self._reports, message)
+
+    def _inspect(self, message: wire.Message) -> None:
+        from multicard.ranks import activity
+
+        self._report("activity", message.call, activity.report())
+
+    # commands
+
+    def _start(self, message: wire.Message) -> None:
+        import multicard.mesh  # noqa: F401  the seconds that this takes are spent before ranks wait for each other
+
+    def _join(self, message: wire.Message) -> None:
         import torch.distributed as dist
 
         from multicard.mesh import init_mesh
 
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-        self._mesh = init_mesh(**options)
+        self._mesh = init_mesh(**message.load())
         if dist.is_initialized():
             dist.barrier()
 
-    def _arguments(self, message: wire.Message) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-        fn, args, kwargs = message.load()
-        args = tuple(self._own(value) for value in args)
-        return fn, args, {name: self._own(value) for name, value in kwargs.items()}
+    def _run(self, message: wire.Message) -> Any:
+        fn, args, kwargs = self._own(*message.load())
+        return fn(self._mesh, *args, **kwargs)
 
-    def _own(self, value: Any) -> Any:
-        """A Kept argument stands for the object that this rank keeps."""
-        return self._kept[value.key] if type(value).__name__ == "Kept" and hasattr(value, "key") else value
+    def _keep(self, message: wire.Message) -> None:
+        key, *call = message.load()
+        fn, args, kwargs = self._own(*call)
+        self._kept[key] = fn(self._mesh, *args, **kwargs)
 
-    def _on_run(self, message: wire.Message) -> None:
-        fn, args, kwargs = self._arguments(message)
-        self.report("value", message.call, fn(self._mesh, *args, **kwargs))
+    def _open(self, message: wire.Message) -> None:
+        self._streams[message.call] = self._run(message)
 
-    def _on_keep(self, message: wire.Message) -> None:
-        fn, args, kwargs = self._arguments(message)
-        self._kept[message.call] = fn(self._mesh, *args, **kwargs)
-        self.report("value", message.call)
+    def _next(self, message: wire.Message) -> Any:
+        item = next(self._streams[message.call], _END)
+        return item if item is _END or self._mesh.rank == 0 else None
 
-    def _on_drop(self, message: wire.Message) -> None:
+    def _forget(self, message: wire.Message) -> None:
         self._kept.pop(message.call, None)
-
-    def _on_stream(self, message: wire.Message) -> None:
-        fn, args, kwargs = self._arguments(message)
-        generator = fn(self._mesh, *args, **kwargs)
-        while True:
-            step = self.inbox.get()
-            if step.kind != "next":
+        generator = self._streams.pop(message.call, None)
+        if generator is not None:
+            with contextlib.suppress(Exception):
                 generator.close()
-                break
-            try:
-                item = next(generator)
-            except StopIteration:
-                self.report("end", message.call)
-            else:
-                self.report("item", message.call, item if self._mesh.rank == 0 else None)
-        self.report("value", message.call)
+
+    def _script(self, message: wire.Message) -> None:
+        path, args = message.load()
+        self.ran_script = True
+        sys.argv = [path, *args]
+        sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
+        try:
+            runpy.run_path(path, run_name="__main__")
+        except SystemExit as error:
+            if error.code not in (None, 0):
+                raise
+
+    def _own(self, fn: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, list[Any], dict[str, Any]]:
+        """Where an argument is a Kept, the object that this rank keeps."""
+        from multicard.launch import Kept
+
+        def own(value: Any) -> Any:
+            return self._kept[value.key] if isinstance(value, Kept) else value
+
+        return fn, [own(value) for value in args], {name: own(value) for name, value in kwargs.items()}
 
 
-def _describe(error: BaseException) -> dict[str, Any]:
-    """What the parent needs to raise ``error`` again: itself where it pickles, its text where not."""
-    text = "".join(traceback.format_exception(error))
-    try:
-        pickled = wire.pack("", 0, error.with_traceback(None))
-        pickled.load()
-    except Exception:
-        pickled = None
-    return {"type": type(error).__name__, "message": str(error), "traceback": text, "exception": pickled}
+_END = object()
+"""What a generator that has ended gives."""
+
+
+def _die_with_parent(parent: int) -> None:
+    """SIGKILL from the kernel when the thread that started us ends: it reaches even a stopped rank."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before that
+        os._exit(1)
+
+
+def _own_environment() -> None:
+    """Take back what only served to find multicard."""
+    path = os.environ.pop("MULTICARD_PYTHONPATH", "")
+    os.environ.pop("PYTHONPATH", None)
+    if path:
+        os.environ["PYTHONPATH"] = path
 
 
 def main() -> None:
-    commands, reports = map(int, sys.argv[1:3])
+    parent, commands, reports = map(int, sys.argv[1:4])
+    _die_with_parent(parent)
+    faulthandler.enable()
+    _own_environment()
     os.set_inheritable(commands, False)
     os.set_inheritable(reports, False)
     rank = Rank(commands, reports)
     threading.Thread(target=rank.listen, name="multicard-commands", daemon=True).start()
     rank.serve()
+    if not rank.ran_script:  # no exit handlers to run, and this is quicker
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":

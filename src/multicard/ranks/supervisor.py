@@ -6,239 +6,178 @@ thread that made it.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import os
 import queue
 import select
 import selectors
-import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from multicard.ranks import wire
+from multicard.ranks.logs import Logs
+from multicard.ranks.process import RankProcess
 
 GRACE = 0.3
-"""Seconds that ranks have to end by themselves once one has failed or the job is closed; then SIGKILL."""
-
-TAIL = 40
-"""Lines of each rank's standard error that are kept for the error message."""
+"""Seconds that ranks have to end by themselves once one has died or the job is closed; then SIGKILL."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """Something that happened to a rank: a message from it, or its end."""
+    """Something that happened to a rank: a message from it, or its end (``message`` None)."""
 
     rank: int
     message: wire.Message | None = None
-    returncode: int | None = None
-
-
-class _Process:
-    """One rank: its process and the parent's ends of its pipes."""
-
-    def __init__(self, rank: int, command: list[str], env: Mapping[str, str]) -> None:
-        self.rank = rank
-        self.tail: collections.deque[str] = collections.deque(maxlen=TAIL)
-        self.reader = wire.Reader()
-        child_commands, self.commands = os.pipe()
-        self.reports, child_reports = os.pipe()
-        try:
-            self.popen = subprocess.Popen(
-                [*command, str(child_commands), str(child_reports)],
-                env=dict(env),
-                pass_fds=(child_commands, child_reports),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                process_group=0,  # its own: Ctrl-C goes to the parent alone, and its children can be killed with it
-            )
-        except BaseException:
-            os.close(self.commands)
-            os.close(self.reports)
-            raise
-        finally:
-            os.close(child_commands)
-            os.close(child_reports)
-        os.set_blocking(self.commands, False)
-        os.set_blocking(self.reports, False)
-        self.pidfd = os.pidfd_open(self.popen.pid)
-
-    def kill(self) -> None:
-        """SIGKILL to the rank and everything that it started."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.popen.pid, signal.SIGKILL)
-
-    def close(self) -> None:
-        for fd in (self.commands, self.reports, self.pidfd):
-            with contextlib.suppress(OSError):
-                os.close(fd)
-        for stream in (self.popen.stdout, self.popen.stderr):
-            if stream is not None:
-                stream.close()
 
 
 class Supervisor:
-    """Starts ``len(environments)`` ranks and puts what happens to them in ``events``."""
+    """Starts a rank for each of ``environments``, and puts what happens to them in ``events``.
 
-    def __init__(self, environments: list[dict[str, str]], output: Callable[[int, bool, str], None]) -> None:
+    A rank that ends without being told to takes the others with it, whatever the caller is busy with.
+
+    Attributes:
+        events: messages and deaths, in the order in which they happened.
+        dead: exit codes of the ranks that have ended, negative for a signal, as in ``subprocess``.
+    """
+
+    def __init__(self, environments: Sequence[dict[str, str]], logs: Logs) -> None:
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.dead: dict[int, int] = {}
-        self._output = output
-        self._processes: list[_Process] = []
-        self._environments = environments
+        self.processes: list[RankProcess] = []
+        self._logs = logs
+        self._deadline: float | None = None  # the moment of SIGKILL
+        self._lock = threading.Lock()  # held to write to ranks and to close: a closed descriptor's number is reused
         self._wake_read, self._wake_write = os.pipe()
-        self._closing: float | None = None  # the moment of SIGKILL
         self._started: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="multicard-supervisor", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(environments,), name="multicard-supervisor", daemon=True
+        )
         self._thread.start()
-        error = self._started.get()
-        if error is not None:
+        if (error := self._started.get()) is not None:
             self._thread.join()
             raise error
 
-    @property
-    def pids(self) -> list[int]:
-        return [process.popen.pid for process in self._processes]
-
-    def tail(self, rank: int) -> str:
-        """The last lines of the rank's standard error."""
-        return "\n".join(self._processes[rank].tail)
-
-    def send(self, rank: int, message: wire.Message) -> None:
-        """Write ``message`` to the rank; gives up silently once the rank is dead or the job is closing."""
-        process = self._processes[rank]
+    def send(self, rank: int, message: wire.Message, patience: float) -> None:
+        """Write ``message`` to the rank; given up once it is dead, or takes nothing for ``patience`` seconds."""
+        process = self.processes[rank]
+        deadline = time.monotonic() + patience
         for part in message.encode():
             view = memoryview(part)
             while view:
-                if rank in self.dead or self._closing is not None:
+                with self._lock:
+                    if rank in self.dead or self._deadline is not None:
+                        return
+                    written = process.write(view)
+                if written:
+                    view = view[written:]
+                    deadline = time.monotonic() + patience
+                elif time.monotonic() > deadline:
                     return
-                try:
-                    view = view[os.write(process.commands, view[: 1 << 20]) :]
-                except BlockingIOError:
-                    select.select([], [process.commands], [], 0.1)
-                except OSError:  # the rank is gone; its end is an event of its own
-                    return
+                else:
+                    select.select([], [process.commands], [], 0.05)
 
-    def close(self, grace: float = GRACE) -> None:
-        """End all ranks: their command pipes say so, and SIGKILL after ``grace`` seconds. Returns when all are gone."""
-        if self._closing is None or grace == 0:
-            self._closing = time.monotonic() + grace
-        with contextlib.suppress(OSError):
-            os.write(self._wake_write, b"x")
-        self._thread.join()
+    def end(self, grace: float = GRACE) -> None:
+        """End all ranks: told so on their pipes, and SIGKILL after ``grace`` seconds. Returns when all are gone."""
+        with self._lock:
+            moment = time.monotonic() + grace
+            self._deadline = moment if self._deadline is None else min(moment, self._deadline)
+            if self._thread.is_alive():
+                with contextlib.suppress(OSError):
+                    os.write(self._wake_write, b"x")
+        if threading.current_thread() is self._thread:
+            return
+        self._thread.join(max(0.0, moment - time.monotonic()) + 1.0)
+        if self._thread.is_alive():  # it can't print: the console or the disk takes no more
+            for process in self.processes:
+                process.kill()
 
-    # the supervising thread
+    # what the supervising thread does
 
-    def _run(self) -> None:
+    def _run(self, environments: Sequence[dict[str, str]]) -> None:
+        error = None
+        command = [sys.executable, "-P", "-m", "multicard._rank", str(os.getpid())]
         try:
-            command = [sys.executable, "-P", "-m", "multicard._rank"]
-            for rank, env in enumerate(self._environments):
-                self._processes.append(_Process(rank, command, env))
-        except BaseException as error:
-            self._started.put(error)
-            self._closing = time.monotonic()
-        else:
-            self._started.put(None)
+            for rank, env in enumerate(environments):
+                self.processes.append(RankProcess(rank, command, env))
+        except BaseException as caught:
+            error = caught
+            self._deadline = time.monotonic()
+        self._started.put(error)
         try:
             self._supervise()
         finally:
-            for process in self._processes:
+            survivors = [process for process in self.processes if process.rank not in self.dead]
+            for process in survivors:
                 process.kill()
-                process.popen.wait()
-                process.close()
-            os.close(self._wake_read)
-            os.close(self._wake_write)
+            for process in survivors:
+                self._bury(process)
+            with self._lock:
+                for process in self.processes:
+                    process.close()
+                os.close(self._wake_read)
+                os.close(self._wake_write)
+                self._wake_write = -1
+            self._logs.close()
 
     def _supervise(self) -> None:
         with selectors.DefaultSelector() as selector:
             selector.register(self._wake_read, selectors.EVENT_READ)
-            for process in self._processes:
-                self._register(selector, process)
+            owners = {fd: process for process in self.processes for fd in process.readable}
+            for fd in owners:
+                selector.register(fd, selectors.EVENT_READ)
             told = False
-            while True:
+            while len(self.dead) < len(self.processes):
                 timeout = None
-                if self._closing is not None:
+                if self._deadline is not None:
                     if not told:
                         told = self._tell_all_to_exit()
-                    timeout = self._closing - time.monotonic()
-                    if len(self.dead) == len(self._processes) or timeout <= 0:
+                    timeout = self._deadline - time.monotonic()
+                    if timeout <= 0:
                         return
                 for key, _ in selector.select(timeout):
-                    if key.data is not None:
-                        key.data(selector)
-                    else:
+                    if key.fd == self._wake_read:
                         os.read(self._wake_read, 64)
+                        continue
+                    process = owners[key.fd]
+                    if key.fd == process.pidfd:
+                        _forget(selector, process.readable)
+                        self._bury(process)
+                    elif not self._listen(process, key.fd):
+                        _forget(selector, [key.fd])
 
     def _tell_all_to_exit(self) -> bool:
-        for process in self._processes:
-            with contextlib.suppress(OSError):
-                os.write(process.commands, b"".join(wire.Message("exit", 0).encode()))
+        for process in self.processes:
+            process.write(b"".join(wire.Message("exit", 0).encode()))
         return True
 
-    def _register(self, selector: selectors.BaseSelector, process: _Process) -> None:
-        selector.register(process.reports, selectors.EVENT_READ, lambda s: self._read_reports(s, process))
-        for stream, is_error in ((process.popen.stdout, False), (process.popen.stderr, True)):
-            assert stream is not None
-            os.set_blocking(stream.fileno(), False)
-            lines = _Lines(lambda text, e=is_error: self._on_line(process, e, text))
-            selector.register(stream, selectors.EVENT_READ, lambda s, f=stream, w=lines: self._read_lines(s, f, w))
-        selector.register(process.pidfd, selectors.EVENT_READ, lambda s: self._on_exit(s, process))
-
-    def _read_reports(self, selector: selectors.BaseSelector, process: _Process) -> None:
-        try:
-            for message in process.reader.read(process.reports):
+    def _listen(self, process: RankProcess, fd: int) -> bool:
+        """Read what is there; False at its end."""
+        if fd == process.reports:
+            messages, more = process.read_reports()
+            for message in messages:
                 self.events.put(Event(process.rank, message))
-        except BlockingIOError:
-            pass
-        except (EOFError, OSError):
-            selector.unregister(process.reports)
-
-    def _read_lines(self, selector: selectors.BaseSelector, stream: Any, lines: _Lines) -> None:
-        try:
-            chunk = os.read(stream.fileno(), 1 << 16)
-        except BlockingIOError:
-            return
-        lines.feed(chunk)
-        if not chunk:
-            selector.unregister(stream)
-
-    def _on_line(self, process: _Process, is_error: bool, line: str) -> None:
-        if is_error:
-            process.tail.append(line)
-        self._output(process.rank, is_error, line)
-
-    def _on_exit(self, selector: selectors.BaseSelector, process: _Process) -> None:
-        selector.unregister(process.pidfd)
-        for key in list(selector.get_map().values()):  # what it said last comes before its end
-            if key.fileobj in (process.reports, process.popen.stdout, process.popen.stderr):
-                _drain(selector, key)
-        returncode = process.popen.wait()
-        self.dead[process.rank] = returncode
-        self.events.put(Event(process.rank, returncode=returncode))
-
-
-def _drain(selector: selectors.BaseSelector, key: selectors.SelectorKey) -> None:
-    while key.fd in selector.get_map() and select.select([key.fd], [], [], 0)[0]:
-        key.data(selector)
-
-
-class _Lines:
-    """Cuts what is written to a pipe into whole lines."""
-
-    def __init__(self, write: Callable[[str], None]) -> None:
-        self._write = write
-        self._rest = b""
-
-    def feed(self, chunk: bytes) -> None:
-        *lines, self._rest = (self._rest + chunk).split(b"\n")
+            return more
+        lines, more = process.read_output(fd)
         for line in lines:
-            self._write(line.decode(errors="replace"))
-        if not chunk and self._rest:
-            self._write(self._rest.decode(errors="replace"))
-            self._rest = b""
+            self._logs.write(process.rank, fd == process.stderr, line)
+        return more
+
+    def _bury(self, process: RankProcess) -> None:
+        """Wait for a rank that has ended; what it said last comes before its end."""
+        for fd in (process.reports, process.stdout, process.stderr):
+            while select.select([fd], [], [], 0)[0] and self._listen(process, fd):
+                pass
+        process.kill()  # what it started, while its number can't be anybody else's
+        self.dead[process.rank] = process.popen.wait()
+        self.events.put(Event(process.rank))
+        if self._deadline is None:
+            self._deadline = time.monotonic() + GRACE
+
+
+def _forget(selector: selectors.BaseSelector, fds: Iterable[int]) -> None:
+    for fd in fds:
+        with contextlib.suppress(KeyError):
+            selector.unregister(fd)

@@ -13,13 +13,15 @@ import json
 import os
 import pickle
 import struct
+import sys
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cloudpickle
-import numpy
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 _LENGTH = struct.Struct("<I")
 _CHUNK = 1 << 20
@@ -117,16 +119,26 @@ class _Pickler(cloudpickle.Pickler):
     """cloudpickle, with tensors as raw bytes. Values on a card arrive on the CPU."""
 
     def reducer_override(self, obj: Any) -> Any:
-        if type(obj) is torch.Tensor and obj.layout == torch.strided and not obj.is_quantized and not obj.is_meta:
-            flat = obj.detach().cpu().contiguous().resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)
-            buffer = pickle.PickleBuffer(memoryview(flat.numpy()))
+        if _is_plain_tensor(obj):
+            flat = obj.detach().cpu().contiguous().resolve_conj().resolve_neg().reshape(-1)
+            buffer = pickle.PickleBuffer(memoryview(flat.view(sys.modules["torch"].uint8).numpy()))
             return _tensor, (buffer, obj.dtype, tuple(obj.shape), obj.requires_grad)
         if isinstance(obj, types.ModuleType) and type(obj) is not types.ModuleType:
             return importlib.import_module, (obj.__name__,)  # lazy modules are of a class of their own
         return super().reducer_override(obj)
 
 
+def _is_plain_tensor(obj: Any) -> bool:
+    torch = sys.modules.get("torch")  # where it isn't imported there is no tensor, and importing it takes seconds
+    if torch is None or type(obj) is not getattr(torch, "Tensor", None):
+        return False
+    return obj.layout == torch.strided and not obj.is_quantized and not obj.is_meta
+
+
 def _tensor(buffer: Any, dtype: torch.dtype, shape: tuple[int, ...], requires_grad: bool) -> torch.Tensor:
+    import numpy
+    import torch
+
     data = numpy.frombuffer(buffer, dtype=numpy.uint8)
     if not data.flags.writeable:
         data = data.copy()

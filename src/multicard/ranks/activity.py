@@ -1,0 +1,150 @@
+"""What a rank is doing, as told by itself from a thread of its own: stacks, and the collective that it is in."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Iterable, Sequence
+from types import FrameType
+from typing import Any
+
+_HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_C10D = os.path.join("torch", "distributed", "distributed_c10d.py")
+_TORCH_DISTRIBUTED = os.path.join("torch", "distributed", "")
+_OURS = (os.path.join(_HERE, "collectives.py"), os.path.join(_HERE, "backends"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A collective as its caller made it.
+
+    Attributes:
+        collective: its name, as in ``torch.distributed``.
+        group: its group's name, the same on all of the group's ranks.
+        axis: that group's description, for people.
+        ranks: the group's ranks.
+        number: its number in the group, from 1.
+        site: ``file:line`` of the code that called it.
+    """
+
+    collective: str
+    group: str = ""
+    axis: str = ""
+    ranks: tuple[int, ...] = ()
+    number: int | None = None
+    site: str = ""
+
+    @property
+    def key(self) -> str:
+        """The group's name, the same on its ranks and no others'."""
+        return f"{self.group} {self.ranks}"
+
+    def __str__(self) -> str:
+        number = f" number {self.number}" if self.number is not None else ""
+        axis = f" of {self.axis}" if self.axis else ""
+        return f"{self.collective}{number}{axis}" + (f" at {self.site}" if self.site else "")
+
+
+def is_communication(frame: FrameType) -> bool:
+    """Whether the frame belongs to collectives themselves and not to code that calls them."""
+    path = frame.f_code.co_filename
+    return path.startswith(_OURS) or _TORCH_DISTRIBUTED in path
+
+
+def call_in(frames: Sequence[FrameType]) -> Call | None:
+    """The collective that ``frames``, innermost first, are in; None where the innermost is not a collective's."""
+    inside: list[FrameType] = []
+    for frame in frames:
+        if not is_communication(frame):
+            break
+        inside.append(frame)
+    if not inside:
+        return None
+    named = [frame for frame in inside if frame.f_code.co_filename.endswith(_C10D)]
+    named = [frame for frame in named if not frame.f_code.co_name.startswith("_")] or inside
+    caller = frames[len(inside)] if len(inside) < len(frames) else None
+    group = _group_of(named[-1])
+    return Call(
+        named[-1].f_code.co_name,
+        **_about(group),
+        number=_number(group),
+        site=f"{caller.f_code.co_filename}:{caller.f_lineno}" if caller is not None else "",
+    )
+
+
+def _distributed() -> Any:
+    """torch.distributed where it is imported and in use: a rank that hangs before that has to answer too."""
+    dist = sys.modules.get("torch.distributed")
+    return dist if dist is not None and getattr(dist, "is_initialized", bool)() else None
+
+
+def numbers() -> dict[str, int]:
+    """How many collectives and messages this rank has entered, by group."""
+    dist = _distributed()
+    if dist is None:
+        return {}
+    groups = list(dist.distributed_c10d._world.pg_map)
+    return {Call("", **_about(group)).key: _number(group) or 0 for group in groups}
+
+
+def stacks() -> str:
+    """The Python stacks of this process's threads, the main one first."""
+    frames = sys._current_frames()
+    threads = sorted(threading.enumerate(), key=lambda thread: thread is not threading.main_thread())
+    texts = []
+    for thread in threads:
+        if thread.ident in frames and thread is not threading.current_thread():
+            texts.append(f"thread {thread.name}:\n" + "".join(traceback.format_stack(frames[thread.ident])))
+    return "".join(texts)
+
+
+def report() -> dict[str, Any]:
+    """What this rank is doing now, for its parent. Called from a thread other than the main one."""
+    main = sys._current_frames().get(threading.main_thread().ident or 0)
+    frames = list(_outwards(main))
+    place = f"{main.f_code.co_filename}:{main.f_lineno} ({main.f_code.co_name})" if main is not None else "its end"
+    return {"call": call_in(frames), "place": place, "numbers": numbers(), "stacks": stacks()}
+
+
+def call_of(error: BaseException) -> Call | None:
+    """The collective that raised ``error``."""
+    frames: list[FrameType] = []
+    trace = error.__traceback__
+    while trace is not None:
+        frames.insert(0, trace.tb_frame)
+        trace = trace.tb_next
+    return call_in(frames)
+
+
+def _outwards(frame: FrameType | None) -> Iterable[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _group_of(frame: FrameType) -> Any:
+    dist = _distributed()
+    if dist is None:
+        return None
+    group = frame.f_locals.get("group")
+    return group if isinstance(group, dist.ProcessGroup) else dist.group.WORLD
+
+
+def _about(group: Any) -> dict[str, Any]:
+    dist = _distributed()
+    if group is None or dist is None:
+        return {}
+    ranks = dist.distributed_c10d._world.pg_group_ranks.get(group, {})
+    return {"group": group.group_name, "axis": group.group_desc, "ranks": tuple(sorted(ranks))}
+
+
+def _number(group: Any) -> int | None:
+    if group is None:
+        return None
+    try:
+        return group._get_sequence_number_for_group() or None
+    except RuntimeError:  # this backend doesn't count
+        return None

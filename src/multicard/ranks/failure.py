@@ -1,0 +1,150 @@
+"""Failures: how a rank describes its own, and how its parent tells the first real one from those that follow."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import re
+import signal
+import time
+import traceback
+from collections.abc import Iterable
+from typing import Any
+
+from multicard.errors import CollectiveTimeout, RankError
+from multicard.ranks import activity, wire
+
+OWN, TIMEOUT, CONSEQUENCE = "own", "timeout", "consequence"
+
+_TIMED_OUT = re.compile(r"timed out waiting|timeout|Timed out", re.IGNORECASE)
+_PEER_GONE = re.compile(
+    r"connection closed by peer|connection reset by peer|broken pipe|connection was likely closed"
+    r"|remote process exited|no error message.*connection|socket closed|application timeout caused pair closure"
+    r"|gloo.*(pair|connect)",
+    re.IGNORECASE,
+)
+_BACKEND = re.compile(r"gloo|nccl|hccl|c10d|TCPStore|Store", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """What ended one rank's part of a call.
+
+    Attributes:
+        rank: whose it is.
+        kind: OWN (it raised or died), TIMEOUT (it waited for another), CONSEQUENCE (another's end reached it).
+        moment: when, by the clock that all processes share.
+        error: what to raise for it.
+        call: the collective that it was in.
+    """
+
+    rank: int
+    kind: str
+    moment: float
+    error: BaseException
+    call: activity.Call | None = None
+
+
+def describe(error: BaseException, rank: int) -> dict[str, Any]:
+    """In the rank: what the parent needs to raise ``error`` again; itself where it pickles, its text where not."""
+    text = "".join(traceback.format_exception(error))
+    told = {
+        "type": type(error).__name__,
+        "message": str(error),
+        "traceback": text,
+        "kind": _kind(error, rank),
+        "moment": time.monotonic(),
+        "call": activity.call_of(error),
+        "exception": None,
+    }
+    error.__traceback__ = None
+    try:
+        message = wire.pack("", 0, error)
+        if type(message.load()) is type(error):
+            told["exception"] = message
+    except Exception:  # an exception's own __reduce__ can do anything
+        pass
+    return told
+
+
+def _kind(error: BaseException, rank: int) -> str:
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    for link in chain:
+        if isinstance(link, CollectiveTimeout):
+            return TIMEOUT
+        if isinstance(link, RankError) and link.rank not in (None, rank):
+            return CONSEQUENCE
+        if isinstance(link, RuntimeError) and _BACKEND.search(str(link)):
+            if _TIMED_OUT.search(str(link)):
+                return TIMEOUT
+            if _PEER_GONE.search(str(link)):
+                return CONSEQUENCE
+    return OWN
+
+
+def revive(rank: int, message: wire.Message) -> Failure:
+    """In the parent: the failure that a rank's error message describes."""
+    told = message.load()
+    summary = f"rank {rank} raised {told['type']}: {told['message']}"
+    cause = RankError(summary, rank=rank)
+    error = _load(told["exception"])
+    if error is None:
+        error = cause
+    elif not isinstance(error, RankError):
+        error.__cause__ = cause
+    error.add_note(f"raised on rank {rank}:\n{told['traceback'].rstrip()}")
+    return Failure(rank, told["kind"], told["moment"], error, told["call"])
+
+
+def _load(message: wire.Message | None) -> BaseException | None:
+    try:
+        return message.load() if message is not None else None
+    except Exception:  # its module isn't importable here, or its __init__ objects
+        return None
+
+
+def death(rank: int, returncode: int, tail: Iterable[str], out_of_memory: bool, doing: str) -> Failure:
+    """The failure of a rank that ended by itself or was killed."""
+    number = -returncode if returncode < 0 else None
+    if number is None:
+        what = f"rank {rank} exited with code {returncode} {doing}"
+    else:
+        what = f"rank {rank} was killed by {_signal_name(number)} (signal {number}) {doing}"
+    if number == signal.SIGKILL and out_of_memory:
+        what += ": the kernel ran out of memory and chose it; use more ranks, a smaller dtype or a shorter context"
+    elif number == signal.SIGKILL:
+        what += ": if nobody sent it, likely out of memory"
+    stderr = "\n".join(tail)
+    error = RankError(what, rank=rank, signal=number, stderr=stderr)
+    if stderr:
+        error.add_note(f"the end of rank {rank}'s standard error:\n{stderr}")
+    return Failure(rank, OWN, time.monotonic(), error)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def first_real(failures: Iterable[Failure]) -> Failure:
+    """The one to raise: the earliest of those that are nobody's consequence, else of the timeouts, else of all."""
+    order = (OWN, TIMEOUT, CONSEQUENCE)
+    return min(failures, key=lambda failure: (order.index(failure.kind), failure.moment))
+
+
+def kills_for_memory() -> int:
+    """How many processes the kernel has killed for memory, on this machine or in this container; 0 if unknown."""
+    found = 0
+    for path in ("/proc/vmstat", "/sys/fs/cgroup/memory.events"):
+        try:
+            lines = pathlib.Path(path).read_text().splitlines()
+        except OSError:
+            continue
+        found += sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+    return found
