@@ -9,19 +9,238 @@ docs/shm.md has what it does, what it costs and what it refuses.
 
 from __future__ import annotations
 
+import datetime
+import os
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from multicard.backends.shm_group import ShmProcessGroup
+from multicard.backends.shm_group import Group
+from multicard.backends.shm_reduce import op_name
+from multicard.backends.shm_work import ShmWork
+from multicard.errors import ConfigError, UnsupportedError
+
+# torch's stubs spell every way to call each method; here are those that torch.distributed and its C++ side use
+# mypy: disable-error-code="override, assignment"
 
 __all__ = ["ShmProcessGroup"]
 
 
+class ShmProcessGroup(dist.ProcessGroup):
+    """A :class:`~multicard.backends.shm_group.Group` as ``torch.distributed`` knows it.
+
+    Attributes:
+        shm: the group itself, for callers that want no wrapping.
+    """
+
+    def __init__(
+        self, store: dist.Store, rank: int, size: int, timeout: datetime.timedelta, ranks: Sequence[int] | None = None
+    ) -> None:
+        super().__init__(rank, size)  # type: ignore[call-arg]
+        checked = os.environ.get("MULTICARD_CHECK", "0") not in ("", "0")
+        self.shm = Group(store, rank, ranks or range(size), timeout.total_seconds(), checked=checked)
+        self._names = {"name": "", "desc": ""}
+        self._coalesced: list[ShmWork] | None = None
+
+    # ---- collectives: with the lists that c10d passes, and under each name that it has had
+
+    def allreduce(self, tensors: Any, opts: Any = None, timeout: Any = None) -> ShmWork:
+        op = _op(opts)
+        for x in _list(tensors):
+            self.shm.all_reduce(x, op)
+        return ShmWork(tensors)
+
+    allreduce_coalesced = allreduce
+
+    def broadcast(self, tensors: Any, opts: Any, timeout: Any = None) -> ShmWork:
+        for x in _list(tensors):
+            self.shm.broadcast(x, _root(opts))
+        return ShmWork(tensors)
+
+    def allgather(self, outs: Any, inputs: Any, opts: Any = None) -> ShmWork:
+        if isinstance(inputs, Tensor):
+            outs, inputs = [outs], [inputs]
+        for parts, x in zip(outs, inputs, strict=True):
+            self.shm.all_gather(parts, x)
+        return ShmWork(outs)
+
+    allgather_coalesced = allgather
+
+    def all_gather_single(self, out: Tensor, x: Tensor, opts: Any = None) -> ShmWork:
+        self.shm.all_gather_single(out, x)
+        return ShmWork((out,))
+
+    _allgather_base = all_gather_single
+
+    def all_gather_single_coalesced(
+        self, outs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = None
+    ) -> ShmWork:
+        for out, x in zip(outs, inputs, strict=True):
+            self.shm.all_gather_single(out, x)
+        return ShmWork(outs)
+
+    allgather_into_tensor_coalesced = all_gather_single_coalesced
+
+    def reduce_scatter(self, outs: Any, inputs: Any, opts: Any = None, timeout: Any = None) -> ShmWork:
+        if isinstance(outs, Tensor):
+            outs, inputs = [outs], [inputs]
+        for out, parts in zip(outs, inputs, strict=True):
+            self.shm.reduce_scatter(out, parts, _op(opts))
+        return ShmWork(outs)
+
+    def reduce_scatter_single(self, out: Tensor, x: Tensor, opts: Any = None) -> ShmWork:
+        size = self.shm.size
+        if x.numel() != out.numel() * size:
+            raise ConfigError(f"reduce_scatter: {x.numel()} elements are not {size} ranks × {out.numel()}")
+        self.shm.reduce_scatter(out, x.contiguous().view(size, -1).unbind() if x.numel() else [x] * size, _op(opts))
+        return ShmWork((out,))
+
+    _reduce_scatter_base = reduce_scatter_single
+
+    def reduce_scatter_single_coalesced(
+        self, outs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = None
+    ) -> ShmWork:
+        for out, x in zip(outs, inputs, strict=True):
+            self.reduce_scatter_single(out, x, opts)
+        return ShmWork(outs)
+
+    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
+
+    def reduce(self, tensors: Any, opts: Any, op: Any = None, timeout: Any = None) -> ShmWork:
+        for x in _list(tensors):
+            self.shm.reduce(x, _root(opts), _op(opts if op is None else op))
+        return ShmWork(tensors)
+
+    def gather(self, outs: Any, inputs: Any, opts: Any, timeout: Any = None) -> ShmWork:
+        for i, x in enumerate(inputs):
+            self.shm.gather(outs[i] if outs else [], x, opts.rootRank)
+        return ShmWork(outs)
+
+    def scatter(self, outs: Any, inputs: Any, opts: Any, timeout: Any = None) -> ShmWork:
+        for i, out in enumerate(outs):
+            self.shm.scatter(out, inputs[i] if inputs else [], opts.rootRank)
+        return ShmWork(outs)
+
+    def all_to_all_single(
+        self, out: Tensor, x: Tensor, out_splits: Sequence[int], in_splits: Sequence[int], opts: Any = None
+    ) -> ShmWork:
+        size = self.shm.size
+        return self.shm.all_to_all(_rows(out, out_splits, size), _rows(x, in_splits, size), (out,))
+
+    alltoall_base = all_to_all_single
+
+    def alltoall(self, outs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = None) -> ShmWork:
+        return self.shm.all_to_all(outs, inputs)
+
+    def barrier(self, opts: Any = None, timeout: Any = None) -> ShmWork:
+        self.shm.barrier()
+        return ShmWork()
+
+    # ---- messages
+
+    def send(self, tensors: Sequence[Tensor], to: int, tag: int = 0) -> ShmWork:
+        return self._started(self.shm.send(tensors, to, tag))
+
+    def recv(self, tensors: Sequence[Tensor], source: int, tag: int = 0) -> ShmWork:
+        return self._started(self.shm.recv(tensors, source, tag))
+
+    def recv_anysource(self, tensors: Sequence[Tensor], tag: int = 0) -> ShmWork:
+        return self._started(self.shm.recv_from_any(tensors, tag))
+
+    def _started(self, work: ShmWork) -> ShmWork:
+        if self._coalesced is not None:
+            self._coalesced.append(work)
+        return work
+
+    def _start_coalescing(self, device: Any = None) -> None:
+        self._coalesced = []
+
+    def _end_coalescing(self, device: Any = None) -> ShmWork:
+        works, self._coalesced = self._coalesced or [], None
+
+        def finish() -> None:
+            for work in works:
+                work.wait()
+
+        return ShmWork((), self.shm, [t for work in works for t in work.transfers], finish)
+
+    supports_coalescing = False  # batch_isend_irecv then starts one message at a time, which never blocks
+
+    # ---- life
+
+    def set_timeout(self, timeout: datetime.timedelta) -> None:
+        self.shm.set_timeout(timeout.total_seconds())
+
+    _set_default_timeout = set_timeout
+
+    def shutdown(self) -> None:
+        """Leave the group: a peer that still waits for this rank gets an error at once."""
+        self.shm.close()
+
+    abort = shutdown
+
+    # ---- what torch.distributed asks of a group
+
+    def _get_backend(self, device: torch.device) -> Any:
+        if torch.device(device).type != "cpu":
+            raise UnsupportedError(f"backend shm is for CPU tensors, not {device}")
+        return self
+
+    def getBackendName(self) -> str:  # noqa: N802
+        return "shm"
+
+    name = getBackendName
+
+    def getRank(self) -> int:  # noqa: N802
+        return self.shm.rank
+
+    def getSize(self) -> int:  # noqa: N802
+        return self.shm.size
+
+    rank, size = getRank, getSize
+
+    def setGroupName(self, name: str) -> None:  # noqa: N802
+        self._names["name"] = name
+
+    def getGroupName(self) -> str:  # noqa: N802
+        return self._names["name"]
+
+    def setGroupDesc(self, desc: str) -> None:  # noqa: N802
+        self._names["desc"] = desc
+
+    def getGroupDesc(self) -> str:  # noqa: N802
+        return self._names["desc"]
+
+    _set_group_name, _set_group_desc = setGroupName, setGroupDesc
+    group_name, group_desc = property(getGroupName), property(getGroupDesc)
+
+
+def _list(tensors: Any) -> Sequence[Tensor]:
+    return (tensors,) if isinstance(tensors, Tensor) else tensors
+
+
+def _op(opts: Any) -> str:
+    return "sum" if opts is None else op_name(getattr(opts, "reduceOp", opts))
+
+
+def _root(opts: Any) -> int:
+    return opts if isinstance(opts, int) else int(opts.rootRank)
+
+
+def _rows(x: Tensor, sizes: Sequence[int], parts: int) -> Sequence[Tensor]:
+    """Slices by rank along dim 0; None given: equal ones."""
+    sizes = list(sizes) or [x.shape[0] // parts] * parts
+    if sum(sizes) != x.shape[0] or len(sizes) != parts:
+        raise ConfigError(f"all_to_all: slices of {sizes} over {parts} ranks don't make {x.shape[0]} rows")
+    return x.split(sizes)
+
+
 def _create(options: Any, _: object) -> ShmProcessGroup:
-    return ShmProcessGroup(
-        options.store, options.group_rank, options.group_size, options.timeout, options.global_ranks_in_group
-    )
+    ranks = options.global_ranks_in_group
+    return ShmProcessGroup(options.store, options.group_rank, options.group_size, options.timeout, ranks)
 
 
 if "shm" not in dist.Backend.backend_list:

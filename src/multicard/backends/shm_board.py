@@ -49,7 +49,8 @@ class Board:
 
     def _half(self, half: int, dtype: torch.dtype, shape: tuple[int, ...]) -> list[Tensor]:
         size = math.prod(shape) * dtype.itemsize
-        return [self._windows[half, r, :size].view(dtype).view(shape) for r in range(self.size)]
+        with torch.inference_mode(False):  # a view made in inference mode could not be written outside
+            return [self._windows[half, r, :size].view(dtype).view(shape) for r in range(self.size)]
 
     def _typed(self, dtype: torch.dtype) -> list[Tensor]:
         """Every rank's whole window, in the half that the next step uses, as elements."""
@@ -62,28 +63,24 @@ class Board:
         self._sync.await_all()
 
     def all_reduce(self, x: Tensor, op: str) -> None:
-        """Combine everybody's ``x`` in place. Any strides."""
-        if x.numel() * x.itemsize <= FLAT:
-            sync, slots = self._sync, self._slots(x.dtype, x.shape)
-            sync.may_write()
-            slots[self.rank].copy_(x)
-            sync.post()
-            sync.await_all()
-            reduce_into(x, slots, op)
+        """Combine everybody's contiguous ``x`` in place."""
+        if x.numel() * x.itemsize > FLAT:
+            for part in x.view(-1).split(WINDOW // x.itemsize // self.size * self.size):
+                self._reduce_piece(part, op)
             return
-        flat = x.contiguous().view(-1)
-        piece = WINDOW // x.itemsize // self.size * self.size
-        for part in flat.split(piece):
-            self._reduce_piece(part, op)
-        if not x.is_contiguous():
-            x.copy_(flat.view(x.shape))
+        sync, slots = self._sync, self._slots(x.dtype, x.shape)
+        sync.settle()
+        slots[self.rank].copy_(x)
+        sync.post()
+        sync.await_all()
+        reduce_into(x, slots, op)
 
     def _reduce_piece(self, x: Tensor, op: str) -> None:
         """Every rank adds up its slice of everybody's, then everybody copies the slices: reduce-scatter, all-gather."""
         sync, rank = self._sync, self.rank
         shares = [slice(s.start, s.stop) for s in partition.split(x.numel(), self.size)]
         slots = self._typed(x.dtype)
-        sync.may_write()
+        sync.settle()
         for r, share in enumerate(shares):
             if r != rank:
                 slots[rank][share].copy_(x[share])
@@ -108,7 +105,7 @@ class Board:
         for start in range(0, max(out.numel() for out in outs), piece):
             slots = self._typed(x.dtype)
             mine = x[start : start + piece]
-            sync.may_write()
+            sync.settle()
             slots[rank][: mine.numel()].copy_(mine)
             sync.post()
             if start == 0 and outs[rank].data_ptr() != x.data_ptr():
@@ -125,7 +122,7 @@ class Board:
         room = WINDOW // out.itemsize // self.size
         for start in range(0, max(part.numel() for part in parts), room):
             slots = self._typed(out.dtype)
-            sync.may_write()
+            sync.settle()
             for r, part in enumerate(parts):
                 piece = part[start : start + room]
                 if r != rank and piece.numel():
@@ -149,7 +146,7 @@ class Board:
         for part in x.split(WINDOW // x.itemsize):
             slots = self._slots(part.dtype, part.shape)
             if self.rank == root:
-                sync.may_write()
+                sync.settle()
                 slots[root].copy_(part)
             sync.post()
             if self.rank != root:
@@ -163,7 +160,7 @@ class Board:
         for start in range(0, x.numel(), piece):
             part = x[start : start + piece]
             slots = self._slots(part.dtype, part.shape)
-            sync.may_write()
+            sync.settle()
             slots[self.rank].copy_(part)
             sync.post()
             if self.rank == root:
@@ -177,7 +174,7 @@ class Board:
         for start in range(0, out.numel(), room):
             slot = self._typed(out.dtype)[root]
             if self.rank == root:
-                sync.may_write()
+                sync.settle()
                 for r, part in enumerate(parts):
                     piece = part[start : start + room]
                     slot[r * room : r * room + piece.numel()].copy_(piece)

@@ -146,7 +146,8 @@ class Inbox:
             if message.tag == tag:
                 self._check(message, total)
                 return message
-        early = Transfer(self._peer, torch.empty(total, dtype=torch.uint8), tag)
+        with torch.inference_mode(False):
+            early = Transfer(self._peer, torch.empty(total, dtype=torch.uint8), tag)
         self._early.setdefault(tag, collections.deque()).append(early)
         return early
 

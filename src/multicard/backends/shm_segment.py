@@ -20,6 +20,7 @@ import mmap
 import os
 import secrets
 import time
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -35,9 +36,10 @@ WINDOW = 1 << 20
 CELL = 1 << 18
 DEPTH = 32
 
-FLAG, PID, FAILED, CALL = 0, LINE // WORD, LINE // WORD + 2, 2 * LINE // WORD  # a row's words
-CALL_WORDS = 8
-ROW = 3 * LINE // WORD
+# a row: the flag, alone on its line; who holds the row and how it failed; calls and call sites, for odd and even steps
+PID, FAILED, CALL, SITE = LINE // WORD, LINE // WORD + 1, LINE // WORD + 2, 2 * LINE // WORD
+CALL_WORDS = 4
+ROW = 4 * LINE // WORD
 POSTED, TAKEN, TABLE = 0, LINE // WORD, 2 * LINE // WORD  # a channel's words
 ENTRY = 4
 CHANNEL = TABLE + DEPTH * ENTRY
@@ -90,6 +92,7 @@ class Invitation:
         nonce = 0
         if rank == 0:
             self.fd = os.memfd_create("multicard")
+            self._close = weakref.finalize(self, os.close, self.fd)
             os.fchmod(self.fd, 0o600)
             os.ftruncate(self.fd, segment_bytes(len(ranks)))
             nonce = secrets.randbits(63) | 1
@@ -160,9 +163,8 @@ class Invitation:
 
     def withdraw(self) -> None:
         """Give up rank 0's descriptor: the memory lives on in the ranks that have mapped it."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        if self.rank == 0:
+            self._close()
 
 
 def _header_words(size: int) -> int:
@@ -188,13 +190,15 @@ class Segment:
     Attributes:
         words: rows and channels as 64-bit words. An aligned word is read and written by one move, in every build of
             CPython (``memoryview`` copies a word of 8 bytes), so it is never seen half written.
+        text: the same as bytes.
         windows: ``(2, ranks, WINDOW)`` bytes.
         cells: ``(from, to, DEPTH, CELL)`` bytes.
     """
 
     def __init__(self, fd: int, size: int) -> None:
         memory = mmap.mmap(fd, segment_bytes(size))
-        self.words = memoryview(memory)[: _header_words(size) * WORD].cast("Q")
+        self.text = memoryview(memory)[: _header_words(size) * WORD]
+        self.words = self.text.cast("Q")
         whole = torch.frombuffer(memory, dtype=torch.uint8)
         windows, cells = _windows_at(size), _cells_at(size)
         self.windows: Tensor = whole[windows:cells].view(2, size, WINDOW)

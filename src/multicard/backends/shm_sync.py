@@ -29,7 +29,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from multicard.backends.shm_segment import CALL, CALL_WORDS, FAILED, FLAG, Process, Segment
+from multicard.backends.shm_call import describe
+from multicard.backends.shm_segment import CALL, CALL_WORDS, FAILED, LINE, SITE, WORD, Process, Segment
 from multicard.errors import CollectiveTimeout, MismatchError, RankError
 
 CALL_BITS = 24
@@ -51,7 +52,6 @@ class Sync:
         ranks: every rank's global rank, for messages.
         timeout: seconds that one wait may last.
         progress: moves this thread's point-to-point messages along.
-        describe: names a collective from its description's words.
     """
 
     def __init__(
@@ -62,21 +62,21 @@ class Sync:
         ranks: Sequence[int],
         timeout: float,
         progress: Callable[[], None],
-        describe: Callable[[Sequence[int]], str],
     ) -> None:
-        self.words, self.rank, self.ranks, self.timeout = segment.words, rank, ranks, timeout
+        self.words, self._text = segment.words, segment.text
+        self.rank, self.ranks, self.timeout = rank, ranks, timeout
         self.size = len(ranks)
-        self._peers, self._progress, self._describe = peers, progress, describe
+        self._peers, self._progress = peers, progress
         self._rows = [segment.row(r) for r in range(self.size)]
         self._row = self._rows[rank]
-        self._others = [(r, row + FLAG) for r, row in enumerate(self._rows) if r != rank]
+        self._others = [(r, row) for r, row in enumerate(self._rows) if r != rank]
         crowded = self.size > len(os.sched_getaffinity(0))
         self._spins = 20 if crowded else 2000  # about a microsecond, or a hundred of them
         self.sequence = 0  # steps posted
         self.settled = 0  # every peer is known to have posted this step
         self.calls = 0
-        self._call = 0
-        self._words: tuple[int, ...] = ()
+        self._call = self._posted = 0
+        self._words: tuple[int, ...] = (0, 0, 0, 0)
         self.error: RankError | None = None
         lock = threading.Lock()
         lock.acquire()
@@ -90,7 +90,7 @@ class Sync:
     # ---- steps
 
     def enter(self, *call: int) -> None:
-        """Begin a collective: tell the others which, by at most CALL_WORDS numbers that all of them give alike.
+        """Begin a collective: tell the others which, by CALL_WORDS numbers that all of them give alike.
 
         Raises:
             RankError: the group has failed before.
@@ -105,61 +105,68 @@ class Sync:
             self.words[at] = word
             at += 1
 
-    def may_write(self) -> None:
-        """Wait until nobody reads what this rank wrote two steps ago: that half of its window is free again."""
+    def agree(self, site: int, line: str) -> None:
+        """A step of its own, before any data moves: everybody makes the same call, from the same place."""
+        self._call = hash((self._call, site)) & CALL_MASK
+        at = (self._row + SITE) * WORD + (self.sequence + 1 & 1) * LINE
+        self._text[at : at + LINE] = line.encode()[-LINE:].ljust(LINE, b"\0")
+        self.post()
+        self.await_all()
+
+    def settle(self) -> None:
+        """Wait until everybody has posted this rank's latest step: what was written one before may be overwritten.
+
+        Precedes every write and every post. So a rank is never more than one step ahead of another, and one that is
+        ahead has seen that they agree on the step behind.
+        """
         if self.settled < self.sequence:
-            self._wait_for_flags(self.sequence << CALL_BITS, [r for r, _ in self._others])
-            self.fence()
+            self._await(self._others)
             self.settled = self.sequence
 
     def post(self) -> None:
         """Say that this rank's part of the next step is written, and that it has read everything of the last."""
+        if self.settled < self.sequence:
+            self.settle()
         self.sequence += 1
+        self._posted = self.sequence << CALL_BITS | self._call
         self._release()
         self._acquire()
-        self.words[self._row] = self.sequence << CALL_BITS | self._call
+        self.words[self._row] = self._posted
 
     def await_all(self) -> None:
         """Wait until every rank has posted this step."""
-        mine = self.sequence << CALL_BITS | self._call
-        floor = mine & ~CALL_MASK
-        words, spins = self.words, self._spins
-        for rank, flag in self._others:
-            while words[flag] < floor:
-                spins -= 1
-                if spins < 0:
-                    self._wait_for_flags(floor, [r for r, _ in self._others])
-                    break
-            if 0 < words[flag] ^ mine <= CALL_MASK:  # one that is further has seen that we agree
-                raise self.fail(self._mismatch(rank))
-        self._release()
-        self._acquire()
+        self._await(self._others)
         self.settled = self.sequence
 
     def await_one(self, rank: int) -> None:
         """Wait until ``rank`` has posted this step."""
-        mine = self.sequence << CALL_BITS | self._call
-        flag = self._rows[rank] + FLAG
-        spins = self._spins
-        while self.words[flag] < mine & ~CALL_MASK:
-            spins -= 1
-            if spins < 0:
-                self._wait_for_flags(mine & ~CALL_MASK, [rank])
-        if 0 < self.words[flag] ^ mine <= CALL_MASK:
-            raise self.fail(self._mismatch(rank))
-        self.fence()
+        self._await([(rank, self._rows[rank])])
 
-    def _wait_for_flags(self, floor: int, ranks: Sequence[int]) -> None:
-        words, rows = self.words, self._rows
-        self.wait(lambda: [r for r in ranks if words[rows[r] + FLAG] < floor])
+    def _await(self, ranks: Sequence[tuple[int, int]]) -> None:
+        words, spins, posted = self.words, self._spins, self._posted
+        floor = posted & ~CALL_MASK
+        for rank, flag in ranks:
+            while words[flag] < floor:
+                spins -= 1
+                if spins < 0:
+                    self.wait(lambda: [r for r, at in ranks if words[at] < floor])
+                    break
+            if 0 < words[flag] ^ posted <= CALL_MASK:  # the same step of another call
+                raise self.fail(self._mismatch(rank))
+        self._release()
+        self._acquire()
 
     def _mismatch(self, rank: int) -> RankError:
-        """Ranks that agree on every step so far part at a call's first step, so its words lie by that step's parity."""
+        """Ranks that agree on every step so far part at a call's first step: its words are those of that parity."""
         self.fence()
-        at = self._rows[rank] + CALL + (self.sequence & 1) * CALL_WORDS
-        theirs = self._describe(self.words[at : at + CALL_WORDS].tolist())
+        half = self.sequence & 1
+        at = self._rows[rank] + CALL + half * CALL_WORDS
+        theirs = describe(self.words[at : at + CALL_WORDS].tolist())
+        at = (self._rows[rank] + SITE) * WORD + half * LINE
+        line = bytes(self._text[at : at + LINE]).rstrip(b"\0").decode(errors="replace")
+        where = f" at {line}" if line else ""
         return self.make_error(
-            MismatchError, rank, f"rank {self.ranks[rank]} is in {theirs}: ranks must make the same calls"
+            MismatchError, rank, f"rank {self.ranks[rank]} is in {theirs}{where}: ranks must make the same calls"
         )
 
     # ---- waits
@@ -212,7 +219,7 @@ class Sync:
     # ---- failure
 
     def make_error(self, kind: type[RankError], culprit: int, what: str) -> RankError:
-        name = self._describe(self._words)
+        name = describe(self._words)
         return kind(
             f"{what}; rank {self.ranks[self.rank]} was in {name}, call {self.calls} of its group",
             rank=self.ranks[culprit],

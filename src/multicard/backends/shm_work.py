@@ -1,0 +1,94 @@
+"""Handles of operations under way, and whose they are."""
+
+from __future__ import annotations
+
+import datetime
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from multicard.backends.shm_channel import Transfer
+    from multicard.backends.shm_group import Group
+
+
+class ShmWork(dist.Work):
+    """An operation's handle. Collectives are complete when they return; messages are when ``wait`` returns.
+
+    Args:
+        tensors: what a future of this gives.
+        group, transfers: the messages that must arrive first.
+        finish: then writes back what had to be copied.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[Any] = (),
+        group: Group | None = None,
+        transfers: Sequence[Transfer] = (),
+        finish: Callable[[], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self._tensors, self._group, self.transfers, self._finish = tensors, group, transfers, finish
+
+    def wait(self, timeout: datetime.timedelta | None = None) -> bool:
+        if self._group is not None:
+            self._group.drive(self.transfers)
+            if self._finish is not None:
+                self._finish()
+            self._group = self._finish = None
+        return True
+
+    def is_completed(self) -> bool:
+        if self._group is not None:
+            self._group.progress()
+            if all(transfer.complete for transfer in self.transfers):
+                self.wait()
+        return self._group is None
+
+    def is_success(self) -> bool:
+        return self.is_completed()
+
+    def synchronize(self) -> None:
+        self.wait()
+
+    def source_rank(self) -> int:
+        return self.transfers[0].peer
+
+    _source_rank = source_rank
+
+    def result(self) -> list[Tensor]:
+        self.wait()
+        return list(self._tensors)
+
+    def get_future(self) -> torch.futures.Future:
+        """A future that is complete: nothing moves messages along behind a program's back, so this waits."""
+        self.wait()
+        future: torch.futures.Future = torch.futures.Future()
+        future.set_result(self._tensors)
+        return future
+
+
+class _Pending(threading.local):
+    """Groups in which this thread has messages under way.
+
+    A rank is one party to all of its groups: while it waits in one, a peer may be waiting for its message in another.
+    So this belongs to the thread and not to a group. It holds no settings, and is empty once messages have arrived.
+    """
+
+    def __init__(self) -> None:
+        self.groups: weakref.WeakSet[Group] = weakref.WeakSet()
+
+
+pending = _Pending()
+
+
+def progress_all() -> None:
+    """Move all of this thread's messages along."""
+    for group in tuple(pending.groups):
+        group.progress()
