@@ -33,7 +33,7 @@ class Rope:
         self._table = torch.empty(0, 2, head_dim, dtype=dtype, device=device)
 
     def __call__(self, positions: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-        """Cos and sin of ``(batch or 1, tokens)`` positions under ``limit``: each ``(batch or 1, tokens, 1, head_dim)``.
+        """Cos and sin, ``(batch or 1, tokens, 1, head_dim)``, of ``(batch or 1, tokens)`` positions under ``limit``.
 
         The sine's first half carries the minus of the rotation.
         """
