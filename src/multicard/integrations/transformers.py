@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from multicard.errors import UnsupportedError
 from multicard.integrations import transformers_layers as layers
+from multicard.integrations import transformers_load as loading
 from multicard.integrations.transformers_checks import check_structure
 from multicard.integrations.transformers_heads import Heads, localize, read_heads
 from multicard.integrations.transformers_plans import FUSED, HEAD_STYLES, ResolvedPlan, resolve_plan
@@ -33,6 +36,36 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh, plan: Mapping[str, s
     split_tensors(model, mesh.tp, plan)
     model.requires_grad_(False).eval()
     return model if model.device.type == "meta" else model.to(mesh.device)
+
+
+def from_pretrained(
+    path: str | os.PathLike[str],
+    mesh: ParallelMesh,
+    *,
+    model_class: type[PreTrainedModel] | None = None,
+    dtype: torch.dtype | None = None,
+    plan: Mapping[str, str] | None = None,
+    **overrides: Any,
+) -> PreTrainedModel:
+    """A ``transformers`` checkpoint as a model split over ``mesh``; every rank reads its own slices only.
+
+    Args:
+        path: a folder with a config and safetensors files.
+        mesh: as for :func:`parallelize`.
+        model_class: the class to build; None: what the config names.
+        dtype: of the weights; None: the config's.
+        plan: as for :func:`parallelize`.
+        overrides: values for the config (``attn_implementation="eager"``).
+
+    Raises:
+        CheckpointError: files or tensors are missing, damaged or of another shape; the same on every rank.
+        UnsupportedError, ConfigError: as for :func:`parallelize`.
+    """
+    model = loading.build(path, model_class, dtype, **overrides)
+    sources = loading.Sources(model)
+    split_tensors(model, mesh.tp, plan)
+    loading.load(model, path, mesh, sources)
+    return model.requires_grad_(False).eval()
 
 
 def split_tensors(model: PreTrainedModel, axis: Axis, plan: Mapping[str, str] | None = None) -> None:

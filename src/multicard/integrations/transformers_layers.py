@@ -85,25 +85,21 @@ def head(module: nn.Linear, axis: Axis) -> ColumnParallelLinear:
 
 def embedding(module: nn.Embedding, axis: Axis) -> VocabParallelEmbedding | None:
     """Vocabulary rows, or None where the class does something that we don't know; it then stays whole."""
-    if module.max_norm is not None:
+    scaled = type(module).__name__.endswith("ScaledWordEmbedding") and len(list(module.parameters())) == 1
+    if module.max_norm is not None or not (scaled or type(module) is nn.Embedding):
         return None
-    if type(module) is nn.Embedding:
-        return VocabParallelEmbedding.from_embedding(module, axis)
-    if type(module).__name__.endswith("ScaledWordEmbedding") and hasattr(module, "embed_scale"):
-        layer = VocabParallelEmbedding.from_embedding(module, axis)
-        scale = module.embed_scale
-        layer.register_buffer(
-            "embed_scale", scale.detach().clone() if isinstance(scale, Tensor) else None, persistent=False
-        )
-        layer.register_forward_hook(_scaler(scale))
-        return layer
-    return None
+    layer = VocabParallelEmbedding.from_embedding(module, axis)
+    if scaled:
+        layer.register_forward_hook(_scaler(module))
+    return layer
 
 
-def _scaler(scale: Tensor | float) -> Callable[..., Tensor]:
-    def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        factor = module.embed_scale
-        return out * (scale if factor is None else factor.to(out.dtype))
+def _scaler(module: nn.Embedding) -> Callable[..., Tensor]:
+    """What a scaled embedding multiplies with: a number, or (Gemma) one rounded to the weights' type."""
+    plain, rounded = module.embed_scale, getattr(module, "scalar_embed_scale", None)
+
+    def hook(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        return out * (plain if rounded is None else torch.tensor(rounded, dtype=out.dtype))
 
     return hook
 
