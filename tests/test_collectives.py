@@ -1,0 +1,164 @@
+"""The collectives on an axis, on shared memory and on gloo, against what one process computes in float64."""
+
+import itertools
+
+import pytest
+import torch
+
+from multicard import collectives, partition, single
+from multicard.errors import ConfigError
+
+BACKENDS = ("auto", "gloo")
+RANKS = (2, 3, 4)
+
+
+def contribution(rank: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """What a rank brings: the same wherever it is computed."""
+    generator = torch.Generator().manual_seed(1000 * rank + sum(shape))
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def close(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    bound = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]  # one rounding
+    return got.dtype == dtype and bool((got.double() - want).abs().max() <= bound * want.abs().max())
+
+
+def reduces(mesh):
+    axis, wrong = mesh.world, []
+    for dtype, shape in itertools.product((torch.float32, torch.bfloat16, torch.float16), ((7,), (3, 5, 2), (70001,))):
+        mine = [contribution(r, *shape, dtype=dtype) for r in range(axis.size)]
+        exact = torch.stack(mine).double()
+        for op, want in (("sum", exact.sum(0)), ("max", exact.amax(0)), ("min", exact.amin(0))):
+            if not close(collectives.all_reduce(mine[axis.rank].clone(), axis, op), want, dtype):
+                wrong.append((op, dtype, shape))
+        strided = mine[axis.rank].unsqueeze(-1).expand(*shape, 2)  # elements that share memory
+        if not close(collectives.all_reduce(strided, axis), exact.sum(0).unsqueeze(-1).expand(*shape, 2), dtype):
+            wrong.append(("strided", dtype, shape))
+    return wrong
+
+
+def gathers(mesh):
+    axis, wrong = mesh.world, []
+    for length, dim in itertools.product((0, 1, 5, 9, 4000), (0, 1, -1)):
+        sizes = partition.split_sizes(length, axis.size)
+        shapes = [[3, 2, 4] for _ in sizes]
+        for shape, size in zip(shapes, sizes, strict=True):
+            shape[dim] = size
+        mine = [contribution(r, *shape) for r, shape in enumerate(shapes)]
+        got = collectives.all_gather(mine[axis.rank], axis, dim, sizes)
+        if not torch.equal(got, torch.cat(mine, dim)):
+            wrong.append((length, dim))
+        if len(set(sizes)) == 1 and not torch.equal(collectives.all_gather(mine[axis.rank], axis, dim), got):
+            wrong.append((length, dim, "sizes left out"))
+    return wrong
+
+
+def scatters(mesh):
+    axis, wrong = mesh.world, []
+    for length, dim, dtype in itertools.product((0, 1, 5, 12, 3000), (0, 1, -1), (torch.float32, torch.bfloat16)):
+        sizes = list(partition.split_sizes(length, axis.size))
+        shape = [3, 2, 4]
+        shape[dim] = length
+        mine = [contribution(r, *shape, dtype=dtype) for r in range(axis.size)]
+        want = torch.stack(mine).double().sum(0).split(sizes, dim)[axis.rank]
+        got = collectives.reduce_scatter(mine[axis.rank], axis, dim, sizes)
+        if got.shape != want.shape or (want.numel() and not close(got, want, dtype)):
+            wrong.append((length, dim, dtype))
+    return wrong
+
+
+def exchanges(mesh):
+    axis, wrong = mesh.world, []
+    for base in (0, 1, 1000):
+        sends = [[(r + 2 * to + base) % 5 + base for to in range(axis.size)] for r in range(axis.size)]
+        mine = [contribution(r, sum(send), 3) for r, send in enumerate(sends)]
+        receives = [send[axis.rank] for send in sends]
+        got = collectives.all_to_all(mine[axis.rank], axis, sends[axis.rank], receives)
+        parts = [x.split(send)[axis.rank] for x, send in zip(mine, sends, strict=True)]
+        if not torch.equal(got, torch.cat(parts)):
+            wrong.append(("uneven", base))
+        even = [contribution(r, 2 * axis.size, base + 1) for r in range(axis.size)]
+        want = torch.cat([x.chunk(axis.size)[axis.rank] for x in even])
+        if not torch.equal(collectives.all_to_all(even[axis.rank], axis), want):
+            wrong.append(("even", base))
+    for source in range(axis.size):
+        got = collectives.broadcast(contribution(axis.rank, 4, 5).t(), axis, source)
+        if not torch.equal(got, contribution(source, 4, 5).t()):
+            wrong.append(("broadcast", source))
+    collectives.barrier(axis)
+    return wrong
+
+
+def rings(mesh):
+    axis, wrong = mesh.world, []
+    shift = collectives.RingShift(axis)
+    lengths = [(3 * r) % 4 for r in range(axis.size)]  # one is empty
+    held = [contribution(axis.rank, lengths[axis.rank], 2), contribution(axis.rank, 700_000).bfloat16()]
+    for step in range(1, axis.size):
+        owner = (axis.rank - step) % axis.size
+        shift.start(held, [(lengths[owner], 2), (700_000,)])
+        held = shift.wait()
+        wanted = [contribution(owner, lengths[owner], 2), contribution(owner, 700_000).bfloat16()]
+        if not all(torch.equal(got, want) for got, want in zip(held, wanted, strict=True)):
+            wrong.append((step, owner))
+    return wrong
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("check", [reduces, gathers, scatters, exchanges, rings], ids=lambda f: f.__name__)
+def test_against_one_process(run_on, check, ranks, backend):
+    assert run_on(check, dp=ranks, backend=backend) == [[]] * ranks
+
+
+def test_a_size_of_one_is_the_identity():
+    axis, x = single().tp, torch.randn(3, 4)
+    assert collectives.all_reduce(x, axis) is x
+    assert collectives.all_gather(x, axis) is x
+    assert collectives.reduce_scatter(x, axis) is x
+    assert collectives.all_to_all(x, axis) is x
+    assert collectives.broadcast(x, axis) is x
+    collectives.barrier(axis)
+    shift = collectives.RingShift(axis)
+    shift.start([x])
+    assert shift.wait()[0] is x
+
+
+def refusals(mesh):
+    axis, said = mesh.world, []
+    x = torch.zeros(3, 2)
+    for call in (
+        lambda: collectives.all_gather(x, axis, 0, [3]),
+        lambda: collectives.all_gather(x, axis, 0, [2] * axis.size),
+        lambda: collectives.reduce_scatter(x, axis, 0),
+        lambda: collectives.all_to_all(x, axis, [1] * axis.size),
+    ):
+        try:
+            call()
+            said.append("nothing")
+        except ConfigError as error:
+            said.append(str(error).split(":")[0])
+    collectives.barrier(axis)  # nobody is left waiting
+    return said
+
+
+def test_sizes_that_do_not_fit_are_refused_on_every_rank(run_on):
+    assert run_on(refusals, dp=2) == [["all_gather", "all_gather", "reduce_scatter", "all_to_all"]] * 2
+
+
+def compiled(mesh):
+    axis = mesh.world
+
+    @torch.compile(fullgraph=True)
+    def step(x):
+        y = collectives.all_reduce(x * 2, axis)
+        return collectives.all_gather(y + axis.rank, axis, -1)
+
+    got = step(torch.ones(2, 3))
+    want = torch.cat([torch.full((2, 3), 2.0 * axis.size + r) for r in range(axis.size)], -1)
+    return bool(torch.equal(got, want))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dynamo_takes_them_whole(run_on, backend):
+    assert all(run_on(compiled, dp=2, backend=backend))
