@@ -13,6 +13,7 @@ from multicard.errors import UnsupportedError
 from multicard.integrations import transformers_layers as layers
 from multicard.integrations import transformers_load as loading
 from multicard.integrations.transformers_checks import check_structure
+from multicard.integrations.transformers_generate import guard
 from multicard.integrations.transformers_heads import Heads, localize, read_heads
 from multicard.integrations.transformers_plans import FUSED, HEAD_STYLES, ResolvedPlan, resolve_plan
 from multicard.mesh import Axis, ParallelMesh
@@ -34,8 +35,13 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh, plan: Mapping[str, s
         UnsupportedError: the model can't be split exactly; the message names the module and why.
     """
     split_tensors(model, mesh.tp, plan)
-    model.requires_grad_(False).eval()
+    _finish(model, mesh)
     return model if model.device.type == "meta" else model.to(mesh.device)
+
+
+def _finish(model: PreTrainedModel, mesh: ParallelMesh) -> None:
+    guard(model, mesh)
+    model.requires_grad_(False).eval()
 
 
 def from_pretrained(
@@ -65,7 +71,8 @@ def from_pretrained(
     sources = loading.Sources(model)
     split_tensors(model, mesh.tp, plan)
     loading.load(model, path, mesh, sources)
-    return model.requires_grad_(False).eval()
+    _finish(model, mesh)
+    return model
 
 
 def split_tensors(model: PreTrainedModel, axis: Axis, plan: Mapping[str, str] | None = None) -> None:

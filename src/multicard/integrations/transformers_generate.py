@@ -1,0 +1,76 @@
+"""``generate()`` on several ranks: every rank draws the same tokens, and what can't be exact is refused before a forward.
+
+Logits are gathered, so all ranks see the same bits; with the same generator state too they can't choose differently.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from multicard import collectives
+from multicard.errors import UnsupportedError
+from multicard.mesh import ParallelMesh
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def guard(model: PreTrainedModel, mesh: ParallelMesh) -> None:
+    """Make ``model.generate`` agree over ``mesh``. The method stays transformers' own; this checks before calling it."""
+    if not model.can_generate() or mesh.tp.size * mesh.sequence.size == 1:
+        return
+    generate = model.generate
+
+    @functools.wraps(generate)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        check(model, mesh, kwargs)
+        agree_on_noise(mesh)
+        return generate(*args, **kwargs)
+
+    model.generate = checked  # type: ignore[method-assign]
+    model.generate_batch = _no_continuous_batching  # type: ignore[method-assign]
+    # A static cache made ahead would have every key/value head; one made by the first step has this rank's.
+    model._get_static_cache_init_shape = lambda: None  # type: ignore[method-assign]
+
+
+def check(model: PreTrainedModel, mesh: ParallelMesh, kwargs: dict[str, Any]) -> None:
+    """Refuse generation settings that ranks can't agree on, or that a sharded sequence can't do.
+
+    Raises:
+        UnsupportedError: naming the setting.
+    """
+    config = kwargs.get("generation_config") or model.generation_config
+
+    def setting(name: str) -> Any:
+        return kwargs[name] if kwargs.get(name) is not None else getattr(config, name, None)
+
+    if setting("max_time"):
+        raise UnsupportedError(f"max_time={setting('max_time')}: ranks' clocks differ; bound max_new_tokens instead")
+    if mesh.sequence.size == 1:
+        return
+    where = f"with the sequence split over {mesh.sequence.size} ranks"
+    if setting("cache_implementation") not in (None, "dynamic", "dynamic_full"):
+        raise UnsupportedError(f"cache_implementation={setting('cache_implementation')!r} {where}: use 'dynamic'")
+    if setting("use_cache") is False:
+        raise UnsupportedError(f"use_cache=False {where}: the cache is what is split; leave it on")
+    if (setting("num_beams") or 1) > 1:
+        raise UnsupportedError(f"num_beams={setting('num_beams')} {where}: use greedy or sampling, or tp alone")
+    if kwargs.get("assistant_model") is not None or setting("prompt_lookup_num_tokens"):
+        raise UnsupportedError(f"assisted generation {where}: use greedy or sampling, or tp alone")
+
+
+def agree_on_noise(mesh: ParallelMesh) -> None:
+    """Give every rank of a replica the first one's random generator. One broadcast of 5 KB an axis."""
+    module = torch if mesh.device.type == "cpu" else torch.get_device_module(mesh.device)
+    state = module.get_rng_state()
+    on_device = state.to(mesh.device)
+    for axis in (mesh.sequence, mesh.tp):
+        on_device = collectives.broadcast(on_device, axis)
+    module.set_rng_state(on_device.to(state.device))
+
+
+def _no_continuous_batching(*args: Any, **kwargs: Any) -> Any:
+    raise UnsupportedError("continuous batching (generate_batch, cache_implementation='paged') makes a cache of all heads: use generate")
