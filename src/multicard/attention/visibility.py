@@ -8,7 +8,6 @@ mask, and what is empty is never computed. Positions of other kinds become an ex
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -35,7 +34,6 @@ class Piece:
     causal: bool = False
 
 
-@functools.lru_cache(maxsize=4096)
 def staircase(q_spans: tuple[range, ...], k_spans: tuple[range, ...]) -> tuple[Piece, ...]:
     """The pieces of a causal block: query positions ``q_spans`` see the key positions that aren't above them.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import math
 
@@ -14,26 +13,32 @@ from multicard.attention.kernels import ascend, flash_attn, reference, torch_cpu
 from multicard.attention.kernels.base import DEAD, Kernel, Request
 from multicard.errors import ConfigError
 
-__all__ = ["Kernel", "Request", "block_attention", "candidates", "choose"]
+__all__ = ["KERNELS", "Kernel", "Request", "block_attention", "choose"]
 
 
-@functools.cache
-def candidates(device: str) -> tuple[Kernel, ...]:
-    """The kernels for a type of device, best first; the last, the reference, refuses nothing."""
-    found: list[Kernel] = []
-    if device == "cpu":
-        found = [torch_cpu.KERNEL]
-    elif device == "cuda":
-        packaged = [flash_attn.KERNEL] if importlib.util.find_spec("flash_attn") else []
-        found = [*packaged, torch_cuda.FLASH, torch_cuda.EFFICIENT, torch_cuda.CUDNN]
-    elif device == "npu":
-        found = [ascend.KERNEL] if importlib.util.find_spec("torch_npu") else []
-    return (*found, reference.KERNEL)
+def _installed(package: str, kernel: Kernel) -> tuple[Kernel, ...]:
+    return (kernel,) if importlib.util.find_spec(package) else ()
+
+
+KERNELS: dict[str, tuple[Kernel, ...]] = {
+    "cpu": (torch_cpu.KERNEL,),
+    "cuda": (
+        *_installed("flash_attn", flash_attn.KERNEL),
+        torch_cuda.FLASH,
+        torch_cuda.EFFICIENT,
+        torch_cuda.CUDNN,
+    ),
+    "npu": _installed("torch_npu", ascend.KERNEL),
+}
+"""By type of device, best first. The reference, which refuses nothing, comes after all of them."""
 
 
 def choose(request: Request) -> Kernel:
     """The first kernel for the request's device that doesn't refuse it."""
-    return next(kernel for kernel in candidates(request.device) if kernel.refuses(request) is None)
+    for kernel in KERNELS.get(request.device, ()):
+        if kernel.refuses(request) is None:
+            return kernel
+    return reference.KERNEL
 
 
 def block_attention(

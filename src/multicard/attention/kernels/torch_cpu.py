@@ -14,7 +14,7 @@ from multicard.attention.kernels.base import Kernel, Request, additive
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FEW_ROWS = 16
-"""Below this many query rows bfloat16 matrix products are slower than converting the keys and values."""
+"""Below this many query rows (decoding) reading the keys is what costs: see :func:`_run_folded`."""
 
 
 def refuses(request: Request) -> str | None:
@@ -28,8 +28,15 @@ def refuses(request: Request) -> str | None:
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    if q.dtype == torch.float16 or (q.dtype == torch.bfloat16 and q.shape[1] < FEW_ROWS):
-        q, k, v = q.float(), k.float(), v.float()  # CPUs without half-precision matrix units are faster so
+    few = q.shape[1] < FEW_ROWS
+    if q.dtype == torch.float16 or (q.dtype == torch.bfloat16 and few):
+        q, k, v = q.float(), k.float(), v.float()  # faster on CPUs without half-precision matrix units
+    if few and q.shape[2] > k.shape[2] and not causal:
+        return _run_folded(q, k, v, mask, scale)
+    return _run(q, k, v, mask, causal, scale)
+
+
+def _run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -39,6 +46,19 @@ def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scal
         scale=scale,
     )
     return out.transpose(1, 2), lse.transpose(1, 2).float()
+
+
+def _run_folded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """The query heads of a group as rows of one head: its keys and values are read once instead of once a head."""
+    kv_heads, group = k.shape[2], q.shape[2] // k.shape[2]
+    folded = q.unflatten(2, (kv_heads, group)).transpose(2, 3).flatten(1, 2)
+    if mask is not None and mask.shape[1] > 1:
+        mask = mask.expand(-1, -1, q.shape[1], -1).unflatten(1, (kv_heads, group)).transpose(2, 3).flatten(2, 3)
+    elif mask is not None and mask.shape[2] > 1:
+        mask = mask.repeat_interleave(group, 2)
+    out, lse = _run(folded, k, v, mask, False, scale)
+    out, lse = (x.unflatten(1, (-1, group)).transpose(2, 3).flatten(2, 3) for x in (out, lse))
+    return out, lse
 
 
 KERNEL = Kernel("torch_cpu_flash", run, refuses)
