@@ -55,7 +55,7 @@ def all_reduce(x: Tensor, axis: Axis, op: str = "sum") -> Tensor:
 
 def _widen(x: Tensor, axis: Axis, op: str = "sum") -> Tensor:
     """Half types in float32 for a backend that would round after every addition."""
-    narrow = op == "sum" and x.dtype in HALF and x.device.type == "cpu" and dist.get_backend(axis.group) == "gloo"
+    narrow = op == "sum" and x.dtype in HALF and x.device.type == "cpu" and "gloo" in dist.get_backend(axis.group)
     return x.float() if narrow else x
 
 

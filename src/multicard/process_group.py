@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from multicard.config import ParallelConfig
-from multicard.errors import ConfigError
+from multicard.errors import ConfigError, UnsupportedError
 
 DEVICES = ("cpu", "cuda", "npu", "xpu")
 ACCELERATOR_BACKENDS = {"cuda": "nccl", "npu": "hccl", "xpu": "xccl"}
@@ -26,6 +26,11 @@ def config_from_environment() -> ParallelConfig | None:
     """The degrees given to ``multicard run``, or None."""
     degrees = os.environ.get("MULTICARD_MESH")
     return ParallelConfig(**json.loads(degrees)) if degrees else None
+
+
+def checking() -> bool:
+    """Whether ranks compare collectives before they run: MULTICARD_CHECK=1, which ``check=True`` sets too."""
+    return os.environ.get("MULTICARD_CHECK", "0") not in ("", "0")
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -53,13 +58,17 @@ def rank_device(device: str = "auto") -> torch.device:
 
 def pick_backend(backend: str, device: torch.device) -> str:
     """torch.distributed's backend string: what was asked for, or shm or gloo beside the card's own."""
+    if checking() and device.type != "cpu":
+        raise UnsupportedError(f"the check of collectives is for CPU ranks, not {device.type}: run without it")
     if backend != "auto":
-        return backend
+        return "cpu:checked_gloo" if checking() and backend in ("gloo", "cpu:gloo") else backend
     one_host = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE")) == os.environ.get("WORLD_SIZE")
     if device.type != "cpu":
         return f"cpu:gloo,{device.type}:{ACCELERATOR_BACKENDS[device.type]}"
     has_shm = importlib.util.find_spec("multicard.backends.shm") is not None
-    return "cpu:shm" if one_host and has_shm else "gloo"
+    if one_host and has_shm:
+        return "cpu:shm"
+    return "cpu:checked_gloo" if checking() else "gloo"
 
 
 def join(world_size: int, *, backend: str = "auto", device: str = "auto", timeout: float = 60.0) -> None:
@@ -80,5 +89,7 @@ def join(world_size: int, *, backend: str = "auto", device: str = "auto", timeou
         torch.accelerator.set_device_index(picked.index)
     name = pick_backend(backend, picked)
     if "shm" in name:
-        import multicard.backends.shm  # noqa: F401  registers itself
+        import multicard.backends.shm
+    if "checked_gloo" in name:
+        import multicard.backends.check  # noqa: F401  registers itself
     dist.init_process_group(name, timeout=datetime.timedelta(seconds=timeout))

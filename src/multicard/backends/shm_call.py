@@ -51,7 +51,7 @@ def sites() -> tuple[int, str]:
         if file.startswith(_OURS):
             if not file.startswith(os.path.join(_OURS, "backends")) and not file.endswith("collectives.py"):
                 ours = ours or f"{file}:{frame.f_lineno}"
-        elif not file.startswith(_TORCH):
+        elif not file.startswith(_TORCH) and not file.endswith("typing_extensions.py"):  # it wraps deprecated calls
             break
         frame = frame.f_back
     line = f"{frame.f_code.co_filename}:{frame.f_lineno}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import sys
 import threading
@@ -51,16 +52,12 @@ class Call:
 def is_communication(frame: FrameType) -> bool:
     """Whether the frame belongs to collectives themselves and not to code that calls them."""
     path = frame.f_code.co_filename
-    return path.startswith(_OURS) or _TORCH_DISTRIBUTED in path
+    return path.startswith(_OURS) or _TORCH_DISTRIBUTED in path or path.endswith("typing_extensions.py")
 
 
 def call_in(frames: Sequence[FrameType]) -> Call | None:
     """The collective that ``frames``, innermost first, are in; None where the innermost is not a collective's."""
-    inside: list[FrameType] = []
-    for frame in frames:
-        if not is_communication(frame):
-            break
-        inside.append(frame)
+    inside = list(itertools.takewhile(is_communication, frames))
     if not inside:
         return None
     named = [frame for frame in inside if frame.f_code.co_filename.endswith(_C10D)]
@@ -138,12 +135,15 @@ def _about(group: Any) -> dict[str, Any]:
     if group is None or dist is None:
         return {}
     ranks = dist.distributed_c10d._world.pg_group_ranks.get(group, {})
-    return {"group": group.group_name, "axis": group.group_desc, "ranks": tuple(sorted(ranks))}
+    axis = group.group_desc.removeprefix("mesh_") if group.group_desc.startswith("mesh_") else ""
+    return {"group": group.group_name, "axis": axis, "ranks": tuple(sorted(ranks))}
 
 
 def _number(group: Any) -> int | None:
     if group is None:
         return None
+    if (shm := getattr(group, "shm", None)) is not None:
+        return shm.sync.calls if shm.sync is not None else 0
     try:
         return group._get_sequence_number_for_group() or None
     except RuntimeError:  # this backend doesn't count

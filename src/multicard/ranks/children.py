@@ -223,7 +223,7 @@ class Children:
             stopped = self._wake_stopped()
             first = hang.explain(opened.failures, self._inspect(), stopped, self.settings)
             opened.answers = {first.rank: first}
-        if first.kind == failure.TIMEOUT or len(opened.answers) < self._size or not self.alive or not self._in_step():
+        if first.spoils or len(opened.answers) < self._size or not self.alive or not self._in_step():
             self.end(str(first.error))
 
     def _in_step(self) -> bool:

@@ -36,6 +36,7 @@ class Failure:
         moment: when, by the clock that all processes share.
         error: what to raise for it.
         call: the collective that it was in.
+        spoils: no further call can be made on its process group, whatever the other ranks did.
     """
 
     rank: int
@@ -43,6 +44,7 @@ class Failure:
     moment: float
     error: BaseException
     call: activity.Call | None = None
+    spoils: bool = True
 
 
 def describe(error: BaseException, rank: int) -> dict[str, Any]:
@@ -55,6 +57,7 @@ def describe(error: BaseException, rank: int) -> dict[str, Any]:
         "kind": _kind(error, rank),
         "moment": time.monotonic(),
         "call": activity.call_of(error),
+        "spoils": any(isinstance(link, RankError) for link in _chain(error)),
         "exception": None,
     }
     error.__traceback__ = None
@@ -67,13 +70,18 @@ def describe(error: BaseException, rank: int) -> dict[str, Any]:
     return told
 
 
-def _kind(error: BaseException, rank: int) -> str:
+def _chain(error: BaseException) -> list[BaseException]:
+    """The error, what caused it, what caused that."""
     chain: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in chain:
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
-    for link in chain:
+    return chain
+
+
+def _kind(error: BaseException, rank: int) -> str:
+    for link in _chain(error):
         if isinstance(link, CollectiveTimeout):
             return TIMEOUT
         if isinstance(link, RankError) and link.rank not in (None, rank):
@@ -97,7 +105,7 @@ def revive(rank: int, message: wire.Message) -> Failure:
     elif not isinstance(error, RankError):
         error.__cause__ = cause
     error.add_note(f"raised on rank {rank}:\n{told['traceback'].rstrip()}")
-    return Failure(rank, told["kind"], told["moment"], error, told["call"])
+    return Failure(rank, told["kind"], told["moment"], error, told["call"], told["spoils"])
 
 
 def _load(message: wire.Message | None) -> BaseException | None:
