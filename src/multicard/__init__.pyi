@@ -6,6 +6,7 @@ from .attention import attention_forward as attention_forward
 from .attention import gather_sequence as gather_sequence
 from .attention import shard_sequence as shard_sequence
 from .config import ParallelConfig as ParallelConfig
+from .integrations.parallelize import parallelize as parallelize
 from .launch import Kept as Kept
 from .launch import Ranks as Ranks
 from .launch import launch as launch

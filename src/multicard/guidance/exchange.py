@@ -88,10 +88,16 @@ def pack(leaves: Sequence[Tensor]) -> Tensor:
 
 
 def unpack(buffer: Tensor, templates: Sequence[Tensor]) -> list[Tensor]:
-    """The inverse of :func:`pack`: tensors of the templates' shapes and dtypes."""
+    """The inverse of :func:`pack`: tensors of the templates' shapes, dtypes and memory layouts."""
     parts = buffer.split([size_of([t]) for t in templates])
-    # a part may start anywhere; a copy starts where its dtype may be read
-    return [part.clone().view(t.dtype).view(t.shape) for part, t in zip(parts, templates, strict=True)]
+    return [_read(part, t) for part, t in zip(parts, templates, strict=True)]
+
+
+def _read(part: Tensor, template: Tensor) -> Tensor:
+    plain = part.clone().view(template.dtype).view(template.shape)  # a part may start anywhere, a copy is aligned
+    if template.is_contiguous():
+        return plain
+    return torch.empty_like(template, device=part.device).copy_(plain)  # sums depend on the order in memory
 
 
 def size_of(templates: Sequence[Tensor]) -> int:
