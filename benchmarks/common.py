@@ -1,0 +1,63 @@
+"""What the benchmarks share: alternating contestants, naming the machine, printing."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what these figures were taken."""
+    with open("/proc/cpuinfo") as file:
+        names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def alternate(contestants: Mapping[str, Callable[[], object]], rounds: int, calls: int = 1) -> dict[str, float]:
+    """Median seconds a call. Every round runs each contestant ``calls`` times: a noisy minute hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for call in contestants.values():
+        call()
+    for _ in range(rounds):
+        for name, call in contestants.items():
+            start = time.perf_counter()
+            for _ in range(calls):
+                call()
+            times[name].append((time.perf_counter() - start) / calls)
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows under the first row's keys."""
+    if not rows:
+        return
+    cells = [[*rows[0]], *([_text(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def report(rows: Sequence[Mapping[str, Any]], as_json: bool, **about: Any) -> None:
+    """Print the result: a table, or one JSON object and nothing else."""
+    if as_json:
+        print(json.dumps({**machine(), **about, "rows": list(rows)}))
+        return
+    print(*(f"{key}: {value}" for key, value in {**machine(), **about}.items()), sep=", ")
+    print_table(rows)
