@@ -6,6 +6,12 @@ import multicard as mc
 from multicard import errors
 
 PUBLIC = {
+    "ParallelTransformerLayer",
+    "ParallelTransformer",
+    "ParallelMLP",
+    "ParallelAttention",
+    "Generation",
+    "LLM",
     "VocabParallelEmbedding",
     "RowParallelLinear",
     "ParallelLMHead",

@@ -15,9 +15,15 @@ from .layers import GatherLastDim as GatherLastDim
 from .layers import ParallelLMHead as ParallelLMHead
 from .layers import RowParallelLinear as RowParallelLinear
 from .layers import VocabParallelEmbedding as VocabParallelEmbedding
+from .llm import LLM as LLM
+from .llm import Generation as Generation
 from .mesh import Axis as Axis
 from .mesh import ParallelMesh as ParallelMesh
 from .mesh import init_mesh as init_mesh
 from .mesh import single as single
+from .models.decoder import ParallelAttention as ParallelAttention
+from .models.decoder import ParallelMLP as ParallelMLP
+from .models.decoder import ParallelTransformer as ParallelTransformer
+from .models.decoder import ParallelTransformerLayer as ParallelTransformerLayer
 
 __version__: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -85,7 +86,7 @@ class DecoderConfig:
             raise ConfigError(f"head_dim={self.head_dim}: rotary positions turn pairs, so it must be even")
 
     @classmethod
-    def from_folder(cls, folder: str | pathlib.Path) -> DecoderConfig:
+    def from_folder(cls, folder: str | os.PathLike[str]) -> DecoderConfig:
         """The config of a checkpoint folder.
 
         Raises:

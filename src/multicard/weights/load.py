@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from multicard import collectives
-from multicard.errors import CheckpointError
+from multicard import collectives, errors
+from multicard.errors import CheckpointError, MulticardError
 from multicard.layers.shard import Shard, shard_of, sharded
 from multicard.mesh import Axis
 from multicard.weights.checkpoint import Checkpoint
@@ -141,14 +141,15 @@ def load(
     yield reader.report(time.perf_counter() - begin)
 
 
-def agree(failure: CheckpointError | None, world: Axis, device: torch.device | str = "cpu") -> None:
-    """Raise the first rank's failure on every rank. One all-gather."""
+def agree(failure: MulticardError | None, world: Axis, device: torch.device | str = "cpu") -> None:
+    """Raise the first rank's failure on every rank, as that error. One all-gather."""
     message = torch.zeros(1024, dtype=torch.uint8)
-    text = str(failure).encode()[:1024] if failure is not None else b""
+    text = f"{type(failure).__name__} {failure}".encode()[:1024] if failure is not None else b""
     message[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
     for row in collectives.all_gather(message[None].to(device), world).cpu():
         if found := bytes(row.tolist()).rstrip(b"\0"):
-            raise CheckpointError(found.decode(errors="replace"))
+            name, _, told = found.decode(errors="replace").partition(" ")
+            raise getattr(errors, name)(told)
 
 
 def _largest_first(model: nn.Module) -> list[tuple[nn.Module, list[tuple[str, str, nn.Parameter]]]]:

@@ -1,0 +1,81 @@
+"""``multicard generate``: a checkpoint answers prompts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from multicard.cli import options
+
+
+def generate(
+    prompts: Annotated[list[str], typer.Argument(help="What to answer; several are one batch.", show_default=False)],
+    model: Annotated[str, typer.Option("--model", help="A Hugging Face checkpoint folder.", show_default=False)],
+    tp: options.Tp = 1,
+    ring: options.Ring = 1,
+    ulysses: options.Ulysses = 1,
+    dp: options.Dp = 1,
+    max_new_tokens: Annotated[int, typer.Option(help="New tokens for each prompt at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Only the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Only the likeliest tokens that add up to p.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same answer at every degree.")] = 0,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an answer's end.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="No chat template: go on from the text.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare the files with SHA256SUMS first.")] = False,
+    dtype: options.Dtype = "auto",
+    timeout: options.Timeout = 60.0,
+    device: options.Device = "auto",
+    backend: options.Backend = "auto",
+    check: options.Check = False,
+    as_json: options.Json = False,
+) -> None:
+    """Answer PROMPTS with a checkpoint's decoder, split over ranks."""
+    from multicard.llm import LLM
+
+    asked: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+        "ignore_eos": ignore_eos,
+        "raw": raw,
+    }
+    with LLM(
+        model,
+        tp=tp,
+        ring=ring,
+        ulysses=ulysses,
+        dp=dp,
+        dtype=dtype,
+        verify=verify,
+        timeout=timeout,
+        device=device,
+        backend=backend,
+        check=check,
+    ) as llm:
+        if len(prompts) == 1 and sys.stdout.isatty() and not as_json and llm.tokenizer is not None:
+            for piece in llm.stream(prompts[0], **asked):
+                print(piece, end="", flush=True)
+            print()
+            return
+        answers = llm.generate(prompts, **asked)
+        if as_json:
+            print(json.dumps(_described(llm, answers)))
+        else:
+            print("\n\n".join(str(answer.text) for answer in answers))
+
+
+def _described(llm: Any, answers: list[Any]) -> dict[str, Any]:
+    """One answer's fields at the top; several as a list of them."""
+    each = [
+        {"text": answer.text, "token_ids": answer.token_ids, "prompt_tokens": answer.prompt_tokens}
+        for answer in answers
+    ]
+    loading = max(report.seconds for report in llm.load_reports)
+    shared = {"mesh": llm.degrees.degrees, "timings": {"load": loading, **answers[0].timings}}
+    return {**(each[0] if len(each) == 1 else {"answers": each}), **shared}

@@ -1,0 +1,94 @@
+"""Generating tokens for a batch of prompts, on every rank of a mesh alike."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from multicard.errors import ConfigError, UnsupportedError
+from multicard.layers.head import GatherLastDim
+from multicard.models.config import DecoderConfig
+from multicard.models.decoder import ParallelTransformer
+from multicard.models.sampling import Sampling, choose
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Prompts to go on from.
+
+    Args:
+        prompts: token ids of each.
+        max_new_tokens: new tokens for each at most.
+        sampling: how they are chosen.
+        stop: ids that end an answer; they are part of it.
+        first: the number of the first prompt among the caller's, which its noise is keyed by.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    max_new_tokens: int
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    stop: frozenset[int] = frozenset()
+    first: int = 0
+
+    def check(self, config: DecoderConfig) -> None:
+        """Refuse what can't be run before anything runs.
+
+        Raises:
+            ConfigError: an empty prompt, a token that isn't in the vocabulary, a prompt longer than the context.
+            UnsupportedError: more tokens than the checkpoint's sliding window.
+        """
+        if isinstance(self.max_new_tokens, bool) or not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens={self.max_new_tokens!r}: a whole number of 1 or more")
+        for number, prompt in enumerate(self.prompts, start=self.first):
+            if not prompt:
+                raise ConfigError(f"prompt {number} is empty: it needs a token at least")
+            wrong = next((t for t in prompt if not 0 <= t < config.vocab_size), None)
+            if wrong is not None:
+                raise ConfigError(f"token id {wrong} is not in the vocabulary: ids are 0 to {config.vocab_size - 1}")
+            if len(prompt) > config.context:
+                raise ConfigError(f"prompt {number} has {len(prompt)} tokens, and the model's context {config.context}")
+            total = min(len(prompt) + self.max_new_tokens, config.context)
+            if config.window is not None and total > config.window:
+                raise UnsupportedError(
+                    f"prompt {number} and its answer take up to {total} tokens, past the sliding window of "
+                    f"{config.window}, which the decoder lacks: at most {config.window} tokens in all"
+                )
+
+
+def generate(model: ParallelTransformer, request: Request) -> Iterator[list[int | None]]:
+    """Each step's new token of every prompt; None for those that have ended.
+
+    Ends when all have: at a stop id, at ``max_new_tokens``, or at the end of the model's context. Every rank yields the
+    same. Prompts of unequal length are padded in front.
+    """
+    if not request.prompts:  # a data-parallel copy without work
+        return
+    config, device = model.config, model.mesh.device
+    longest = max(map(len, request.prompts))
+    starts = tuple(longest - len(prompt) for prompt in request.prompts)
+    room = [min(request.max_new_tokens, config.context - len(prompt) + 1) for prompt in request.prompts]
+    cache = model.new_cache(longest + max(room) - 1, starts)
+    ids = torch.tensor([[0] * pad + list(p) for pad, p in zip(starts, request.prompts, strict=True)], device=device)
+    rows = range(request.first, request.first + len(request.prompts))
+    vocabulary = model.lm_head.vocabulary
+    running = [True] * len(rows)
+    for step in range(max(room)):
+        with torch.inference_mode():
+            logits = model(ids, cache)[:, -1]
+            ids = choose(logits, model.mesh.tp, vocabulary, request.sampling, rows, step)[:, None]
+        tokens = ids[:, 0].tolist()
+        yield [token if alive else None for token, alive in zip(tokens, running, strict=True)]
+        for row, token in enumerate(tokens):
+            running[row] = running[row] and token not in request.stop and step + 1 < room[row]
+        if not any(running):
+            return
+
+
+def logits(model: ParallelTransformer, ids: Sequence[int]) -> torch.Tensor:
+    """Every position's logits of one sequence, ``(sequence, vocabulary)`` float32 on the CPU. One more all-gather."""
+    gather = GatherLastDim(model.mesh.tp, model.config.vocab_size)
+    with torch.inference_mode():
+        local = model(torch.tensor([list(ids)], device=model.mesh.device), model.new_cache(len(ids)), last_only=False)
+        return gather(local)[0].float().cpu()

@@ -1,0 +1,142 @@
+"""A decoder out of a checkpoint folder: what is refused before loading, and the loading."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Iterator
+
+import psutil
+import torch
+
+from multicard import mesh as meshes
+from multicard.config import ParallelConfig
+from multicard.errors import ConfigError, MulticardError
+from multicard.layers.packed import pack
+from multicard.mesh import Axis, ParallelMesh
+from multicard.models.config import DTYPES, DecoderConfig
+from multicard.models.decoder import ParallelTransformer
+from multicard.weights import Checkpoint, LoadReport, agree, check, load, verify
+
+GIB = float(1 << 30)
+
+
+def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """ "auto" or None: the checkpoint's own (None). Raises ConfigError for what isn't a floating-point type we have."""
+    if dtype in (None, "auto"):
+        return None
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ConfigError(f"dtype={name!r}: auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def outline(config: DecoderConfig, degrees: ParallelConfig, dtype: torch.dtype | None = None) -> ParallelTransformer:
+    """The first rank's part of the model, without memory: for its shapes. Raises ConfigError as the model does."""
+    mesh = dataclasses.replace(meshes.single(), tp=Axis("tp", 0, degrees.tp))
+    return ParallelTransformer(config, mesh, dtype, device="meta")
+
+
+def check_folder(folder: str | os.PathLike[str], degrees: ParallelConfig) -> DecoderConfig:
+    """Everything about a checkpoint that can be refused without starting a rank.
+
+    Raises:
+        CheckpointError: a file that is missing, cut, damaged, or doesn't fit the config.
+        UnsupportedError: what the decoder lacks.
+        ConfigError: degrees that don't fit the model.
+    """
+    config = DecoderConfig.from_folder(folder)
+    model = outline(config, degrees)
+    with Checkpoint(folder) as checkpoint:
+        check(model, checkpoint, checkpoint_name, lambda name: is_ignored(name, config))
+    return config
+
+
+def load_decoder(
+    mesh: ParallelMesh, folder: str | os.PathLike[str], dtype: torch.dtype | None = None, checksums: bool = False
+) -> Iterator[float | tuple[ParallelTransformer, LoadReport]]:
+    """This rank's part of the decoder in ``folder``. A generator: the share done, then the model and the report.
+
+    Every rank yields equally often. On the CPU weights are reordered for its matrix kernel as they come.
+
+    Args:
+        dtype: None: the checkpoint's own.
+        checksums: compare the files with the folder's SHA256SUMS first; ranks share the files.
+
+    Raises:
+        CheckpointError, ConfigError: on every rank alike; ConfigError where a shard doesn't fit in memory.
+    """
+    config = DecoderConfig.from_folder(folder)
+    model = ParallelTransformer(config, mesh, dtype, device="meta")
+    needed = parameter_bytes(model)
+    agree(_memory_fault(config, mesh, model.dtype, needed), mesh.world, mesh.device)
+    with Checkpoint(folder) as checkpoint:
+        check(model, checkpoint, checkpoint_name, lambda name: is_ignored(name, config))
+        if checksums:
+            agree(_caught(checkpoint, mesh.world), mesh.world, mesh.device)
+        done: int | LoadReport = 0
+        for done in load(model, checkpoint, mesh.world, mesh.device, checkpoint_name, pack):
+            if not isinstance(done, LoadReport):
+                yield min(1.0, done / max(needed, 1))
+    assert isinstance(done, LoadReport)
+    yield model, done
+
+
+def checkpoint_name(name: str) -> str:
+    """A Hugging Face causal-LM checkpoint's name for one of our parameters."""
+    return name if name.startswith("lm_head.") else f"model.{name}"
+
+
+def is_ignored(name: str, config: DecoderConfig) -> bool:
+    """Tensors that checkpoints may hold for nothing: rotary tables, and a tied head's copy."""
+    return name.endswith("rotary_emb.inv_freq") or (config.tied_head and name == "lm_head.weight")
+
+
+def parameter_bytes(model: torch.nn.Module) -> int:
+    """What its parameters take, shared ones counted once."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def _caught(checkpoint: Checkpoint, world: Axis) -> MulticardError | None:
+    try:
+        verify(checkpoint, world.rank, world.size)
+    except MulticardError as error:
+        return error
+    return None
+
+
+def free_bytes(device: torch.device, ranks_here: int) -> int:
+    """Memory that one rank may take: its card's, or its part of this host's."""
+    if device.type == "cpu":
+        return psutil.virtual_memory().available // ranks_here
+    free: int = getattr(torch, device.type).mem_get_info(device)[0]
+    return free
+
+
+def _memory_fault(config: DecoderConfig, mesh: ParallelMesh, dtype: torch.dtype, needed: int) -> MulticardError | None:
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world_size))
+    free = free_bytes(mesh.device, ranks)
+    if needed <= free:
+        return None
+    fits = _degree_that_fits(config, mesh, dtype, ranks)
+    advice = f"tp={fits} would" if fits else f"no tp up to {config.heads} would here"
+    half = "" if dtype.itemsize == 2 else "; dtype='bfloat16' takes half"
+    return ConfigError(
+        f"a shard takes {needed / GIB:.3g} GiB at tp={mesh.tp.size} and a rank has {free / GIB:.3g} GiB free: "
+        f"{advice} fit{half}"
+    )
+
+
+def _degree_that_fits(config: DecoderConfig, mesh: ParallelMesh, dtype: torch.dtype, ranks: int) -> int | None:
+    """The least degree whose shard fits. On the CPU more ranks share the same memory."""
+    for tp in range(mesh.tp.size + 1, config.heads + 1):
+        here = ranks * tp // mesh.tp.size
+        if parameter_bytes(outline(config, ParallelConfig(tp=tp), dtype)) <= free_bytes(mesh.device, here):
+            return tp
+    return None
+
+
+def folder_path(path: str | os.PathLike[str]) -> pathlib.Path:
+    """A checkpoint's folder, absolute: ranks may run elsewhere."""
+    return pathlib.Path(path).expanduser().absolute()

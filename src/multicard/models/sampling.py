@@ -1,0 +1,201 @@
+"""Choosing the next token while every rank holds a slice of the logits.
+
+The whole logits are never gathered. Ranks exchange candidates once, as (score, id) pairs, and each picks from the same
+ones: they can't disagree. Ties go to the lowest id.
+
+Sampling is Gumbel-max (Maddison et al. 2014, arXiv 1411.0030): the largest of ``logit/temperature + noise`` is a sample
+of the softmax. The noise of a token is a hash of (seed, prompt, step, token), so each rank draws its own slice and
+every degree draws the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from multicard import collectives
+from multicard.errors import ConfigError, MulticardError
+from multicard.mesh import Axis
+
+MASK = (1 << 64) - 1
+GOLDEN = 0x9E3779B97F4A7C15
+MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Args:
+        temperature: 0 takes the likeliest token; otherwise logits are divided by it.
+        top_k: only the k likeliest.
+        top_p: only the likeliest whose probabilities add up to p, after top_k (arXiv 1904.09751). Tokens exactly as
+            likely as the last of them are kept too.
+        seed: any whole number.
+
+    Raises:
+        ConfigError: a value out of its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.temperature, int | float) and 0 <= self.temperature < math.inf):
+            raise ConfigError(f"temperature={self.temperature!r}: 0 (greedy) or more")
+        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
+            raise ConfigError(f"top_k={self.top_k!r}: a whole number of 1 or more, or None for all tokens")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p={self.top_p!r}: more than 0 and at most 1, or None for all tokens")
+        if not isinstance(self.seed, int):
+            raise ConfigError(f"seed={self.seed!r}: a whole number")
+
+
+def choose(
+    logits: Tensor, axis: Axis, vocabulary: range, sampling: Sampling, prompts: Sequence[int], step: int
+) -> Tensor:
+    """The next token of every prompt, the same on every rank.
+
+    One all-gather of (score, id) pairs; with top_p and no top_k about thirty of one number a prompt before it.
+
+    Args:
+        logits: ``(batch, this rank's vocabulary)``.
+        vocabulary: the ids that this rank holds.
+        prompts: every row's number among the caller's prompts, for its noise.
+        step: which new token this is, from 0.
+
+    Returns:
+        ``(batch,)`` int64.
+
+    Raises:
+        MulticardError: logits that aren't numbers.
+    """
+    ids = torch.arange(vocabulary.start, vocabulary.stop, device=logits.device)
+    if sampling.temperature == 0:
+        scores, found = _best(logits.float(), ids)
+        return _winner(*_exchange(scores[:, None], found[:, None], axis))
+    scores = logits.double() / sampling.temperature
+    keys = [noise_key(sampling.seed, prompt, step) for prompt in prompts]
+    if sampling.top_k is not None:
+        return _choose_of_top_k(scores, ids, axis, sampling, keys)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        scores = scores.masked_fill(~nucleus(scores, axis, sampling.top_p), -math.inf)
+    noisy, found = _best(scores + gumbel(keys, ids), ids)
+    return _winner(*_exchange(noisy[:, None], found[:, None], axis))
+
+
+def _choose_of_top_k(scores: Tensor, ids: Tensor, axis: Axis, sampling: Sampling, keys: list[int]) -> Tensor:
+    assert sampling.top_k is not None
+    local = scores.sort(dim=-1, descending=True, stable=True)
+    k = min(sampling.top_k, scores.shape[1])
+    scores, found = _exchange(local.values[:, :k], ids[local.indices[:, :k]], axis, width=sampling.top_k)
+    merged = scores.sort(dim=-1, descending=True, stable=True)  # ranks' slices ascend, so ties stay by id
+    scores, found = merged.values[:, : sampling.top_k], found.gather(1, merged.indices)[:, : sampling.top_k]
+    if sampling.top_p is not None:
+        shares = scores.softmax(-1)
+        before = shares.cumsum(-1) - shares
+        last = ((before < sampling.top_p).sum(-1, keepdim=True) - 1).clamp(min=0)
+        scores = scores.masked_fill(scores < scores.gather(1, last), -math.inf)
+    return _winner(scores + gumbel(keys, found), found)
+
+
+def nucleus(scores: Tensor, axis: Axis, p: float) -> Tensor:
+    """Which tokens are among the likeliest that hold a share p of the probability: bool, like ``scores``.
+
+    They are those of score t or more, with the largest such t, found by bisecting the mass that all ranks' tokens of
+    score t or more have: each rank looks its own up and they add them up in rank order, so all find the same t.
+
+    Args:
+        scores: ``(batch, this rank's vocabulary)`` float64.
+    """
+    batch = scores.shape[0]
+    top = _gather_columns(_best(scores, torch.zeros(scores.shape[1], device=scores.device))[0], axis).amax(1)[:, None]
+    below = scores - top
+    ordered = below.sort(dim=-1).values
+    masses = torch.cat([ordered.exp().flip(-1).cumsum(-1).flip(-1), ordered.new_zeros(batch, 1)], dim=1)
+    wanted = p * _gather_columns(masses[:, 0], axis).sum(1)
+    # Bisect float32 numbers from the top down by their bits, which for negative floats ascend as they fall.
+    low, high = _bits(ordered.new_zeros(batch)), _bits(ordered.new_full((batch,), -math.inf))
+    while bool((high > low).any()):
+        middle = (low + high) // 2
+        at = torch.searchsorted(ordered, _from_bits(middle)[:, None])
+        enough = _gather_columns(masses.gather(1, at)[:, 0], axis).sum(1) >= wanted
+        low, high = torch.where(enough, low, middle + 1), torch.where(enough, middle, high)
+    return below >= _from_bits(low)[:, None]
+
+
+def gumbel(keys: Sequence[int], ids: Tensor) -> Tensor:
+    """Standard Gumbel noise, float64, for token ``ids`` ``(n,)`` or ``(batch, n)`` under each row's key."""
+    key = torch.tensor([_signed(k) for k in keys], device=ids.device)[:, None]
+    bits = _mix(key + (ids + 1) * _signed(GOLDEN))
+    uniform = (_shift(bits, 11).double() + 0.5) * 2.0**-53
+    return -torch.log(-torch.log(uniform))
+
+
+def noise_key(seed: int, prompt: int, step: int) -> int:
+    """SplitMix64 (Steele et al. 2014) of the three in turn."""
+    key = 0
+    for part in (seed, prompt, step):
+        key = (key ^ (part & MASK)) + GOLDEN & MASK
+        for shift, factor in MIX:
+            key = (key ^ key >> shift) * factor & MASK
+        key ^= key >> 31
+    return key
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser on int64, which wraps as uint64 does."""
+    for shift, factor in MIX:
+        x = (x ^ _shift(x, shift)) * _signed(factor)
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, by: int) -> Tensor:
+    return (x >> by) & ((1 << (64 - by)) - 1)
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 64) if x >> 63 else x
+
+
+def _bits(x: Tensor) -> Tensor:
+    return (x.float().view(torch.int32) & 0x7FFFFFFF).long()
+
+
+def _from_bits(x: Tensor) -> Tensor:
+    return -x.int().view(torch.float32).double()
+
+
+def _best(scores: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    if not scores.shape[1]:  # a rank without vocabulary
+        return scores.new_full((scores.shape[0],), -math.inf), ids.new_zeros(scores.shape[0])
+    best, index = scores.max(dim=-1)
+    return best, ids[index]
+
+
+def _exchange(scores: Tensor, ids: Tensor, axis: Axis, width: int = 1) -> tuple[Tensor, Tensor]:
+    """Every rank's ``(batch, at most width)`` candidates side by side, in rank order. One all-gather."""
+    if axis.size == 1:
+        return scores.double(), ids
+    pairs = scores.new_full((2, scores.shape[0], width), -math.inf, dtype=torch.float64)
+    pairs[0, :, : scores.shape[1]] = scores
+    pairs[1, :, : ids.shape[1]] = ids.double()
+    scores, found = collectives.all_gather(pairs, axis, dim=-1).unbind(0)
+    return scores, found.long()
+
+
+def _gather_columns(x: Tensor, axis: Axis) -> Tensor:
+    return collectives.all_gather(x[:, None], axis, dim=1)
+
+
+def _winner(scores: Tensor, ids: Tensor) -> Tensor:
+    best, index = scores.max(dim=-1, keepdim=True)
+    if not bool(best.isfinite().all()):
+        raise MulticardError("the model's logits aren't finite numbers: damaged weights, or try dtype='float32'")
+    return ids.gather(1, index)[:, 0]
