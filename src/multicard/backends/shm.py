@@ -160,12 +160,7 @@ class ShmProcessGroup(dist.ProcessGroup):
 
     def _end_coalescing(self, device: Any = None) -> ShmWork:
         works, self._coalesced = self._coalesced or [], None
-
-        def finish() -> None:
-            for work in works:
-                work.wait()
-
-        return ShmWork((), self.shm, [t for work in works for t in work.transfers], finish)
+        return ShmWork((), self.shm, [transfer for work in works for transfer in work.transfers])
 
     supports_coalescing = False  # batch_isend_irecv then starts one message at a time, which never blocks
 

@@ -6,7 +6,7 @@ in step s was read in step s-2, and its peers have said so by posting s-1. Tenso
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,12 +16,14 @@ from multicard import partition
 from multicard.backends.shm_reduce import reduce_into
 from multicard.backends.shm_segment import WINDOW, Segment
 from multicard.backends.shm_sync import Sync
+from multicard.backends.shm_tensor import VIEWS
 
 FLAT = 1 << 16
 """Up to this many bytes every rank adds up everything (one wait); above, each adds up its slice (two waits)."""
-VIEWS = 256  # remembered window views; a model's decode step needs a handful
 
-Slots = tuple[list[Tensor], list[Tensor]]
+
+def fits_window(x: Tensor) -> bool:
+    return x.numel() * x.itemsize <= WINDOW
 
 
 class Board:
@@ -35,26 +37,25 @@ class Board:
     def __init__(self, segment: Segment, sync: Sync) -> None:
         self._windows, self._sync = segment.windows, sync
         self.rank, self.size = sync.rank, sync.size
-        self._views: dict[tuple[torch.dtype, tuple[int, ...]], Slots] = {}
+        self._views = functools.lru_cache(VIEWS)(self._make_views)
 
-    def _slots(self, dtype: torch.dtype, shape: tuple[int, ...]) -> list[Tensor]:
-        """The start of every rank's window, in the half that the next step uses, as a tensor of that shape."""
-        key = (dtype, shape)
-        slots = self._views.get(key)
-        if slots is None:
-            if len(self._views) >= VIEWS:
-                self._views.clear()
-            slots = self._views[key] = (self._half(0, dtype, shape), self._half(1, dtype, shape))
-        return slots[self._sync.sequence + 1 & 1]
-
-    def _half(self, half: int, dtype: torch.dtype, shape: tuple[int, ...]) -> list[Tensor]:
-        size = math.prod(shape) * dtype.itemsize
+    def _make_views(self, half: int, dtype: torch.dtype, shape: torch.Size) -> tuple[list[Tensor], Tensor]:
+        size = shape.numel() * dtype.itemsize
         with torch.inference_mode(False):  # a view made in inference mode could not be written outside
-            return [self._windows[half, r, :size].view(dtype).view(shape) for r in range(self.size)]
+            rows = self._windows[half, :, :size].view(dtype)
+            return [row.view(shape) for row in rows], rows
 
-    def _typed(self, dtype: torch.dtype) -> list[Tensor]:
+    def _slots(self, dtype: torch.dtype, shape: torch.Size) -> list[Tensor]:
+        """The start of every rank's window, in the half that the next step uses, as a tensor of that shape."""
+        return self._views(self._sync.sequence + 1 & 1, dtype, shape)[0]
+
+    def _rows(self, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+        """The same as one tensor, ``(ranks, elements)``."""
+        return self._views(self._sync.sequence + 1 & 1, dtype, shape)[1]
+
+    def _whole(self, dtype: torch.dtype) -> list[Tensor]:
         """Every rank's whole window, in the half that the next step uses, as elements."""
-        return self._slots(dtype, (WINDOW // dtype.itemsize,))
+        return self._slots(dtype, torch.Size((WINDOW // dtype.itemsize,)))
 
     # ---- everybody gets everything
 
@@ -79,7 +80,7 @@ class Board:
         """Every rank adds up its slice of everybody's, then everybody copies the slices: reduce-scatter, all-gather."""
         sync, rank = self._sync, self.rank
         shares = [slice(s.start, s.stop) for s in partition.split(x.numel(), self.size)]
-        slots = self._typed(x.dtype)
+        slots = self._whole(x.dtype)
         sync.settle()
         for r, share in enumerate(shares):
             if r != rank:
@@ -88,7 +89,7 @@ class Board:
         sync.await_all()
         mine = shares[rank]
         parts = [x[mine] if r == rank else slots[r][mine] for r in range(self.size)]
-        results = self._typed(x.dtype)
+        results = self._whole(x.dtype)
         reduced = results[rank][: mine.stop - mine.start]
         reduce_into(reduced, parts, op)
         sync.post()
@@ -98,12 +99,22 @@ class Board:
             if r != rank:
                 x[share].copy_(results[r][: share.stop - share.start])
 
+    def all_gather_rows(self, rows: Tensor, x: Tensor) -> None:
+        """Everybody's contiguous ``x``, of one size that fits a window, into the rows of a contiguous matrix."""
+        sync, dtype, shape = self._sync, x.dtype, x.shape
+        slots, views = self._slots(dtype, shape), self._rows(dtype, shape)
+        sync.settle()
+        slots[self.rank].copy_(x)
+        sync.post()
+        sync.await_all()
+        rows.copy_(views)
+
     def all_gather(self, outs: Sequence[Tensor], x: Tensor) -> None:
         """Everybody's flat ``x`` into flat ``outs`` by rank; their lengths may differ. ``outs[rank]`` may be ``x``."""
         sync, rank = self._sync, self.rank
         piece = WINDOW // x.itemsize
         for start in range(0, max(out.numel() for out in outs), piece):
-            slots = self._typed(x.dtype)
+            slots = self._whole(x.dtype)
             mine = x[start : start + piece]
             sync.settle()
             slots[rank][: mine.numel()].copy_(mine)
@@ -121,7 +132,7 @@ class Board:
         sync, rank = self._sync, self.rank
         room = WINDOW // out.itemsize // self.size
         for start in range(0, max(part.numel() for part in parts), room):
-            slots = self._typed(out.dtype)
+            slots = self._whole(out.dtype)
             sync.settle()
             for r, part in enumerate(parts):
                 piece = part[start : start + room]
@@ -172,7 +183,7 @@ class Board:
         sync = self._sync
         room = WINDOW // out.itemsize // self.size
         for start in range(0, out.numel(), room):
-            slot = self._typed(out.dtype)[root]
+            slot = self._whole(out.dtype)[root]
             if self.rank == root:
                 sync.settle()
                 for r, part in enumerate(parts):

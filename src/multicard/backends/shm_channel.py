@@ -12,63 +12,110 @@ is waited for, is kept aside.
 from __future__ import annotations
 
 import collections
-import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from multicard.backends.shm_segment import CELL, DEPTH, ENTRY, POSTED, TABLE, TAKEN, Segment
+from multicard.backends.shm_tensor import VIEWS, Flat, check_writable, plain
 
 
-@dataclasses.dataclass(eq=False)
 class Transfer:
-    """A message on its way. ``data`` are the bytes sent, or where those received go."""
+    """A message on its way: a tensor that is sent, or that receives.
 
-    peer: int
-    data: Tensor
-    tag: int
-    done: int = 0
-    complete: bool = False
+    One that fits a cell is copied as it is, whatever its strides; a longer one as bytes in one dimension.
+    """
+
+    __slots__ = ("_flat", "bytes", "complete", "done", "long", "nbytes", "peer", "tag", "tensor")
+
+    def __init__(self, peer: int, tensor: Tensor, tag: int, *, receives: bool = False) -> None:
+        self.peer, self.tag, self.nbytes = peer, tag, tensor.numel() * tensor.itemsize
+        self.tensor = plain(tensor)
+        self.done, self.complete, self.long = 0, False, self.nbytes > CELL
+        if self.long:
+            self._flat = Flat(self.tensor, write=receives)
+            self.bytes = self._flat.flat.view(torch.uint8)
+        elif receives:
+            check_writable(tensor)
+
+    def finish(self) -> None:
+        """All of it has been copied."""
+        if self.long:
+            self._flat.finish()
+        self.complete = True
+
+    def take(self, other: Transfer) -> None:
+        """Go on from a message that was received as bytes, before this was asked for."""
+        if other.complete:
+            self.tensor.copy_(other.tensor.view(self.tensor.dtype).view(self.tensor.shape))
+            self.complete = True
+        else:
+            self.bytes[: other.done].copy_(other.tensor[: other.done])
+            self.done = other.done
 
 
-class Outbox:
+class _Channel:
+    """What both ends of a channel see."""
+
+    def __init__(self, segment: Segment, source: int, to: int, fence: Callable[[], None]) -> None:
+        self.words, self.fence, self.at = segment.words, fence, segment.channel(source, to)
+        self.cells = segment.cells[source, to].unbind()
+        self.view = functools.lru_cache(VIEWS)(self._view)
+        self.count = 0  # pieces that this end has moved
+
+    def _view(self, cell: int, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+        """The start of a cell as a tensor."""
+        with torch.inference_mode(False):  # a view made in inference mode could not be written outside
+            return self.cells[cell][: shape.numel() * dtype.itemsize].view(dtype).view(shape)
+
+    @property
+    def entry(self) -> int:
+        """The first word of the next piece's entry: its cell, its message's tag and number of bytes."""
+        return self.at + TABLE + self.count % DEPTH * ENTRY
+
+
+class Outbox(_Channel):
     """What this rank sends to one other."""
 
     def __init__(self, segment: Segment, rank: int, peer: int, fence: Callable[[], None]) -> None:
-        self._words, self._fence, self._cells = segment.words, fence, segment.cells[rank, peer].unbind()
-        self._at = segment.channel(rank, peer)
-        self._posted = 0
+        super().__init__(segment, rank, peer, fence)
         self._cell = 0
         self.queue: collections.deque[Transfer] = collections.deque()
 
     def progress(self) -> None:
-        """Move what fits."""
-        while self.queue and self._step(self.queue[0]):
-            self.queue.popleft().complete = True
-
-    def _step(self, message: Transfer) -> bool:
-        total = message.data.numel()
-        while message.done < total or total == 0:
-            flying = self._posted - self._words[self._at + TAKEN]
+        """Send what fits."""
+        queue, words, taken = self.queue, self.words, self.at + TAKEN
+        while queue:
+            flying = self.count - words[taken]
             if flying == DEPTH:
-                return False
-            self._fence()  # the receiver has read the cell that is written now
+                return
+            self.fence()  # the receiver has read the cell that is written now
             self._cell = (self._cell + 1) % DEPTH if flying else 0
-            piece = message.data[message.done : message.done + CELL] if total > CELL else message.data
-            self._cells[self._cell][: piece.numel()].copy_(piece)
-            entry = self._at + TABLE + self._posted % DEPTH * ENTRY
-            self._words[entry], self._words[entry + 1], self._words[entry + 2] = self._cell, message.tag, total
-            self._posted += 1
-            self._fence()
-            self._words[self._at + POSTED] = self._posted
-            message.done += piece.numel()
-            if total == 0:
-                break
-        return True
+            message = queue[0]
+            self._write(message)
+            entry = self.entry
+            words[entry], words[entry + 1], words[entry + 2] = self._cell, message.tag, message.nbytes
+            self.count += 1
+            self.fence()  # cell and entry are there
+            words[self.at + POSTED] = self.count
+            if message.done == message.nbytes:
+                queue.popleft()
+                message.complete = True
+
+    def _write(self, message: Transfer) -> None:
+        tensor = message.tensor
+        if not message.long:
+            self.view(self._cell, tensor.dtype, tensor.shape).copy_(tensor)
+            message.done = message.nbytes
+            return
+        piece = message.bytes[message.done : message.done + CELL]
+        self.cells[self._cell][: piece.numel()].copy_(piece)
+        message.done += piece.numel()
 
 
-class Inbox:
+class Inbox(_Channel):
     """What this rank receives from one other.
 
     Args:
@@ -83,63 +130,62 @@ class Inbox:
         fence: Callable[[], None],
         mismatch: Callable[[int, int, int], None],
     ) -> None:
-        self._words, self._fence, self._cells = segment.words, fence, segment.cells[peer, rank].unbind()
-        self._at = segment.channel(peer, rank)
+        super().__init__(segment, peer, rank, fence)
         self._mismatch, self._peer = mismatch, peer
-        self._taken = 0
         self._current: Transfer | None = None
         self._early: dict[int, collections.deque[Transfer]] = {}
         self.queue: list[Transfer] = []
 
     def post(self, message: Transfer) -> None:
-        """Receive into ``message``; at once if it has come before its time."""
+        """Receive into ``message``, which may have begun to come already."""
         early = self._early.get(message.tag)
         if not early:
             self.queue.append(message)
             return
-        came = early.popleft()
-        if not early:
-            del self._early[message.tag]
-        if came is self._current:  # half of it
-            self._check(message, came.data.numel())
-            message.data[: came.done].copy_(came.data[: came.done])
-            message.done, self._current = came.done, message
+        came = early[0]
+        self._check(message, came.nbytes)
+        message.take(came)
+        if came is self._current:
+            self._current = message
             self.queue.append(message)
-        else:
-            self._check(message, came.data.numel())
-            message.data.copy_(came.data)
-            message.complete = True
+        early.popleft()
 
     def waiting(self, tag: int) -> bool:
         """Whether a message with this tag has come for which there is no receive yet."""
         if self._early.get(tag):
             return True
-        if self.queue or self._current is not None or self._words[self._at + POSTED] == self._taken:
+        if self.queue or self._current is not None or self.words[self.at + POSTED] == self.count:
             return False
-        self._fence()
-        return bool(self._entry()[1] == tag)
+        self.fence()
+        return self.words[self.entry + 1] == tag
 
     def progress(self) -> None:
         """Take what has come, while some receive is open."""
-        while self.queue and self._words[self._at + POSTED] != self._taken:
-            self._fence()  # the piece and its entry are there
-            cell, tag, total = self._entry()
-            message = self._current = self._current or self._start(tag, total)
-            piece = message.data[message.done : message.done + CELL] if total > CELL else message.data
-            piece.copy_(self._cells[cell][: piece.numel()])
-            message.done += piece.numel()
-            self._taken += 1
-            self._fence()  # the cell has been read
-            self._words[self._at + TAKEN] = self._taken
-            if message.done == total:
+        queue, words = self.queue, self.words
+        while queue and words[self.at + POSTED] != self.count:
+            self.fence()  # cell and entry are there
+            entry = self.entry
+            message = self._current or self._start(words[entry + 1], words[entry + 2])
+            self._read(message, words[entry])
+            self.count += 1
+            self.fence()  # the cell has been read
+            words[self.at + TAKEN] = self.count
+            self._current = message
+            if message.done == message.nbytes:
                 self._current = None
-                message.complete = True
-                if message in self.queue:
-                    self.queue.remove(message)
+                message.finish()
+                if message in queue:
+                    queue.remove(message)
 
-    def _entry(self) -> list[int]:
-        at = self._at + TABLE + self._taken % DEPTH * ENTRY
-        return self._words[at : at + 3].tolist()
+    def _read(self, message: Transfer, cell: int) -> None:
+        tensor = message.tensor
+        if not message.long:
+            tensor.copy_(self.view(cell, tensor.dtype, tensor.shape))
+            message.done = message.nbytes
+            return
+        piece = message.bytes[message.done : message.done + CELL]
+        piece.copy_(self.cells[cell][: piece.numel()])
+        message.done += piece.numel()
 
     def _start(self, tag: int, total: int) -> Transfer:
         for message in self.queue:
@@ -147,10 +193,10 @@ class Inbox:
                 self._check(message, total)
                 return message
         with torch.inference_mode(False):
-            early = Transfer(self._peer, torch.empty(total, dtype=torch.uint8), tag)
+            early = Transfer(self._peer, torch.empty(total, dtype=torch.uint8), tag, receives=True)
         self._early.setdefault(tag, collections.deque()).append(early)
         return early
 
     def _check(self, message: Transfer, total: int) -> None:
-        if message.data.numel() != total:
-            self._mismatch(self._peer, total, message.data.numel())
+        if message.nbytes != total:
+            self._mismatch(self._peer, total, message.nbytes)

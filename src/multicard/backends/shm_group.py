@@ -11,10 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from multicard.backends import shm_call, shm_reduce
-from multicard.backends.shm_board import Board
+from multicard.backends.shm_board import Board, fits_window
 from multicard.backends.shm_channel import Inbox, Outbox, Transfer
 from multicard.backends.shm_segment import Invitation
 from multicard.backends.shm_sync import Sync
+from multicard.backends.shm_tensor import Flat, Flats, about, check, check_writable, flatten, plain
 from multicard.backends.shm_work import ShmWork, pending, progress_all
 from multicard.errors import ConfigError, MismatchError, MulticardError, RankError, UnsupportedError
 
@@ -122,7 +123,7 @@ class Group:
         sizes = tuple(out.numel() for out in outs)
         if len(outs) != self.size or sizes[self.rank] != x.numel() or any(out.dtype != x.dtype for out in outs):
             raise ConfigError(
-                f"all_gather: {_about(x)} on rank {self.rank} doesn't fit outputs of {sizes}, {outs[0].dtype}"
+                f"all_gather: {about(x)} on rank {self.rank} doesn't fit outputs of {sizes}, {outs[0].dtype}"
             )
         with Flats(outs) as flats:
             if self.size == 1:
@@ -134,12 +135,15 @@ class Group:
     def all_gather_single(self, out: Tensor, x: Tensor) -> None:
         """Everybody's ``x``, of one size, one after the other into ``out``."""
         check(out, x)
-        if out.numel() != x.numel() * self.size or out.dtype != x.dtype:
-            raise ConfigError(f"all_gather: {self.size} × {_about(x)} doesn't fill an output of {_about(out)}")
-        if x.numel() == 0:
-            return
+        numel = x.numel()
+        if out.numel() != numel * self.size or out.dtype != x.dtype:
+            raise ConfigError(f"all_gather: {self.size} × {about(x)} doesn't fill an output of {about(out)}")
         with Flat(out) as flat:
-            self.all_gather(flat.view(self.size, -1).unbind(), x)
+            rows = flat.view(self.size, numel)
+            if self.size == 1 or not fits_window(x):
+                self.all_gather(rows.unbind(), x)
+            else:
+                self._enter("all_gather", x, out.numel(), numel).all_gather_rows(rows, x)
 
     @_guarded
     def reduce_scatter(self, out: Tensor, parts: Sequence[Tensor], op: str = "sum") -> None:
@@ -148,7 +152,7 @@ class Group:
         shm_reduce.check(op, out.dtype)
         sizes = tuple(part.numel() for part in parts)
         if len(parts) != self.size or sizes[self.rank] != out.numel() or any(p.dtype != out.dtype for p in parts):
-            raise ConfigError(f"reduce_scatter: parts of {sizes} don't fit {_about(out)} on rank {self.rank}")
+            raise ConfigError(f"reduce_scatter: parts of {sizes} don't fit {about(out)} on rank {self.rank}")
         with Flat(out) as flat:
             if self.size == 1:
                 flat.copy_(flatten(parts[0]))
@@ -215,7 +219,7 @@ class Group:
         if self.rank == root and (
             [p.numel() for p in parts] != [x.numel()] * self.size or any(p.dtype != x.dtype for p in parts)
         ):
-            raise ConfigError(f"{name}: {_about(x)} a rank, but {len(parts)} parts of {[p.numel() for p in parts]}")
+            raise ConfigError(f"{name}: {about(x)} a rank, but {len(parts)} parts of {[p.numel() for p in parts]}")
 
     # ---- messages
 
@@ -223,16 +227,13 @@ class Group:
     def send(self, tensors: Sequence[Tensor], to: int, tag: int = 0) -> ShmWork:
         """Start sending. The tensors may change once the work is waited for."""
         self._check_peer("send to", to, tensors)
-        transfers = [Transfer(to, as_bytes(flatten(x)), tag) for x in tensors]
-        return self._start(transfers, (), tensors, None)
+        return self._start([Transfer(to, x, tag) for x in tensors], (), tensors)
 
     @_guarded
     def recv(self, tensors: Sequence[Tensor], source: int, tag: int = 0) -> ShmWork:
         """Start receiving. The tensors hold what came once the work is waited for."""
         self._check_peer("receive from", source, tensors)
-        flats = Flats(tensors)
-        transfers = [Transfer(source, as_bytes(flat), tag) for flat in flats.flats]
-        return self._start((), transfers, tensors, flats.finish)
+        return self._start((), [Transfer(source, x, tag, receives=True) for x in tensors], tensors)
 
     @_guarded
     def recv_from_any(self, tensors: Sequence[Tensor], tag: int = 0) -> ShmWork:
@@ -259,14 +260,14 @@ class Group:
             )
         if any(x.dtype != outs[0].dtype for x in (*outs, *ins)):
             raise ConfigError(f"all_to_all: all tensors must be {outs[0].dtype}")
-        flats = Flats(outs)
+        check_writable(outs[rank])
         if self.size > 1:
             self._enter("all_to_all", outs[0])
         peers = [(rank + step) % self.size for step in range(1, self.size)]
-        sends = [Transfer(r, as_bytes(flatten(ins[r])), COLLECTIVE_TAG) for r in peers]
-        receives = [Transfer(r, as_bytes(flats.flats[r]), COLLECTIVE_TAG) for r in peers]
-        work = self._start(sends, receives, tensors or outs, flats.finish)
-        flats.flats[rank].copy_(flatten(ins[rank]))
+        sends = [Transfer(r, ins[r], COLLECTIVE_TAG) for r in peers]
+        receives = [Transfer(r, outs[r], COLLECTIVE_TAG, receives=True) for r in peers]
+        work = self._start(sends, receives, tensors or outs)
+        plain(outs[rank]).copy_(plain(ins[rank]).view(outs[rank].shape))
         return work
 
     def _check_peer(self, what: str, peer: int, tensors: Sequence[Tensor]) -> None:
@@ -277,13 +278,7 @@ class Group:
         if sync.error is not None:
             raise sync.again()
 
-    def _start(
-        self,
-        sends: Sequence[Transfer],
-        receives: Sequence[Transfer],
-        tensors: Sequence[Any],
-        finish: Callable[[], None] | None,
-    ) -> ShmWork:
+    def _start(self, sends: Sequence[Transfer], receives: Sequence[Transfer], tensors: Sequence[Any]) -> ShmWork:
         for transfer in sends:
             self._outboxes[transfer.peer].queue.append(transfer)
         for transfer in receives:
@@ -291,7 +286,7 @@ class Group:
         if self.size > 1:
             pending.groups.add(self)
             self.progress()
-        return ShmWork(tensors, self, (*sends, *receives), finish)
+        return ShmWork(tensors, self, (*sends, *receives))
 
     def progress(self) -> None:
         """Move messages along, as far as that goes without waiting."""
@@ -341,76 +336,3 @@ class Group:
         if self._invitation is not None:
             self._invitation.withdraw()
         self._closed = True
-
-
-class Flat:
-    """A tensor's elements in one dimension, to be written; where that takes a copy, leaving writes it back."""
-
-    def __init__(self, tensor: Tensor, write: bool = True) -> None:
-        self._origin = tensor.detach() if tensor.requires_grad else tensor
-        self._dense = dense(self._origin)
-        self._write = write and self._dense is not self._origin
-        if self._write and 0 in [stride for stride, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1]:
-            raise UnsupportedError(
-                f"can't write into a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()}, "
-                "whose elements share memory: clone it first"
-            )
-        self.flat = self._dense.view(-1)
-
-    def finish(self) -> None:
-        if self._write:
-            self._origin.copy_(self._dense)
-
-    def __enter__(self) -> Tensor:
-        return self.flat
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self.finish()
-
-
-class Flats:
-    """Several of them."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._all = [Flat(tensor) for tensor in tensors]
-        self.flats = [each.flat for each in self._all]
-
-    def finish(self) -> None:
-        for each in self._all:
-            each.finish()
-
-    def __enter__(self) -> list[Tensor]:
-        return self.flats
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self.finish()
-
-
-def dense(x: Tensor) -> Tensor:
-    """``x`` itself if its elements lie in memory in order and as they are."""
-    return x.contiguous().resolve_conj().resolve_neg()
-
-
-def flatten(x: Tensor) -> Tensor:
-    """``x``'s elements in one dimension, to be read."""
-    return dense(x.detach() if x.requires_grad else x).view(-1)
-
-
-def as_bytes(flat: Tensor) -> Tensor:
-    return flat.view(torch.uint8)
-
-
-def check(*tensors: Tensor) -> None:
-    """Refuse what isn't dense and on the CPU."""
-    for x in tensors:
-        if not x.is_cpu or x.layout != torch.strided:
-            raise UnsupportedError(
-                f"backend shm is for dense CPU tensors, not {x.layout} on {x.device}: "
-                "give such tensors a group of their own device's backend"
-            )
-
-
-def _about(x: Tensor) -> str:
-    return f"{x.numel()} × {x.dtype}"

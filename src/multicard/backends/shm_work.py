@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +23,6 @@ class ShmWork(dist.Work):
     Args:
         tensors: what a future of this gives.
         group, transfers: the messages that must arrive first.
-        finish: then writes back what had to be copied.
     """
 
     def __init__(
@@ -31,24 +30,21 @@ class ShmWork(dist.Work):
         tensors: Sequence[Any] = (),
         group: Group | None = None,
         transfers: Sequence[Transfer] = (),
-        finish: Callable[[], None] | None = None,
     ) -> None:
         super().__init__()
-        self._tensors, self._group, self.transfers, self._finish = tensors, group, transfers, finish
+        self._tensors, self._group, self.transfers = tensors, group, transfers
 
     def wait(self, timeout: datetime.timedelta | None = None) -> bool:
         if self._group is not None:
             self._group.drive(self.transfers)
-            if self._finish is not None:
-                self._finish()
-            self._group = self._finish = None
+            self._group = None
         return True
 
     def is_completed(self) -> bool:
         if self._group is not None:
             self._group.progress()
             if all(transfer.complete for transfer in self.transfers):
-                self.wait()
+                self._group = None
         return self._group is None
 
     def is_success(self) -> bool:

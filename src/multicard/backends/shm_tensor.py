@@ -1,0 +1,89 @@
+"""Tensors as they must be to be copied: dense, flat, of a kind that this backend takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from multicard.errors import UnsupportedError
+
+VIEWS = 256
+"""Views of shared memory that are remembered, as making one costs more than a small copy; decode needs a handful."""
+
+
+def check(*tensors: Tensor) -> None:
+    """Refuse what isn't dense and on the CPU."""
+    for x in tensors:
+        if not x.is_cpu or x.layout != torch.strided:
+            raise UnsupportedError(
+                f"backend shm is for dense CPU tensors, not {x.layout} on {x.device}: "
+                "give such tensors a group of their own device's backend"
+            )
+
+
+def check_writable(x: Tensor) -> None:
+    """Refuse to write into a tensor whose elements share memory (``expand``)."""
+    if not x.is_contiguous() and any(stride == 0 and n > 1 for stride, n in zip(x.stride(), x.shape, strict=True)):
+        raise UnsupportedError(
+            f"can't write into a tensor of shape {tuple(x.shape)} and strides {x.stride()}, whose elements share "
+            "memory: clone it first"
+        )
+
+
+def plain(x: Tensor) -> Tensor:
+    """The same elements without autograd's attention."""
+    return x.detach() if x.requires_grad else x
+
+
+def dense(x: Tensor) -> Tensor:
+    """``x`` itself if its elements lie in memory in order and as they are."""
+    return plain(x).contiguous().resolve_conj().resolve_neg()
+
+
+def flatten(x: Tensor) -> Tensor:
+    """``x``'s elements in one dimension, to be read."""
+    return dense(x).view(-1)
+
+
+class Flat:
+    """A tensor's elements in one dimension, to be written; where that takes a copy, leaving writes it back."""
+
+    def __init__(self, tensor: Tensor, write: bool = True) -> None:
+        if write:
+            check_writable(tensor)
+        self._origin = plain(tensor)
+        self._dense = dense(self._origin)
+        self._write = write and self._dense is not self._origin
+        self.flat = self._dense.view(-1)
+
+    def finish(self) -> None:
+        if self._write:
+            self._origin.copy_(self._dense)
+
+    def __enter__(self) -> Tensor:
+        return self.flat
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.finish()
+
+
+class Flats:
+    """Several of them."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._all = [Flat(tensor) for tensor in tensors]
+
+    def __enter__(self) -> list[Tensor]:
+        return [each.flat for each in self._all]
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            for each in self._all:
+                each.finish()
+
+
+def about(x: Tensor) -> str:
+    return f"{x.numel()} × {x.dtype}"
