@@ -34,9 +34,19 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh, plan: Mapping[str, s
         ConfigError: the plan doesn't fit the model.
         UnsupportedError: the model can't be split exactly; the message names the module and why.
     """
-    split_tensors(model, mesh.tp, plan)
+    _split(model, mesh, plan)
     _finish(model, mesh)
     return model if model.device.type == "meta" else model.to(mesh.device)
+
+
+def _split(model: PreTrainedModel, mesh: ParallelMesh, plan: Mapping[str, str] | None) -> None:
+    """Weights over tp, the sequence over ring and ulysses; what can't be is refused before anything is changed."""
+    if mesh.sequence.size > 1:
+        from multicard.integrations import transformers_sequence as sequence
+
+        sequence.check(model, mesh)
+        sequence.attach(model, mesh)
+    split_tensors(model, mesh.tp, plan)
 
 
 def _finish(model: PreTrainedModel, mesh: ParallelMesh) -> None:
@@ -69,7 +79,7 @@ def from_pretrained(
     """
     model = loading.build(path, model_class, dtype, **overrides)
     sources = loading.Sources(model)
-    split_tensors(model, mesh.tp, plan)
+    _split(model, mesh, plan)
     loading.load(model, path, mesh, sources)
     _finish(model, mesh)
     return model

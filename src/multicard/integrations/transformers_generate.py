@@ -73,4 +73,6 @@ def agree_on_noise(mesh: ParallelMesh) -> None:
 
 
 def _no_continuous_batching(*args: Any, **kwargs: Any) -> Any:
-    raise UnsupportedError("continuous batching (generate_batch, cache_implementation='paged') makes a cache of all heads: use generate")
+    raise UnsupportedError(
+        "continuous batching (generate_batch, cache_implementation='paged') makes a cache of all heads: use generate"
+    )

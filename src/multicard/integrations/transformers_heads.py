@@ -213,6 +213,9 @@ class _Segment:
 
 
 def _attend_by_segments(module: nn.Module, shard: HeadShard, attn_implementation: str) -> None:
+    if hasattr(module, "_multicard_sequence"):  # attention over a split sequence takes segments as they are
+        object.__setattr__(module, "_multicard_segments", shard.segments)
+        return
     register()
     # Plain attributes, not submodules: a segment refers back to its module.
     object.__setattr__(module, "_multicard_segments", [_Segment(module, *segment) for segment in shard.segments])

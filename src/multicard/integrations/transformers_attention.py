@@ -1,0 +1,158 @@
+"""Attention over a sequence that is split over ranks, as ``transformers``' attention and mask interfaces call it.
+
+Causality, window and padding come from positions in the whole sequence and the 2-D mask, never from ``position_ids``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from multicard.attention import choose_schedule
+from multicard.attention.kernels import block_attention
+from multicard.attention.merge import merge_ranks
+from multicard.attention.sharding import Sharding
+from multicard.attention.ulysses import group_attention
+from multicard.attention.visibility import Visibility, as_tensor
+from multicard.errors import UnsupportedError
+from multicard.integrations.transformers_cache import Chunk, Spans
+from multicard.mesh import ParallelMesh
+
+NAME = "multicard"
+"""``attn_implementation`` of a model whose sequence is split."""
+
+KNOWN = {"position_ids", "dropout", "scaling", "sliding_window", "is_causal", "use_cache", "output_attentions"}
+"""What models may tell their attention; anything else that isn't None changes the result, and is refused."""
+
+
+@dataclasses.dataclass
+class Step:
+    """What attention has to know about the forward pass that is running.
+
+    Attributes:
+        mesh: whose sequence axis the pass is split over.
+        chunk: the new tokens.
+        keys: by rank, the positions of its keys, in the order in which they lie, the new ones included.
+        keep: ``(batch, positions in all)`` bool, False for padding; None: no padding.
+    """
+
+    mesh: ParallelMesh
+    chunk: Chunk
+    keys: tuple[Spans, ...]
+    keep: Tensor | None
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The interface's function: ``(batch, heads, rows, head_dim)`` in, ``(batch, rows, heads, head_dim)`` out.
+
+    A sliced chunk goes through ring, Ulysses or both; a chunk that every rank has whole costs one all-gather.
+    """
+    step: Step | None = module._multicard_sequence.step
+    if step is None:
+        raise UnsupportedError(f"{type(module).__name__} outside its model's forward: call the model, not its layers")
+    strange = [name for name, x in kwargs.items() if name not in KNOWN and x is not None and x is not False]
+    if strange or attention_mask is not None or dropout:
+        raise UnsupportedError(
+            f"{type(module).__name__} with {', '.join(strange) or 'a mask or dropout of its own'}: "
+            "not with the sequence split; use tp alone"
+        )
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    segments = getattr(module, "_multicard_segments", None) or ((range(q.shape[2]), range(k.shape[2])),)
+    attend = _sliced if step.chunk.sliced else _whole
+    return attend(step, q, k, v, segments, scale, sliding_window), None
+
+
+def _sliced(step: Step, q: Tensor, k: Tensor, v: Tensor, segments: Any, scale: float, window: int | None) -> Tensor:
+    """Every rank has its slice of the new rows, and its keys of all positions."""
+    mesh, rows = step.mesh, step.chunk.held
+    mask = None
+    if window is not None and window < step.chunk.stop:
+        mine = as_tensor(rows[mesh.sequence.rank])
+        mask = (mine[:, None] - torch.arange(step.chunk.stop) < window)[None, None].to(q.device)
+    outs = []
+    for heads, kv_heads in segments:
+        choice = choose_schedule(
+            mesh,
+            heads=len(heads),
+            kv_heads=len(kv_heads),
+            seq_len=step.chunk.length,
+            kv_seq_len=step.chunk.stop,
+            causal=True,
+            order="zigzag",
+            masked=mask is not None,
+        )
+        sharding = Sharding(*choice.axes(mesh), rows, step.keys, mesh.sequence.rank, False)
+        visible = Visibility(
+            blocks=sharding.blocks, causal=True, q_positions=sharding.positions(0), mask=mask, key_mask=step.keep
+        )
+        parts = (q[:, :, _cut(heads)], k[:, :, _cut(kv_heads)], v[:, :, _cut(kv_heads)])
+        outs.append(group_attention(*parts, sharding=sharding, visible=visible, scale=scale, joint=None)[0])
+    return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+
+
+def _whole(step: Step, q: Tensor, k: Tensor, v: Tensor, segments: Any, scale: float, window: int | None) -> Tensor:
+    """Every rank has all the new rows, and attends to its own keys; the parts are merged in rank order."""
+    axis = step.mesh.sequence
+    k, v, mask = _visible(step, k, v, window)
+    parts = [
+        block_attention(q[:, :, _cut(heads)], k[:, :, _cut(kv)], v[:, :, _cut(kv)], scale=scale, mask=mask)
+        for heads, kv in segments
+    ]
+    out, lse = parts[0] if len(parts) == 1 else (torch.cat([part[i] for part in parts], 2) for i in (0, 1))
+    return merge_ranks(out, lse, axis).to(q.dtype)
+
+
+def _visible(step: Step, k: Tensor, v: Tensor, window: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """This rank's keys that any new row may see, and the mask ``(batch|1, 1, rows|1, keys)`` where one is needed."""
+    chunk, spans = step.chunk, step.keys[step.mesh.sequence.rank]
+    first = 0 if window is None else max(chunk.start - window + 1, 0)
+    hidden = sum(len(range(span.start, min(span.stop, first))) for span in spans)
+    k, v = k[:, hidden:], v[:, hidden:]
+    if chunk.length == 1 and step.keep is None:
+        return k, v, None
+    positions = as_tensor(spans)[hidden:].to(k.device) if spans else torch.empty(0, dtype=torch.long, device=k.device)
+    mask = None
+    if chunk.length > 1:
+        rows = torch.arange(chunk.start, chunk.stop, device=k.device)[:, None]
+        mask = positions <= rows
+        if window is not None:
+            mask = mask & (rows - positions < window)
+        mask = mask[None, None]
+    if step.keep is not None:
+        padding = step.keep[:, None, None].index_select(3, positions)
+        mask = padding if mask is None else mask & padding
+    return k, v, mask
+
+
+def _cut(heads: range) -> slice:
+    return slice(heads.start, heads.stop)
+
+
+def mask_forward(*args: Any, use_vmap: bool = False, **kwargs: Any) -> None:
+    """The mask interface's function: no mask, as attention makes its own; rules that it can't know are refused."""
+    if use_vmap:
+        raise UnsupportedError(
+            "a mask rule of the model's own (bidirectional blocks, say) with the sequence split: use tp alone"
+        )
+
+
+def register() -> None:
+    """Make both known to ``transformers``; again: nothing."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, mask_forward)

@@ -1,0 +1,198 @@
+"""A ``transformers`` cache whose keys and values are spread over the ranks of the sequence axis.
+
+A chunk that was computed in slices stays where it was computed; tokens computed by every rank (decoding) go to the ranks
+in turn, a page each. Who holds which position follows from the lengths alone, so no exchange is spent on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from multicard import partition
+from multicard.errors import UnsupportedError
+from multicard.mesh import Axis
+
+PAGE = 32
+"""Consecutive decoded tokens that one rank holds before it is the next one's turn."""
+
+Spans = tuple[range, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """The new tokens of one forward pass.
+
+    Attributes:
+        start: how many tokens came before. length: how many are new.
+        sliced: each rank computes a zigzag slice of them; otherwise every rank computes all.
+        axis: the ranks.
+    """
+
+    start: int
+    length: int
+    sliced: bool
+    axis: Axis
+
+    @classmethod
+    def of(cls, start: int, length: int, axis: Axis) -> Chunk:
+        """Sliced where every rank gets both its zigzag pieces."""
+        return cls(start, length, length >= 2 * axis.size, axis)
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.length
+
+    @functools.cached_property
+    def held(self) -> tuple[Spans, ...]:
+        """By rank, the positions whose keys it stores."""
+        if self.sliced:
+            by_rank = partition.split_sequence(self.length, self.axis.size, "zigzag")
+            return tuple(tuple(range(s.start + self.start, s.stop + self.start) for s in spans) for spans in by_rank)
+        pages: list[list[range]] = [[] for _ in range(self.axis.size)]
+        position = self.start
+        while position < self.stop:
+            page = position // PAGE
+            stop = min((page + 1) * PAGE, self.stop)
+            pages[page % self.axis.size].append(range(position, stop))
+            position = stop
+        return tuple(map(tuple, pages))
+
+    @property
+    def mine(self) -> Spans:
+        return self.held[self.axis.rank]
+
+
+def take(x: Tensor, spans: Spans, start: int, dim: int) -> Tensor:
+    """The positions ``spans`` of ``x``, which begins at position ``start``; a view where they are one run."""
+    parts = [x.narrow(dim, span.start - start, len(span)) for span in partition.merge_spans(spans)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim) if parts else x.narrow(dim, 0, 0)
+
+
+class ShardedLayer(DynamicLayer):
+    """One layer's keys and values, this rank's positions of them: ``(batch, heads, positions here, head_dim)``.
+
+    Room grows by a page at a time, so a decoded token copies nothing.
+    """
+
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self, cache: ShardedCache) -> None:
+        super().__init__()
+        self.cache = cache
+        self.seen = self.used = 0
+        self.room: list[Tensor] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store this rank's part of the new keys and values; returns all that it holds."""
+        chunk = self.cache.chunk
+        if chunk is None:
+            raise UnsupportedError("a sharded cache outside the model it was made for: call the model, not its layers")
+        new = [key_states, value_states]
+        if not chunk.sliced:
+            new = [take(x, chunk.mine, chunk.start, 2) for x in new]
+        self._store(new)
+        self.seen = chunk.stop
+        self.keys, self.values = (x.narrow(2, 0, self.used) for x in self.room)
+        self.is_initialized = True
+        return self.keys, self.values
+
+    def _store(self, new: list[Tensor]) -> None:
+        count = new[0].shape[2]
+        if not self.room:
+            self.room = [x.contiguous() for x in new]
+        elif self.used + count > self.room[0].shape[2]:
+            spare = max(PAGE, count)
+            self.room = [
+                torch.cat([old[:, :, : self.used], x, x.new_empty(*x.shape[:2], spare - count, x.shape[3])], 2)
+                for old, x in zip(self.room, new, strict=True)
+            ]
+        elif count:
+            for old, x in zip(self.room, new, strict=True):
+                old[:, :, self.used : self.used + count] = x
+        self.used += count
+
+    def get_seq_length(self) -> int:
+        """Positions in all, on every rank together."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    @property
+    def nbytes(self) -> int:
+        """What this rank's part takes, room to grow included."""
+        return sum(x.nbytes for x in self.room)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise _refused("crop", "assisted generation")
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        raise _refused("reorder_cache", "beam search")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        raise _refused("batch_repeat_interleave", "contrastive search")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        raise _refused("batch_select_indices", "contrastive search")
+
+
+def _refused(what: str, who: str) -> UnsupportedError:
+    return UnsupportedError(f"{what} ({who}) on a cache that is split over ranks: use greedy or sampling, or tp alone")
+
+
+class ShardedCache(DynamicCache):
+    """All layers' keys and values, this rank's positions of them.
+
+    Attributes:
+        chunk: the new tokens of the forward pass that is running, or None.
+        chunks: those of all passes before it.
+    """
+
+    def __init__(self, axis: Axis) -> None:
+        super().__init__()
+        self.layer_class_to_replicate = functools.partial(ShardedLayer, self)
+        self.axis = axis
+        self.chunk: Chunk | None = None
+        self.chunks: list[Chunk] = []
+
+    def begin(self, chunk: Chunk) -> None:
+        self.chunk = chunk
+
+    def end(self) -> None:
+        """The pass is over: its tokens belong to the past."""
+        chunk, last = self.chunk, self.chunks[-1] if self.chunks else None
+        assert chunk is not None
+        if last and not last.sliced and not chunk.sliced:
+            self.chunks[-1] = dataclasses.replace(last, length=last.length + chunk.length)
+        else:
+            self.chunks.append(chunk)
+        self.chunk = None
+
+    @property
+    def length(self) -> int:
+        """Positions before the pass that is running, on every rank together."""
+        return self.chunks[-1].stop if self.chunks else 0
+
+    def spans(self) -> tuple[Spans, ...]:
+        """By rank the positions held, in the order in which they lie, those of the running pass included."""
+        chunks = [*self.chunks, *([self.chunk] if self.chunk else [])]
+        return tuple(
+            partition.merge_spans([span for chunk in chunks for span in chunk.held[rank]])
+            for rank in range(self.axis.size)
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """What this rank's part takes, room to grow included."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.layers, self.chunks, self.chunk = [], [], None

@@ -1,0 +1,214 @@
+"""Prompts and caches longer than one card: hooks that split a ``transformers`` decoder's sequence over ranks.
+
+The decoder sees this rank's slice of a long prompt and puts its keys in a sharded cache; short chunks and decoded tokens
+are computed by every rank. ``generate()`` and the modelling code stay what they are.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from multicard import collectives
+from multicard.attention.sequence import flatten, to_natural_order
+from multicard.errors import UnsupportedError
+from multicard.integrations import transformers_attention as attention
+from multicard.integrations.transformers_cache import Chunk, ShardedCache, take
+from multicard.integrations.transformers_heads import uses_interface
+from multicard.mesh import ParallelMesh
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FAMILIES = (
+    "cohere", "cohere2", "gemma", "gemma3_text", "glm", "glm4", "gpt2", "gpt_neox", "granite", "helium", "llama", "ministral",
+    "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3",
+    "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2",
+)  # fmt: skip
+"""Decoders whose tokens meet in attention only, as the tests prove by splitting them."""
+
+
+def check(model: PreTrainedModel, mesh: ParallelMesh) -> None:
+    """Refuse what a split sequence can't do, before anything is changed.
+
+    Raises:
+        UnsupportedError: naming the model and why.
+    """
+    kind, name = model.config.model_type, type(model).__name__
+    why = None
+    if kind not in FAMILIES:
+        why = f"model_type={kind!r} isn't one whose tokens are known to meet in attention only ({', '.join(FAMILIES)})"
+    elif getattr(model.config, "attn_logit_softcapping", None):
+        why = "its attention caps scores, which the kernels don't"
+    elif set(getattr(model.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+        why = f"its layers are {sorted(set(model.config.layer_types))}"
+    elif getattr(model.config, "is_causal", True) is False or getattr(model.config, "is_encoder_decoder", False):
+        why = "it isn't a causal decoder"
+    if why:
+        raise UnsupportedError(
+            f"{name} with ring={mesh.ring.size}, ulysses={mesh.ulysses.size}: {why}; use tp={mesh.world.size} instead"
+        )
+
+
+def attach(model: PreTrainedModel, mesh: ParallelMesh) -> None:
+    """Split the sequence of ``model`` over ``mesh.sequence`` from now on. Before its weights are split."""
+    attention.register()
+    model.config._attn_implementation = attention.NAME
+    sequence = Sequence(model, mesh)
+    decoder = model.get_decoder()
+    for module in decoder.modules():
+        if hasattr(module, "forward") and uses_interface(module):
+            object.__setattr__(module, "_multicard_sequence", sequence)
+        if type(module).__name__.endswith("RotaryEmbedding"):
+            module.register_forward_pre_hook(sequence.before_rotary(module), with_kwargs=True)
+            module.register_forward_hook(sequence.after_rotary)
+    decoder.register_forward_pre_hook(sequence.before(decoder), with_kwargs=True)
+    decoder.register_forward_hook(sequence.after)
+    if decoder is not model:
+        model.register_forward_pre_hook(sequence.before_head(model), with_kwargs=True)
+
+
+class Sequence:
+    """One model's split sequence: what the hooks tell each other during a forward pass.
+
+    Attributes:
+        step: the pass that is running, or None.
+    """
+
+    def __init__(self, model: PreTrainedModel, mesh: ParallelMesh) -> None:
+        self.config, self.mesh = model.config, mesh
+        self.step: attention.Step | None = None
+        self.cache: ShardedCache | None = None
+        self.positions: Tensor | None = None
+        self.logits_to_keep = 0
+
+    def before_head(self, model: nn.Module) -> Callable[..., None]:
+        signature = inspect.signature(model.forward)
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            wanted = signature.bind_partial(*args, **kwargs).arguments.get("logits_to_keep", 0)
+            self.logits_to_keep = wanted if isinstance(wanted, int) else 0
+
+        return hook
+
+    def before(self, decoder: nn.Module) -> Callable[..., Any]:
+        """The decoder's pre-hook: make the step, give the decoder its slice and the sharded cache."""
+        signature = inspect.signature(decoder.forward)
+        rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            given = dict(signature.bind_partial(*args, **kwargs).arguments)
+            given |= given.pop(rest, {})
+            given = {name: value for name, value in given.items() if value is not None}
+            tokens = given.get("input_ids", given.get("inputs_embeds"))
+            if tokens is None:
+                raise UnsupportedError("a forward pass without input_ids or inputs_embeds can't be split")
+            _refuse_arguments(given, self.config, tokens.shape[:2])
+            self.cache = self._cache(given)
+            chunk = Chunk.of(self.cache.length if self.cache else 0, tokens.shape[1], self.mesh.sequence)
+            if self.cache is not None:
+                self.cache.begin(chunk)
+                given["past_key_values"] = self.cache
+            keys = self.cache.spans() if self.cache is not None else chunk.held
+            keep = _padding(given.get("attention_mask"), chunk)
+            self.step = attention.Step(self.mesh, chunk, keys, keep)
+            if chunk.sliced:
+                self._slice(given, chunk, tokens)
+            return (), given
+
+        return hook
+
+    def _cache(self, given: dict[str, Any]) -> ShardedCache | None:
+        cache = given.get("past_key_values")
+        if isinstance(cache, ShardedCache):
+            return cache
+        if cache is not None and (type(cache).__name__ != "DynamicCache" or cache.get_seq_length()):
+            raise UnsupportedError(
+                f"a {type(cache).__name__} of {cache.get_seq_length()} tokens with the sequence split: pass an empty "
+                "DynamicCache or none, and go on with the one that comes back"
+            )
+        wanted = given.get("use_cache", getattr(self.config, "use_cache", False))
+        return ShardedCache(self.mesh.sequence) if wanted or cache is not None else None
+
+    def _slice(self, given: dict[str, Any], chunk: Chunk, tokens: Tensor) -> None:
+        positions = given.get("position_ids")
+        if positions is None:
+            positions = torch.arange(chunk.start, chunk.stop, device=tokens.device)[None]
+        self.positions = positions
+        given["position_ids"] = take(positions, chunk.mine, chunk.start, -1)
+        for name in ("input_ids", "inputs_embeds"):
+            if name in given:
+                given[name] = take(given[name], chunk.mine, chunk.start, 1)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """The decoder's hook: every rank gets the rows that the head will read. One all-gather."""
+        step, cache = self.step, self.cache
+        assert step is not None
+        if cache is not None:
+            cache.end()
+        if step.chunk.sliced:
+            output["last_hidden_state"] = self._gather(output["last_hidden_state"], step.chunk)
+        self.step = self.cache = self.positions = None
+        self.logits_to_keep = 0
+        return output
+
+    def _gather(self, hidden: Tensor, chunk: Chunk) -> Tensor:
+        """``(batch, rows here, hidden)`` to the last ``logits_to_keep`` rows of the chunk, or all, on every rank."""
+        first = max(chunk.stop - self.logits_to_keep, chunk.start) if self.logits_to_keep else chunk.start
+        wanted = [tuple(range(max(s.start, first), s.stop) for s in spans if s.stop > first) for spans in chunk.held]
+        skipped = hidden.shape[1] - sum(map(len, wanted[chunk.axis.rank]))
+        mine = hidden[:, skipped:].contiguous()  # a rank's rows are in rising order
+        rows = collectives.all_gather(mine, chunk.axis, 1, [sum(map(len, spans)) for spans in wanted])
+        return to_natural_order(rows, flatten(wanted), 1)
+
+    def before_rotary(self, rotary: nn.Module) -> Callable[..., Any]:
+        """Some rotary embeddings read the largest position: they get all of them, and are cut afterwards."""
+        signature = inspect.signature(rotary.forward)
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if self.step is None or not self.step.chunk.sliced:
+                return None
+            given = dict(signature.bind_partial(*args, **kwargs).arguments)
+            return (), {**given, "position_ids": self.positions}
+
+        return hook
+
+    def after_rotary(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if self.step is None or not self.step.chunk.sliced:
+            return output
+        chunk = self.step.chunk
+        if isinstance(output, Tensor):
+            return take(output, chunk.mine, chunk.start, 1)
+        return tuple(take(x, chunk.mine, chunk.start, 1) for x in output)
+
+
+def _padding(mask: Tensor | None, chunk: Chunk) -> Tensor | None:
+    """The 2-D mask as bool, or None where nothing is padding."""
+    if mask is None:
+        return None
+    if mask.dim() != 2 or mask.shape[1] != chunk.stop:
+        raise UnsupportedError(
+            f"attention_mask of shape {tuple(mask.shape)} with the sequence split: must be (batch, {chunk.stop}), "
+            "ones and zeros for all tokens so far"
+        )
+    keep = mask.bool()
+    return None if bool(keep.all()) else keep
+
+
+def _refuse_arguments(given: dict[str, Any], config: Any, shape: torch.Size) -> None:
+    for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
+        if given.get(name, getattr(config, name, False)):
+            raise UnsupportedError(f"{name}=True with the sequence split would give slices: use tp alone")
+    if given.get("return_dict") is False:
+        raise UnsupportedError("return_dict=False with the sequence split: leave it True")
+    known = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values"}
+    for name, value in given.items():
+        if name not in known and isinstance(value, Tensor) and value.dim() >= 2 and value.shape[1] == shape[1] > 1:
+            raise UnsupportedError(f"{name} of shape {tuple(value.shape)} with the sequence split: use tp alone")
+    positions, packed = given.get("position_ids"), "attention_mask" not in given and "past_key_values" not in given
+    if positions is not None and packed and bool((positions.diff(dim=-1) != 1).any()):
+        raise UnsupportedError("position_ids of packed sequences with the sequence split: pass one sequence a row")
