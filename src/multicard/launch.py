@@ -130,7 +130,7 @@ class Ranks:
 
     def run(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """``fn(mesh, *args, **kwargs)`` on every rank: values by rank. Raises as :func:`launch` does."""
-        return [message.load() for message in self._children.call("run", (fn, args, kwargs))]
+        return [message.load() for message in self._children.call("run", (fn, args, kwargs), _name(fn))]
 
     def keep(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Kept:
         """``fn(mesh, *args, **kwargs)`` on every rank, where its value stays until the Kept is dropped.
@@ -138,7 +138,7 @@ class Ranks:
         Pass the Kept as an argument of ``run``, ``keep`` or ``stream``. :meth:`restart` makes the value again.
         """
         kept = Kept(next(self._keys))
-        self._children.call("keep", (kept.key, fn, args, kwargs))
+        self._children.call("keep", (kept.key, fn, args, kwargs), _name(fn))
         self._kept[kept] = (fn, args, kwargs)
         weakref.finalize(kept, _drop, weakref.ref(self), kept.key)
         return kept
@@ -150,12 +150,12 @@ class Ranks:
         same item. Other calls may come in between.
         """
         children = self._children
-        call = children.begin("open", (fn, args, kwargs))
+        call = children.begin("open", (fn, args, kwargs), _name(fn))
         children.finish(call)
         try:
-            children.step("next", call)
+            children.step("next", call, _name(fn))
             while (answer := children.finish(call)[0]).kind != "end":
-                children.step("next", call)
+                children.step("next", call, _name(fn))
                 yield answer.load()
         finally:
             children.later("close", call)
@@ -165,7 +165,7 @@ class Ranks:
         self.close()
         self._children = self._start()
         for kept, (fn, args, kwargs) in sorted(self._kept.items(), key=lambda item: item[0].key):
-            self._children.call("keep", (kept.key, fn, args, kwargs))
+            self._children.call("keep", (kept.key, fn, args, kwargs), _name(fn))
 
     def close(self) -> None:
         """End the ranks. Further calls raise."""
@@ -187,6 +187,10 @@ class Ranks:
             raise
         self._forget = weakref.finalize(self, children.end, "forgotten", GRACE)  # also when the interpreter exits
         return children
+
+
+def _name(fn: Callable[..., Any]) -> str:
+    return getattr(fn, "__name__", type(fn).__name__)
 
 
 def _drop(ranks: weakref.ref[Ranks], key: int) -> None:

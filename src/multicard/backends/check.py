@@ -142,7 +142,7 @@ class CheckedGloo(dist.ProcessGroup):
 
     def alltoall(self, outs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = None) -> dist.Work:
         self._agree(f"all_to_all({_dtype(inputs[0])})", [x.numel() for x in inputs], [x.numel() for x in outs])
-        return self._inner.alltoall(outs, inputs)
+        return self._inner.alltoall(list(outs), list(inputs))
 
     def barrier(self, opts: Any = None, timeout: Any = None) -> dist.Work:
         self._agree("barrier()")  # which is one
@@ -226,7 +226,7 @@ class CheckedGloo(dist.ProcessGroup):
 
     def setGroupName(self, name: str) -> None:  # noqa: N802
         self._names["name"] = name
-        self._inner._set_group_name(name)
+        self._inner._set_group_name(name)  # type: ignore[arg-type]
 
     def getGroupName(self) -> str:  # noqa: N802
         return self._names["name"]
@@ -278,7 +278,7 @@ def _message(x: Tensor) -> str:
 
 
 def _op(opts: Any) -> str:
-    return op_name(getattr(opts, "reduceOp", dist.ReduceOp.SUM))
+    return "sum" if opts is None else op_name(opts.reduceOp)
 
 
 def _rows(x: Tensor, splits: Sequence[int], parts: int) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import sys
 from typing import Annotated
 
 import typer
@@ -10,7 +12,18 @@ from multicard.cli import options
 from multicard.config import ParallelConfig
 from multicard.errors import ConfigError
 
-CONTEXT = {"allow_interspersed_args": False, "ignore_unknown_options": False}
+CONTEXT = {"allow_interspersed_args": False}  # what follows the script is the script's
+
+Nodes = Annotated[int, typer.Option("--nnodes", envvar="SLURM_STEP_NUM_NODES", help="Hosts; run this on each.")]
+NodeRank = Annotated[int, typer.Option("--node-rank", envvar="SLURM_NODEID", help="This host's number, from 0.")]
+Address = Annotated[
+    str | None, typer.Option("--master-addr", envvar="MASTER_ADDR", help="Host 0, by the address that others reach.")
+]
+Port = Annotated[int | None, typer.Option("--master-port", envvar="MASTER_PORT", help="A port that is free there.")]
+Interface = Annotated[
+    str | None, typer.Option("--interface", help="Network interface for gloo; default: the one that leads to host 0.")
+]
+Console = Annotated[str, typer.Option("--console", help="Whose output to print here: rank0, all or none.")]
 
 
 def run(
@@ -26,7 +39,47 @@ def run(
     backend: options.Backend = "auto",
     check: options.Check = False,
     log_dir: options.LogDir = None,
+    console: Console = "rank0",
+    nnodes: Nodes = 1,
+    node_rank: NodeRank = 0,
+    master_addr: Address = None,
+    master_port: Port = None,
+    interface: Interface = None,
 ) -> None:
-    """Run SCRIPT on every rank of the mesh; inside it, mc.init_mesh() joins."""
-    config = ParallelConfig(tp=tp, ulysses=ulysses, ring=ring, cfg=cfg, dp=dp)
-    raise ConfigError(f"multicard run {script} on {config}: coming within the hour")
+    """Run SCRIPT with ARGS on every rank of the mesh, like torchrun; inside it, mc.init_mesh() joins.
+
+    With --nnodes, run the same command on every host; each starts its share of the ranks.
+    """
+    from multicard.process_group import slurm_store
+    from multicard.ranks.children import Settings
+    from multicard.ranks.hosts import Hosts
+    from multicard.ranks.script import run_script
+
+    hosts = Hosts()
+    if nnodes > 1:
+        address, port = slurm_store()
+        address, port = master_addr or address, port if master_port is None else master_port
+        hosts = Hosts(nnodes, node_rank, _resolve(address), port, interface)
+    settings = Settings(
+        config=ParallelConfig(tp=tp, ulysses=ulysses, ring=ring, cfg=cfg, dp=dp),
+        timeout=timeout,
+        backend=backend,
+        device=device,
+        check=check,
+        log_dir=log_dir,
+        console=console,
+        hosts=hosts,
+    )
+    try:
+        run_script(script, args or [], settings)
+    except Exception as error:
+        for note in getattr(error, "__notes__", []):  # the traceback of the script, or every rank's stack
+            print(note, file=sys.stderr)
+        raise
+
+
+def _resolve(name: str) -> str:
+    try:
+        return socket.gethostbyname(name)
+    except OSError as error:
+        raise ConfigError(f"--master-addr {name}: {error.strerror or error}") from None

@@ -14,6 +14,7 @@ from multicard.config import ParallelConfig
 from multicard.errors import CheckpointError, ConfigError, RankError, UnsupportedError
 from multicard.ranks import environment, failure, hang, wire
 from multicard.ranks.failure import Failure
+from multicard.ranks.hosts import Hosts, Neighbours
 from multicard.ranks.logs import Logs
 from multicard.ranks.supervisor import Supervisor
 
@@ -23,8 +24,6 @@ SETTLE = 0.5
 REFUSED = (ConfigError, UnsupportedError, CheckpointError)
 REFUSED_SETTLE = 5.0
 """The same where a rank refused its input: all do, and a busy machine is no reason to lose a loaded model."""
-
-UNANSWERED = ("drop", "close")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +40,20 @@ class Settings:
     log_dir: str | None = None
     console: str = "rank0"
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    hosts: Hosts = dataclasses.field(default_factory=Hosts)
+
+    @property
+    def ranks(self) -> range:
+        """Those on this host."""
+        here = self.config.world_size // self.hosts.count
+        return range(self.hosts.index * here, (self.hosts.index + 1) * here)
 
 
 @dataclasses.dataclass
 class _Open:
-    """A call that ranks are in: what each has answered since it was last asked."""
+    """A call that ranks are in, named ``label`` in errors: what each has answered since it was last asked."""
 
+    label: str
     answers: dict[int, wire.Message | Failure] = dataclasses.field(default_factory=dict)
     settled: bool = False
     abandoned: bool = False
@@ -62,58 +69,69 @@ class Children:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.broken: str | None = None
-        self._size = settings.config.world_size
-        self._ranks = range(self._size)
+        self._ranks = settings.ranks
+        self._size = len(self._ranks)
         self._calls = 0
         self._turn = threading.Lock()
         self._open: dict[int, _Open] = {}
         self._later: collections.deque[tuple[str, int]] = collections.deque()
         self._stopped: dict[int, float] = {}
         self._memory_kills = failure.kills_for_memory()
-        self._store, port = environment.host_store(settings.start_timeout)
+        hosts = settings.hosts
+        self._store, port = None, hosts.port
+        if hosts.index == 0:
+            self._store, port = environment.host_store(settings.start_timeout, hosts.address, hosts.port)
         self._supervisor = Supervisor(
-            [environment.of_rank(settings, rank, port) for rank in self._ranks],
-            Logs(settings.log_dir, settings.console, self._size),
+            {rank: environment.of_rank(settings, rank, port) for rank in self._ranks},
+            Logs(self._ranks, settings.log_dir, settings.console),
         )
+        self._neighbours = Neighbours(hosts, port, settings.start_timeout) if hosts.count > 1 else None
 
     @property
     def pids(self) -> list[int]:
         """Process ids by rank."""
-        return [process.popen.pid for process in self._supervisor.processes]
+        return [process.popen.pid for process in self._supervisor.processes.values()]
 
     @property
     def alive(self) -> bool:
         """Whether they take further calls."""
         return self.broken is None and not self._supervisor.dead
 
+    def start(self) -> float:
+        """Wait until all ranks have started; returns the moment by which they have to meet."""
+        deadline = time.monotonic() + self.settings.start_timeout
+        self.finish(self.begin("start", None, "start"), deadline)
+        return deadline
+
     def join(self) -> None:
         """Wait until all ranks have started, then let them meet; within ``start_timeout`` in all."""
-        deadline = time.monotonic() + self.settings.start_timeout
-        self.finish(self.begin("start", None), deadline)
-        self.finish(self.begin("join", self._joining), deadline)
+        deadline = self.start()
+        self.finish(self.begin("join", self._joining, "init_mesh"), deadline)
 
     @property
     def _joining(self) -> dict[str, Any]:
         wanted = self.settings
         return {"config": wanted.config, "backend": wanted.backend, "device": wanted.device, "timeout": wanted.timeout}
 
-    def call(self, kind: str, value: Any) -> list[wire.Message]:
-        """Send one command to every rank and wait for their answers, by rank."""
-        return self.finish(self.begin(kind, value))
+    def call(self, kind: str, value: Any, label: str) -> list[wire.Message]:
+        """Send one command to every rank and wait for their answers, by rank; ``label`` names it in errors."""
+        return self.finish(self.begin(kind, value, label))
 
-    def begin(self, kind: str, value: Any) -> int:
+    def begin(self, kind: str, value: Any, label: str) -> int:
         """Send a command to every rank; returns the call's number, for :meth:`step` and :meth:`finish`."""
         message = wire.pack(kind, 0, value)
         with self._turn:
             self._refuse_if_broken()
             self._calls += 1
+            self._open[self._calls] = _Open(label)
             self._send_all(dataclasses.replace(message, call=self._calls))
             return self._calls
 
-    def step(self, kind: str, call: int) -> None:
+    def step(self, kind: str, call: int, label: str) -> None:
         """Send a further command of a call that has begun."""
         with self._turn:
             self._refuse_if_broken()
+            self._open[call] = _Open(label)
             self._send_all(wire.Message(kind, call))
 
     def later(self, kind: str, call: int) -> None:
@@ -130,8 +148,16 @@ class Children:
                 self.end(f"interrupted by {type(error).__name__}")
                 raise
         if failures:
-            raise failure.first_real(failures).error
+            first = failure.first_real(failures).error
+            if self._neighbours is not None:
+                self._neighbours.tell(first)
+            raise first
         return [message for _, message in sorted(answers.items()) if isinstance(message, wire.Message)]
+
+    def meet_hosts(self) -> None:
+        """Wait until every host's ranks are done. Raises what went wrong elsewhere."""
+        if self._neighbours is not None and (elsewhere := self._neighbours.finish()) is not None:
+            raise elsewhere.error
 
     def end(self, why: str, grace: float = 0.0) -> None:
         """End all ranks; ``why`` is what later calls are told."""
@@ -151,9 +177,7 @@ class Children:
         while self._later:
             kind, call = self._later.popleft()
             self._send_all(wire.Message(kind, call))
-        if message.kind not in UNANSWERED:
-            self._open[message.call] = _Open()
-        elif message.call in self._open:
+        if message.kind == "close" and message.call in self._open:
             self._open[message.call].abandoned = True
         for rank in self._ranks:
             self._supervisor.send(rank, message, self.settings.timeout)
@@ -174,6 +198,9 @@ class Children:
                 return [self._late(mine)]
             self._take_events(left)
             self._look_for_stopped(mine)
+            if self._neighbours is not None and (elsewhere := self._neighbours.failure) is not None:
+                self.end(str(elsewhere.error))
+                return [elsewhere]
             for number, opened in list(self._open.items()):
                 if opened.abandoned and len(opened.answers) == self._size and not opened.failures:
                     del self._open[number]
@@ -201,7 +228,7 @@ class Children:
             return Failure(rank, failure.OWN, time.monotonic(), RankError(f"these ranks have ended ({self.broken})"))
         tail = self._supervisor.processes[rank].tail
         out_of_memory = failure.kills_for_memory() > self._memory_kills
-        doing = "while starting" if self._calls <= 2 else "in a call" if self._open else "while idle"
+        doing = " and ".join(f"in {opened.label}" for opened in self._open.values()) or "while idle"
         return failure.death(rank, self._supervisor.dead[rank], tail, out_of_memory, doing)
 
     # failing
@@ -238,7 +265,7 @@ class Children:
     def _inspect(self, patience: float = SETTLE) -> dict[int, dict[str, Any]]:
         """What every rank that still answers is doing, by rank."""
         self._calls += 1
-        opened = self._open[self._calls] = _Open()
+        opened = self._open[self._calls] = _Open("inspect")
         asked = [rank for rank in self._ranks if rank not in self._supervisor.dead]
         for rank in asked:
             self._supervisor.send(rank, wire.Message("inspect", self._calls), 0.1)
@@ -259,7 +286,7 @@ class Children:
     def _look_for_stopped(self, opened: _Open) -> None:
         """A stopped rank that nobody waits for in a collective is a hang all the same."""
         now = time.monotonic()
-        for rank, process in enumerate(self._supervisor.processes):
+        for rank, process in self._supervisor.processes.items():
             if rank in opened.answers or not process.stopped:
                 self._stopped.pop(rank, None)
             elif now - self._stopped.setdefault(rank, now) > self.settings.timeout + SETTLE:
@@ -268,9 +295,7 @@ class Children:
     def _wake_stopped(self) -> set[int]:
         """Stopped ranks, which from here on run again: they are about to be ended, and have a stack to tell first."""
         processes = self._supervisor.processes
-        stopped = {
-            rank for rank, process in enumerate(processes) if rank not in self._supervisor.dead and process.stopped
-        }
+        stopped = {rank for rank in self._ranks if rank not in self._supervisor.dead and processes[rank].stopped}
         for rank in stopped:
             processes[rank].wake()
         return stopped

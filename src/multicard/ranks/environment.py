@@ -1,25 +1,39 @@
-"""What a rank finds in its environment: its place, the store, threads; and nothing that listens outside this host."""
+"""What a rank finds in its environment: its place, the store, threads; and nothing that listens where it need not."""
 
 from __future__ import annotations
 
 import datetime
+import ipaddress
+import json
 import os
 import pathlib
 import socket
 import sys
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
+from multicard.errors import ConfigError
+
 if TYPE_CHECKING:
     from multicard.ranks.children import Settings
 
-LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
-
 
 def host_store(timeout: float, address: str = "127.0.0.1", port: int = 0) -> tuple[Any, int]:
-    """A store in this process, and its port. Its socket is bound first: to that address only, no port is guessed."""
+    """A store in this process, and its port. Its socket is bound first: to that address only, and no port is guessed.
+
+    Raises:
+        ConfigError: the address isn't this machine's, or the port is taken.
+    """
     import torch.distributed as dist
 
-    with socket.create_server((address, port), backlog=512) as listener:
+    try:
+        listener = socket.create_server((address, port), backlog=512)
+    except OSError as error:
+        raise ConfigError(
+            f"can't listen on {address}:{port}: {error.strerror}; host 0 names an address of its own"
+        ) from None
+    with listener:
         number = listener.getsockname()[1]
         store = dist.TCPStore(
             address,
@@ -34,22 +48,53 @@ def host_store(timeout: float, address: str = "127.0.0.1", port: int = 0) -> tup
 
 def of_rank(wanted: Settings, rank: int, port: int) -> dict[str, str]:
     """A rank's environment: this process's, and its own place in the job."""
-    size = wanted.config.world_size
+    local = len(wanted.ranks)
     own = {
         "RANK": rank,
-        "WORLD_SIZE": size,
-        "LOCAL_RANK": rank,
-        "LOCAL_WORLD_SIZE": size,
-        "MASTER_ADDR": "127.0.0.1",
+        "WORLD_SIZE": wanted.config.world_size,
+        "LOCAL_RANK": rank - wanted.ranks.start,
+        "LOCAL_WORLD_SIZE": local,
+        "GROUP_RANK": wanted.hosts.index,
+        "MASTER_ADDR": wanted.hosts.address,
         "MASTER_PORT": port,
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # no rank hosts the store: the parent does
-        "GLOO_SOCKET_IFNAME": LOOPBACK,
-        "OMP_NUM_THREADS": threads(size, wanted.threads_per_rank),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # no rank hosts the store: a parent does
+        "GLOO_SOCKET_IFNAME": wanted.hosts.interface or interface_to(wanted.hosts.address),
+        "OMP_NUM_THREADS": threads(local, wanted.threads_per_rank),
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(str(pathlib.Path(p).absolute()) for p in sys.path)),
         "MULTICARD_PYTHONPATH": os.environ.get("PYTHONPATH", ""),  # what ranks hand on to their own children
         "MULTICARD_CHECK": int(wanted.check or os.environ.get("MULTICARD_CHECK", "0") not in ("", "0")),
+        "MULTICARD_MESH": json.dumps(wanted.config.degrees),
+        "MULTICARD_BACKEND": wanted.backend,
+        "MULTICARD_DEVICE": wanted.device,
+        "MULTICARD_TIMEOUT": wanted.timeout,
     }
     return {**os.environ, **{name: str(value) for name, value in own.items()}, **wanted.env}
+
+
+def interface_to(address: str) -> str:
+    """The network interface on the way to ``address``: the only one that ranks need to listen on.
+
+    Raises:
+        ConfigError: there is no way to it.
+    """
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # connecting a datagram socket sends nothing
+            probe.connect((address, 9))
+            mine = probe.getsockname()[0]
+    except OSError as error:
+        raise ConfigError(
+            f"no way to {address}: {error.strerror or error}; name host 0 by an address of its own"
+        ) from None
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(_same(each.address, mine) for each in addresses if each.family == socket.AF_INET):
+            return name
+    raise ConfigError(f"no network interface has {mine}, this machine's address towards {address}: name one")
+
+
+def _same(one: str, other: str) -> bool:
+    if ipaddress.ip_address(one).is_loopback and ipaddress.ip_address(other).is_loopback:
+        return True
+    return one == other
 
 
 def threads(ranks: int, asked: int | None = None) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 from multicard.errors import CollectiveTimeout, RankError
 from multicard.ranks import activity, wire
 
+LOOP = ("_rank.py", "<frozen runpy>")
 OWN, TIMEOUT, CONSEQUENCE = "own", "timeout", "consequence"
 
 _TIMED_OUT = re.compile(r"timed out waiting|timeout|Timed out", re.IGNORECASE)
@@ -49,7 +50,7 @@ class Failure:
 
 def describe(error: BaseException, rank: int) -> dict[str, Any]:
     """In the rank: what the parent needs to raise ``error`` again; itself where it pickles, its text where not."""
-    text = "".join(traceback.format_exception(error))
+    text = "".join(traceback.format_exception(_without_ours(error)))
     told = {
         "type": type(error).__name__,
         "message": str(error),
@@ -68,6 +69,14 @@ def describe(error: BaseException, rank: int) -> dict[str, Any]:
     except Exception:  # an exception's own __reduce__ can do anything
         pass
     return told
+
+
+def _without_ours(error: BaseException) -> BaseException:
+    """The error without the frames of the rank's own loop, which lead to every call alike."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None and trace.tb_frame.f_code.co_filename.endswith(LOOP):
+        trace = trace.tb_next
+    return error.with_traceback(trace)
 
 
 def _chain(error: BaseException) -> list[BaseException]:
@@ -100,7 +109,7 @@ def revive(rank: int, message: wire.Message) -> Failure:
     summary = f"rank {rank} raised {told['type']}: {told['message']}"
     cause = RankError(summary, rank=rank)
     error = _load(told["exception"])
-    if error is None:
+    if not isinstance(error, Exception):  # nothing to load, or an exit, which is not the caller's
         error = cause
     elif not isinstance(error, RankError):
         error.__cause__ = cause

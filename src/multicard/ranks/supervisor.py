@@ -15,7 +15,7 @@ import selectors
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 
 from multicard.ranks import wire
 from multicard.ranks.logs import Logs
@@ -34,7 +34,7 @@ class Event:
 
 
 class Supervisor:
-    """Starts a rank for each of ``environments``, and puts what happens to them in ``events``.
+    """Starts a rank for each of ``environments`` (by rank), and puts what happens to them in ``events``.
 
     A rank that ends without being told to takes the others with it, whatever the caller is busy with.
 
@@ -43,10 +43,10 @@ class Supervisor:
         dead: exit codes of the ranks that have ended, negative for a signal, as in ``subprocess``.
     """
 
-    def __init__(self, environments: Sequence[dict[str, str]], logs: Logs) -> None:
+    def __init__(self, environments: Mapping[int, dict[str, str]], logs: Logs) -> None:
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.dead: dict[int, int] = {}
-        self.processes: list[RankProcess] = []
+        self.processes: dict[int, RankProcess] = {}
         self._logs = logs
         self._deadline: float | None = None  # the moment of SIGKILL
         self._lock = threading.Lock()  # held to write to ranks and to close: a closed descriptor's number is reused
@@ -91,17 +91,17 @@ class Supervisor:
             return
         self._thread.join(max(0.0, moment - time.monotonic()) + 1.0)
         if self._thread.is_alive():  # it can't print: the console or the disk takes no more
-            for process in self.processes:
+            for process in self.processes.values():
                 process.kill()
 
     # what the supervising thread does
 
-    def _run(self, environments: Sequence[dict[str, str]]) -> None:
+    def _run(self, environments: Mapping[int, dict[str, str]]) -> None:
         error = None
         command = [sys.executable, "-P", "-m", "multicard._rank", str(os.getpid())]
         try:
-            for rank, env in enumerate(environments):
-                self.processes.append(RankProcess(rank, command, env))
+            for rank, env in environments.items():
+                self.processes[rank] = RankProcess(rank, command, env)
         except BaseException as caught:
             error = caught
             self._deadline = time.monotonic()
@@ -109,13 +109,13 @@ class Supervisor:
         try:
             self._supervise()
         finally:
-            survivors = [process for process in self.processes if process.rank not in self.dead]
+            survivors = [process for process in self.processes.values() if process.rank not in self.dead]
             for process in survivors:
                 process.kill()
             for process in survivors:
                 self._bury(process)
             with self._lock:
-                for process in self.processes:
+                for process in self.processes.values():
                     process.close()
                 os.close(self._wake_read)
                 os.close(self._wake_write)
@@ -125,7 +125,7 @@ class Supervisor:
     def _supervise(self) -> None:
         with selectors.DefaultSelector() as selector:
             selector.register(self._wake_read, selectors.EVENT_READ)
-            owners = {fd: process for process in self.processes for fd in process.readable}
+            owners = {fd: process for process in self.processes.values() for fd in process.readable}
             for fd in owners:
                 selector.register(fd, selectors.EVENT_READ)
             told = False
@@ -149,7 +149,7 @@ class Supervisor:
                         _forget(selector, [key.fd])
 
     def _tell_all_to_exit(self) -> bool:
-        for process in self.processes:
+        for process in self.processes.values():
             process.write(b"".join(wire.Message("exit", 0).encode()))
         return True
 

@@ -1,0 +1,117 @@
+"""What the parents of one job's ranks on several hosts tell each other: who failed, and when all are done.
+
+It goes through the job's store, as JSON, on a connection and a thread of their own: a cut link blocks nobody else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import threading
+import time
+from typing import Any
+
+from multicard.errors import RankError
+from multicard.ranks.failure import OWN, Failure
+
+POLL = 0.5
+"""Seconds between two looks at the store."""
+
+_FAILED, _DONE = "multicard/failed", "multicard/done"
+
+
+@dataclasses.dataclass(frozen=True)
+class Hosts:
+    """The hosts of a job.
+
+    Attributes:
+        count: how many; each runs the same number of ranks.
+        index: this one's number.
+        address: of host 0, where the store listens, on that address only.
+        port: there; 0, one that is free, can only be meant with one host.
+        interface: the network interface for gloo; None: the one that leads to ``address``.
+    """
+
+    count: int = 1
+    index: int = 0
+    address: str = "127.0.0.1"
+    port: int = 0
+    interface: str | None = None
+
+
+class Neighbours:
+    """The other hosts' parents, as this one sees them.
+
+    Args:
+        hosts: the job's.
+        port: the store's.
+        patience: seconds without an answer from the store after which the link counts as cut.
+    """
+
+    def __init__(self, hosts: Hosts, port: int, patience: float) -> None:
+        self._hosts, self._port, self._patience = hosts, port, patience
+        self._heard = time.monotonic()
+        self._told: dict[str, Any] | None = None
+        self._news: dict[str, Any] | None = None
+        self._finished, self._all_done, self._left = (threading.Event() for _ in range(3))
+        threading.Thread(target=self._watch, name="multicard-hosts", daemon=True).start()
+
+    @property
+    def failure(self) -> Failure | None:
+        """What went wrong elsewhere, if anything."""
+        silent = time.monotonic() - self._heard
+        if self._told is not None:
+            told = self._told
+            error = RankError(f"{told['message']} (on host {told['host']})", rank=told["rank"])
+            return Failure(told["rank"] or 0, OWN, time.monotonic(), error)
+        if silent > self._patience and not self._all_done.is_set():
+            error = RankError(f"no answer from {self._hosts.address}:{self._port} for {silent:.0f} s: is the link cut?")
+            return Failure(0, OWN, time.monotonic(), error)
+        return None
+
+    def tell(self, error: BaseException) -> None:
+        """Tell the others that this host has failed; not waited for longer than a moment."""
+        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        self._news = {"message": message, "rank": getattr(error, "rank", None), "host": self._hosts.index}
+        self._left.wait(2 * POLL)
+
+    def finish(self) -> Failure | None:
+        """Wait until every host is done; returns what went wrong elsewhere meanwhile."""
+        self._finished.set()
+        while not self._all_done.wait(POLL):
+            if (failure := self.failure) is not None:
+                return failure
+        return None
+
+    def _watch(self) -> None:
+        import torch.distributed as dist
+
+        try:
+            store = dist.TCPStore(
+                self._hosts.address,
+                self._port,
+                is_master=False,
+                wait_for_workers=False,
+                timeout=datetime.timedelta(seconds=self._patience),
+            )
+            said = False
+            while not self._all_done.is_set():
+                if self._finished.is_set() and not said:
+                    store.add(_DONE, 1)
+                    said = True
+                if self._news is not None:
+                    if not store.check([_FAILED]):
+                        store.set(_FAILED, json.dumps(self._news))
+                    break
+                if store.check([_FAILED]):
+                    self._told = json.loads(store.get(_FAILED))
+                    break
+                if said and store.add(_DONE, 0) == self._hosts.count:
+                    self._all_done.set()
+                self._heard = time.monotonic()
+                self._finished.wait(POLL) if not said else time.sleep(POLL / 5)
+        except Exception:  # the connection is gone: silence says it, once it has lasted
+            if self._finished.is_set():  # host 0 closes the store when all are done
+                self._all_done.set()
+        self._left.set()
