@@ -35,7 +35,8 @@ def pack(layer: nn.Module, keep_weight: bool = False) -> bool:
     if not isinstance(layer, ColumnParallelLinear | RowParallelLinear | ParallelLMHead) or not available():
         return False
     weight = layer.weight
-    if weight.device.type != "cpu" or weight.dtype not in DTYPES or not weight.numel():
+    plain = weight.device.type == "cpu" and weight.dtype in DTYPES and not weight.is_mkldnn
+    if not plain or not weight.numel():
         return False
     layer.multiply = _multiply
     if not keep_weight:
