@@ -7,17 +7,42 @@ from typing import Any
 
 from torch import nn
 
-from multicard.integrations.diffusers_guidance import guide_model, guide_pipeline
+from multicard.errors import ConfigError
+from multicard.integrations.diffusers_guidance import denoisers, guide_model, guide_pipeline
 from multicard.integrations.diffusers_plans import BATCH
+from multicard.integrations.diffusers_sequence import SequenceSplit, check_sequence, sequence_plan
 from multicard.mesh import ParallelMesh
+
+PLAN_KEYS = ("batch", "sequence", "tensor")
 
 
 def parallelize(target: Any, mesh: ParallelMesh, plan: Mapping[str, Any] | None = None) -> Any:
-    """Split a pipeline, or a denoiser by itself, over ``mesh`` in place, and return it."""
-    is_model = isinstance(target, nn.Module)
+    """Split a pipeline, or a denoiser by itself, over ``mesh`` in place, and return it.
+
+    Denoisers are split; text encoders and autoencoders stay whole on every rank, which computes the same with them.
+
+    Args:
+        target: a pipeline or a model.
+        mesh: cfg gives guidance branches (of a bare model: the rows of its batch) to different ranks, ring and ulysses
+            split image tokens, tp splits weights; dp changes nothing.
+        plan: instead of ours, ``{"batch": BatchPlan, "sequence": SequencePlan, "tensor": TensorPlan}``, any of them.
+
+    Raises:
+        ConfigError: the plan doesn't fit the model.
+        UnsupportedError: a denoiser without a plan for what the mesh asks, or with a cache; before anything is changed.
+    """
+    plan = plan or {}
+    if unknown := set(plan) - set(PLAN_KEYS):
+        raise ConfigError(f"plan: unknown part {', '.join(sorted(unknown))}: must be {', '.join(PLAN_KEYS)}")
+    models = {"": target} if isinstance(target, nn.Module) else denoisers(target)
+    sequences = {}
+    if mesh.sequence.size > 1:
+        sequences = {name: plan.get("sequence") or sequence_plan(model) for name, model in models.items()}
+        for name, sequence in sequences.items():
+            check_sequence(models[name], sequence)
+    for name, sequence in sequences.items():
+        SequenceSplit(models[name], mesh, sequence)
     if mesh.cfg.size > 1:
-        if is_model:
-            guide_model(target, mesh.cfg, BATCH)
-        else:
-            guide_pipeline(target, mesh.cfg, BATCH)
+        guide = guide_model if isinstance(target, nn.Module) else guide_pipeline
+        guide(target, mesh.cfg, plan.get("batch", BATCH))
     return target

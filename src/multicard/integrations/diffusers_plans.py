@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
 from multicard.guidance import BatchPlan
 
 _DIM_0 = """
@@ -34,3 +38,88 @@ BATCH = BatchPlan(
 )
 """Which arguments of diffusers' denoisers carry the batch. Rotary embeddings, token ids of positions, layer numbers and
 scales don't; what is missing here only makes a call unsplittable, since every split is tried against the whole."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SequencePlan:
+    """Where a model's image tokens are split over the sequence axis, and where they meet.
+
+    Text tokens stay whole on every rank: they are few, and attention then knows them as joint tokens.
+
+    Attributes:
+        attention: the modules whose queries and keys are the image tokens (and joint tokens), by pattern. Others,
+            such as cross-attention to text, need nothing.
+        joint: where joint tokens stand in those modules: "front" or "rear" of the image tokens.
+        inputs: by module pattern, the dim to split of arguments. A None, and a tensor without that dim, is left alone.
+        outputs: by module pattern, the dim to split of outputs by number.
+        gather: by module, the dim along which its output is made whole again.
+        whole: what isn't split although the model's own ``_cp_plan`` says so: argument names, "module.number".
+        refused: arguments and config entries that the plan doesn't cover: the values that it does.
+    """
+
+    attention: tuple[str, ...]
+    joint: str = "front"
+    inputs: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
+    outputs: Mapping[str, Mapping[int, int]] = dataclasses.field(default_factory=dict)
+    gather: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    whole: tuple[str, ...] = ()
+    refused: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+
+
+_TWO_STREAMS = ("transformer_blocks.*.attn", "single_transformer_blocks.*.attn")
+_TEXT = ("encoder_hidden_states", "encoder_attention_mask", "encoder_hidden_states_mask", "txt_ids")
+_CONTROL = {"controlnet_block_samples": 1, "controlnet_single_block_samples": 1}
+_WAN = SequencePlan(attention=("blocks.*.attn1",))
+
+SEQUENCE = {
+    "FluxTransformer2DModel": SequencePlan(_TWO_STREAMS, whole=_TEXT, inputs={"": _CONTROL}),
+    "Flux2Transformer2DModel": SequencePlan(_TWO_STREAMS, whole=_TEXT, refused={"kv_cache_mode": (None,)}),
+    "QwenImageTransformer2DModel": SequencePlan(
+        ("transformer_blocks.*.attn",), whole=(*_TEXT, "pos_embed.1"), inputs={"": _CONTROL}
+    ),
+    "WanTransformer3DModel": _WAN,
+    "ChronoEditTransformer3DModel": _WAN,
+    "LTXVideoTransformer3DModel": SequencePlan(
+        ("transformer_blocks.*.attn1",), whole=_TEXT, inputs={"": {"timestep": 1}}
+    ),
+    "DiTTransformer2DModel": SequencePlan(
+        ("transformer_blocks.*.attn1",), outputs={"pos_embed": {0: 1}}, gather={"proj_out_2": 1}
+    ),
+    "PixArtTransformer2DModel": SequencePlan(
+        ("transformer_blocks.*.attn1",),
+        outputs={"pos_embed": {0: 1}},
+        gather={"proj_out": 1},
+        refused={"attention_mask": (None,)},
+    ),
+    "SD3Transformer2DModel": SequencePlan(
+        ("transformer_blocks.*.attn", "transformer_blocks.*.attn2"),
+        joint="rear",
+        inputs={"": {"block_controlnet_hidden_states": 1}},
+        outputs={"pos_embed": {0: 1}},
+        gather={"proj_out": 1},
+    ),
+    "HunyuanVideoTransformer3DModel": SequencePlan(
+        _TWO_STREAMS,
+        joint="rear",
+        outputs={"rope": {0: 0, 1: 0}, "x_embedder": {0: 1}},
+        gather={"proj_out": 1},
+        refused={"image_condition_type": (None, "latent_concat")},
+    ),
+    "CogVideoXTransformer3DModel": SequencePlan(
+        ("transformer_blocks.*.attn1",),
+        inputs={"": {"image_rotary_emb": 0}, "transformer_blocks.0": {"hidden_states": 1}},
+        gather={"proj_out": 1},
+    ),
+    "AuraFlowTransformer2DModel": SequencePlan(
+        ("joint_transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
+        outputs={"pos_embed": {0: 1}},
+        gather={"proj_out": 1},
+    ),
+    "ChromaTransformer2DModel": SequencePlan(
+        _TWO_STREAMS,
+        inputs={"": {"hidden_states": 1, "img_ids": -2, **_CONTROL}},
+        gather={"proj_out": 1},
+        refused={"attention_mask": (None,)},
+    ),
+}
+"""Sequence parallel, by class. Where the model has a ``_cp_plan``, splits and gathers are those plus these."""

@@ -1,0 +1,271 @@
+"""Sequence parallel for diffusers' transformers: hooks split and gather image tokens, attention goes through attend.
+
+Every attention in diffusers, whether it uses the library's dispatcher or a processor of its own, ends in torch's
+``scaled_dot_product_attention``; inside the modules that the plan names, that one call is answered by
+:func:`multicard.attend`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from multicard.attention import attend
+from multicard.collectives import all_gather
+from multicard.errors import ConfigError, UnsupportedError
+from multicard.integrations.diffusers_plans import SEQUENCE, SequencePlan
+from multicard.integrations.plan import Rule
+from multicard.mesh import ParallelMesh
+from multicard.partition import split
+
+
+def sequence_plan(model: nn.Module) -> SequencePlan:
+    """Ours for this class, with the model's own ``_cp_plan`` merged in.
+
+    Raises:
+        UnsupportedError: there is none.
+    """
+    name = type(model).__name__
+    if name not in SEQUENCE:
+        raise UnsupportedError(
+            f"{name} has no sequence-parallel plan here (ring and ulysses): known are {', '.join(SEQUENCE)}. "
+            "Use cfg or dp, or pass plan={'sequence': SequencePlan(...)}"
+        )
+    return _merged(SEQUENCE[name], getattr(model, "_cp_plan", None) or {})
+
+
+def _merged(plan: SequencePlan, own: Mapping[str, Any]) -> SequencePlan:
+    inputs = {module: dict(dims) for module, dims in plan.inputs.items()}
+    outputs = {module: dict(dims) for module, dims in plan.outputs.items()}
+    gather = dict(plan.gather)
+    for module, rule in own.items():
+        if not isinstance(rule, Mapping):
+            gather[module] = rule.gather_dim
+            continue
+        for key, entry in rule.items():
+            if f"{module}.{key}" in plan.whole or key in plan.whole:
+                continue
+            if isinstance(key, int):
+                outputs.setdefault(module, {})[key] = entry.split_dim
+            else:
+                inputs.setdefault(module, {})[key] = entry.split_dim
+    return SequencePlan(plan.attention, plan.joint, inputs, outputs, gather, plan.whole, plan.refused)
+
+
+def check_sequence(model: nn.Module, plan: SequencePlan) -> None:
+    """Refuse what the plan doesn't cover, before any forward.
+
+    Raises:
+        ConfigError: the plan names modules that the model doesn't have.
+        UnsupportedError: a config entry outside the plan, or an attention backend that isn't torch's own.
+    """
+    for key, allowed in plan.refused.items():
+        config = getattr(model, "config", {})
+        if key in config and config[key] not in allowed:
+            raise UnsupportedError(
+                f"{type(model).__name__} with {key}={config[key]!r} can't be split by sequence: it treats some image "
+                "tokens differently by their place; use cfg, tp or dp"
+            )
+    for pattern in (*plan.attention, *plan.inputs, *plan.outputs, *plan.gather):
+        found = list(_matching(model, pattern))
+        if not found and "*" not in pattern:
+            raise ConfigError(f"sequence plan: {type(model).__name__} has no module {pattern!r}")
+    attentions = [item for pattern in plan.attention for item in _matching(model, pattern)]
+    if not attentions:
+        raise ConfigError(f"sequence plan: none of {', '.join(plan.attention)} is in {type(model).__name__}")
+    for path, module in attentions:
+        backend = getattr(getattr(module, "processor", None), "_attention_backend", None)
+        if backend is not None and "native" not in str(backend):
+            raise UnsupportedError(
+                f"{path} uses the attention backend {backend}: set_attention_backend('native') first"
+            )
+
+
+class SequenceSplit:
+    """One model's image tokens over ``mesh.sequence``; every rank calls the model alike."""
+
+    def __init__(self, model: nn.Module, mesh: ParallelMesh, plan: SequencePlan) -> None:
+        check_sequence(model, plan)
+        self.mesh, self.plan = mesh, plan
+        self._name = type(model).__name__
+        self._length: int | None = None  # image tokens of the whole, inside a forward
+        model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True)
+        for pattern, dims in plan.inputs.items():
+            for _, module in _matching(model, pattern):
+                module.register_forward_pre_hook(functools.partial(self._split_inputs, dims), with_kwargs=True)
+        for pattern, numbers in plan.outputs.items():
+            for _, module in _matching(model, pattern):
+                module.register_forward_hook(functools.partial(self._split_outputs, numbers))
+        for path, dim in plan.gather.items():
+            model.get_submodule(path).register_forward_hook(functools.partial(self._gather, dim))
+        for pattern in plan.attention:
+            for path, module in _matching(model, pattern):
+                module.forward = self._attending(module.forward, path)
+        model.register_forward_hook(self._end, always_call=True)
+
+    # Hooks
+
+    def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._length = None
+        arguments = _named(module, args, kwargs)
+        for name, allowed in self.plan.refused.items():
+            if name in arguments and not any(arguments[name] is value for value in allowed):
+                raise UnsupportedError(f"{self._name}: {name} isn't covered by its sequence plan; use cfg, tp or dp")
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._length = None
+
+    def _split_inputs(self, dims: Mapping[str, int], module: nn.Module, args: Any, kwargs: Any) -> Any:
+        names = _parameters(module)
+        given = list(args)
+        kwargs = dict(kwargs)
+        for name, dim in dims.items():
+            if name in kwargs:
+                kwargs[name] = self._take(kwargs[name], dim, name)
+            elif name in names[: len(given)]:
+                position = names.index(name)
+                given[position] = self._take(given[position], dim, name)
+        return tuple(given), kwargs
+
+    def _split_outputs(self, numbers: Mapping[int, int], module: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return self._take(output, numbers[0], type(module).__name__)
+        what = f"an output of {type(module).__name__}"
+        return tuple(self._take(x, numbers[i], what) if i in numbers else x for i, x in enumerate(output))
+
+    def _take(self, value: Any, dim: int, what: str) -> Any:
+        """This rank's slice. The first that a forward splits says how long the sequence is."""
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._take(item, dim, what) for item in value)
+        if not isinstance(value, Tensor) or not -value.dim() <= dim < value.dim():
+            return value
+        if self._length is None:
+            self._length = value.shape[dim]
+        elif value.shape[dim] == 1:
+            return value
+        elif value.shape[dim] != self._length:
+            raise UnsupportedError(
+                f"{self._name}: {what} has {value.shape[dim]} rows for {self._length} image tokens; its sequence plan "
+                "doesn't cover this; use cfg, tp or dp"
+            )
+        mine = self._shares()[self.mesh.sequence.rank]
+        return value.narrow(dim, mine.start, len(mine))
+
+    def _gather(self, dim: int, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return all_gather(output, self.mesh.sequence, dim, [len(share) for share in self._shares()])
+
+    def _shares(self) -> tuple[range, ...]:
+        assert self._length is not None
+        return split(self._length, self.mesh.sequence.size)
+
+    # Attention
+
+    def _attending(self, forward: Callable[..., Any], path: str) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def attending(*args: Any, **kwargs: Any) -> Any:
+            if self._length is None:  # called by itself, outside the model
+                return forward(*args, **kwargs)
+            with _Attend(self) as mode:
+                output = forward(*args, **kwargs)
+            if not mode.attended:
+                raise UnsupportedError(
+                    f"{path} doesn't call scaled_dot_product_attention: give it diffusers' default processor"
+                )
+            return output
+
+        return attending
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """``scaled_dot_product_attention`` on this rank's rows: (B, H, joint + local, D) to the same."""
+        assert self._length is not None
+        local = len(self._shares()[self.mesh.sequence.rank])
+        tokens = query.shape[2] - local
+        if tokens < 0 or key.shape[2] != query.shape[2] or (is_causal and tokens):
+            raise UnsupportedError(
+                f"{self._name}: attention from {query.shape[2]} to {key.shape[2]} tokens where {local} of "
+                f"{self._length} image tokens are here: its sequence plan doesn't cover this"
+            )
+        sizes = (tokens, local) if self.plan.joint == "front" else (local, tokens)
+        parts = [x.split(sizes, 2) for x in (query, key, value)]
+        first = self.plan.joint == "front"
+        joint = [p[0 if first else 1] for p in parts]
+        image = [p[1 if first else 0] for p in parts]
+        joint_mask, key_mask = self._masks(attn_mask, query, sizes, first)
+        out = attend(
+            image[0],
+            image[1],
+            image[2],
+            mesh=self.mesh,
+            causal=is_causal,
+            key_mask=key_mask,
+            scale=scale,
+            layout="BNSD",
+            seq_len=self._length,
+            joint=(joint[0], joint[1], joint[2]) if tokens else None,
+            joint_position=self.plan.joint,
+            joint_key_mask=joint_mask,
+        )
+        if isinstance(out, Tensor):
+            return out
+        return torch.cat([out[1], out[0]] if first else [out[0], out[1]], 2)
+
+    def _masks(
+        self, mask: Tensor | None, query: Tensor, sizes: tuple[int, int], first: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The mask of the joint keys and that of the image keys, ``(B, keys)`` bool, out of one over keys alone."""
+        if mask is None:
+            return None, None
+        same_rows = mask.dim() == 4 and all(mask.shape[d] == 1 or mask.stride(d) == 0 for d in (1, 2))
+        if not same_rows or mask.dtype != torch.bool:
+            raise UnsupportedError(
+                f"{self._name}: an attention mask {tuple(mask.shape)} of {mask.dtype} isn't one over keys alone; "
+                "use cfg, tp or dp"
+            )
+        keys = mask[:, 0, 0].expand(query.shape[0], -1)
+        a, b = keys.split(sizes, 1)
+        joint, image = (a, b) if first else (b, a)
+        return (joint if joint.shape[1] else None), image
+
+
+class _Attend(TorchFunctionMode):
+    """Answers the first ``scaled_dot_product_attention``; later ones (adapters) attend to whole keys of their own."""
+
+    def __init__(self, sequence: SequenceSplit) -> None:
+        super().__init__()
+        self.sequence, self.attended = sequence, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention and not self.attended:
+            self.attended = True
+            return self.sequence.attend(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _matching(model: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module]]:
+    rule = Rule(pattern, "")
+    return ((path, module) for path, module in model.named_modules() if rule.matches(path))
+
+
+def _parameters(module: nn.Module) -> list[str]:
+    return list(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def _named(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {**dict(zip(_parameters(module), args, strict=False)), **kwargs}
