@@ -85,7 +85,10 @@ def _gather_flat(x: Tensor, counts: list[int], axis: Axis) -> Tensor:
     shm = _shm(axis)
     if shm is not None:
         out = x.new_empty(sum(counts))
-        shm.all_gather(out.split(counts), x)
+        if min(counts) == max(counts):
+            shm.all_gather_single(out, x)
+        else:
+            shm.all_gather(out.split_with_sizes(counts), x)
         return out
     longest = max(counts)
     if x.numel() < longest:  # other backends gather one size, and shares differ by a row at most
@@ -147,7 +150,7 @@ def all_to_all(
     out = x.new_empty(sum(receive), *x.shape[1:])
     shm = _shm(axis)
     if shm is not None:
-        shm.all_to_all(out.split(receive), x.split(send)).wait()
+        shm.all_to_all(out.split_with_sizes(receive), x.split_with_sizes(send)).wait()
     else:
         dist.all_to_all_single(out, x.contiguous(), receive, send, group=axis.group)
     return out
@@ -195,7 +198,7 @@ class RingShift:
         to, source = (self.axis.rank + 1) % self.axis.size, (self.axis.rank - 1) % self.axis.size
         shm = _shm(self.axis)
         if shm is not None:
-            self._works = [shm.send(sends, to), shm.recv(receives, source)]
+            self._works = [shm.exchange(sends, to, receives, source)]
             return
         calls = itertools.chain(
             (dist.P2POp(dist.isend, t.contiguous(), group=self.axis.group, group_peer=to) for t in sends),

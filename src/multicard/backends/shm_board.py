@@ -22,10 +22,6 @@ FLAT = 1 << 16
 """Up to this many bytes every rank adds up everything (one wait); above, each adds up its slice (two waits)."""
 
 
-def fits_window(x: Tensor) -> bool:
-    return x.numel() * x.itemsize <= WINDOW
-
-
 class Board:
     """The windows of one group. Every method is a collective, between ``Sync.enter`` and the result.
 
@@ -110,6 +106,17 @@ class Board:
         rows.copy_(views)
 
     def all_gather(self, outs: Sequence[Tensor], x: Tensor) -> None:
+        """Everybody's ``x`` into ``outs`` by rank, each of which fits a window."""
+        sync, dtype = self._sync, x.dtype
+        mine, *theirs = [self._slots(dtype, each.shape)[r] for r, each in ((self.rank, x), *enumerate(outs))]
+        sync.settle()
+        mine.copy_(x)
+        sync.post()
+        sync.await_all()
+        for out, slot in zip(outs, theirs, strict=True):
+            out.copy_(slot)
+
+    def all_gather_long(self, outs: Sequence[Tensor], x: Tensor) -> None:
         """Everybody's flat ``x`` into flat ``outs`` by rank; their lengths may differ. ``outs[rank]`` may be ``x``."""
         sync, rank = self._sync, self.rank
         piece = WINDOW // x.itemsize
@@ -152,17 +159,15 @@ class Board:
     # ---- one rank gives, or gets
 
     def broadcast(self, x: Tensor, root: int) -> None:
-        """The flat ``x`` of ``root`` into everybody's."""
-        sync = self._sync
-        for part in x.split(WINDOW // x.itemsize):
-            slots = self._slots(part.dtype, part.shape)
-            if self.rank == root:
-                sync.settle()
-                slots[root].copy_(part)
-            sync.post()
-            if self.rank != root:
-                sync.await_one(root)
-                part.copy_(slots[root])
+        """The ``x`` of ``root``, which fits a window, into everybody's."""
+        sync, slots = self._sync, self._slots(x.dtype, x.shape)
+        if self.rank == root:
+            sync.settle()
+            slots[root].copy_(x)
+        sync.post()
+        if self.rank != root:
+            sync.await_one(root)
+            x.copy_(slots[root])
 
     def collect(self, x: Tensor, root: int, use: Callable[[slice, list[Tensor]], None]) -> None:
         """Show ``root`` everybody's flat ``x`` piece by piece: it calls ``use(where, pieces by rank)``."""

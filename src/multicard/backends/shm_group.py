@@ -11,16 +11,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from multicard.backends import shm_call, shm_reduce
-from multicard.backends.shm_board import Board, fits_window
+from multicard.backends.shm_board import Board
 from multicard.backends.shm_channel import Inbox, Outbox, Transfer
-from multicard.backends.shm_segment import Invitation
+from multicard.backends.shm_segment import WINDOW, Invitation
 from multicard.backends.shm_sync import Sync
 from multicard.backends.shm_tensor import Flat, Flats, about, check, check_writable, flatten, plain
 from multicard.backends.shm_work import ShmWork, pending, progress_all
 from multicard.errors import ConfigError, MismatchError, MulticardError, RankError, UnsupportedError
 
 COLLECTIVE_TAG = (1 << 63) - 1  # all_to_all's messages; a program's own tags are 32-bit
-POLLS = 20  # looks at a message before waiting for it properly
+POLLS = 30  # looks at a message before waiting for it properly
 
 Args = ParamSpec("Args")
 T = TypeVar("T")
@@ -75,7 +75,7 @@ class Group:
     def _attach(self) -> Sync:
         """Map the group's memory. Runs once, before the first operation."""
         if self._closed or self._invitation is None:
-            raise RankError("this process group is shut down", rank=self.ranks[self.rank])
+            raise self.again()
         with torch.inference_mode(False):  # the views made here outlive whatever mode their first user is in
             segment, peers = self._invitation.accept(self.timeout)
             sync = Sync(segment, self.rank, peers, self.ranks, self.timeout, progress_all)
@@ -125,11 +125,16 @@ class Group:
             raise ConfigError(
                 f"all_gather: {about(x)} on rank {self.rank} doesn't fit outputs of {sizes}, {outs[0].dtype}"
             )
-        with Flats(outs) as flats:
-            if self.size == 1:
-                flats[0].copy_(flatten(x))
-            else:
-                self._enter("all_gather", x, sum(sizes), hash(sizes) & 0xFFFFFFFF).all_gather(flats, flatten(x))
+        check_writable(*outs)
+        if self.size == 1:
+            plain(outs[0]).copy_(plain(x).reshape(outs[0].shape))
+            return
+        board = self._enter("all_gather", x, sum(sizes), hash(sizes) & 0xFFFFFFFF)
+        if max(sizes) * x.itemsize <= WINDOW:
+            board.all_gather([plain(out) for out in outs], plain(x))
+        else:
+            with Flats(outs) as flats:
+                board.all_gather_long(flats, flatten(x))
 
     @_guarded
     def all_gather_single(self, out: Tensor, x: Tensor) -> None:
@@ -138,12 +143,12 @@ class Group:
         numel = x.numel()
         if out.numel() != numel * self.size or out.dtype != x.dtype:
             raise ConfigError(f"all_gather: {self.size} × {about(x)} doesn't fill an output of {about(out)}")
-        with Flat(out) as flat:
-            rows = flat.view(self.size, numel)
-            if self.size == 1 or not fits_window(x):
-                self.all_gather(rows.unbind(), x)
-            else:
-                self._enter("all_gather", x, out.numel(), numel).all_gather_rows(rows, x)
+        if self.size > 1 and numel * x.itemsize <= WINDOW and out.is_contiguous():
+            rows = plain(out).view(self.size, numel)
+            self._enter("all_gather", x, out.numel(), numel).all_gather_rows(rows, plain(x))
+        else:
+            with Flat(out) as flat:
+                self.all_gather(flat.view(self.size, numel).unbind(), x)
 
     @_guarded
     def reduce_scatter(self, out: Tensor, parts: Sequence[Tensor], op: str = "sum") -> None:
@@ -166,9 +171,17 @@ class Group:
         """``root``'s ``x`` into everybody's."""
         check(x)
         self._check_root("broadcast", root)
-        if self.size > 1:
+        if self.size == 1:
+            return
+        if self.rank != root:
+            check_writable(x)
+        board = self._enter("broadcast", x, x.numel(), root)
+        if x.numel() * x.itemsize <= WINDOW:
+            board.broadcast(plain(x), root)
+        else:
             with Flat(x, write=self.rank != root) as flat:
-                self._enter("broadcast", x, x.numel(), root).broadcast(flat, root)
+                for part in flat.split(WINDOW // x.itemsize):
+                    board.broadcast(part, root)
 
     @_guarded
     def reduce(self, x: Tensor, root: int, op: str = "sum") -> None:
@@ -223,17 +236,30 @@ class Group:
 
     # ---- messages
 
-    @_guarded
     def send(self, tensors: Sequence[Tensor], to: int, tag: int = 0) -> ShmWork:
         """Start sending. The tensors may change once the work is waited for."""
-        self._check_peer("send to", to, tensors)
-        return self._start([Transfer(to, x, tag) for x in tensors], (), tensors)
+        return self.exchange(tensors, to, (), 0, tag)
 
-    @_guarded
     def recv(self, tensors: Sequence[Tensor], source: int, tag: int = 0) -> ShmWork:
         """Start receiving. The tensors hold what came once the work is waited for."""
-        self._check_peer("receive from", source, tensors)
-        return self._start((), [Transfer(source, x, tag, receives=True) for x in tensors], tensors)
+        return self.exchange((), 0, tensors, source, tag)
+
+    @_guarded
+    def exchange(
+        self, sends: Sequence[Tensor], to: int, receives: Sequence[Tensor], source: int, tag: int = 0
+    ) -> ShmWork:
+        """Start sending to one rank and receiving from one, the same or another."""
+        check(*sends, *receives)
+        for peer, tensors in ((to, sends), (source, receives)):
+            if tensors and (peer == self.rank or not 0 <= peer < self.size):
+                raise UnsupportedError(f"group rank {self.rank} of {self.size} can't talk to group rank {peer}")
+        if (self.sync or self._attach()).error is not None:
+            raise self.again()
+        return self._start(
+            [Transfer(to, x, tag) for x in sends],
+            [Transfer(source, x, tag, receives=True) for x in receives],
+            receives or sends,
+        )
 
     @_guarded
     def recv_from_any(self, tensors: Sequence[Tensor], tag: int = 0) -> ShmWork:
@@ -260,33 +286,31 @@ class Group:
             )
         if any(x.dtype != outs[0].dtype for x in (*outs, *ins)):
             raise ConfigError(f"all_to_all: all tensors must be {outs[0].dtype}")
-        check_writable(outs[rank])
+        check_writable(*outs)
         if self.size > 1:
             self._enter("all_to_all", outs[0])
         peers = [(rank + step) % self.size for step in range(1, self.size)]
         sends = [Transfer(r, ins[r], COLLECTIVE_TAG) for r in peers]
         receives = [Transfer(r, outs[r], COLLECTIVE_TAG, receives=True) for r in peers]
         work = self._start(sends, receives, tensors or outs)
-        plain(outs[rank]).copy_(plain(ins[rank]).view(outs[rank].shape))
+        own, source = plain(outs[rank]), plain(ins[rank])
+        own.copy_(source if source.shape == own.shape else source.reshape(own.shape))
         return work
 
-    def _check_peer(self, what: str, peer: int, tensors: Sequence[Tensor]) -> None:
-        check(*tensors)
-        if peer == self.rank or not 0 <= peer < self.size:
-            raise UnsupportedError(f"group rank {self.rank} of {self.size} can't {what} group rank {peer}")
-        sync = self.sync or self._attach()
-        if sync.error is not None:
-            raise sync.again()
-
     def _start(self, sends: Sequence[Transfer], receives: Sequence[Transfer], tensors: Sequence[Any]) -> ShmWork:
+        """Send what fits, take what is there, and leave the rest to whoever waits next."""
         for transfer in sends:
-            self._outboxes[transfer.peer].queue.append(transfer)
+            outbox = self._outboxes[transfer.peer]
+            outbox.queue.append(transfer)
+            outbox.progress()
         for transfer in receives:
-            self._inboxes[transfer.peer].post(transfer)
-        if self.size > 1:
+            inbox = self._inboxes[transfer.peer]
+            inbox.post(transfer)
+            inbox.progress()
+        transfers = (*sends, *receives)
+        if not all(transfer.complete for transfer in transfers):
             pending.groups.add(self)
-            self.progress()
-        return ShmWork(tensors, self, (*sends, *receives))
+        return ShmWork(tensors, self, transfers)
 
     def progress(self) -> None:
         """Move messages along, as far as that goes without waiting."""
@@ -305,15 +329,21 @@ class Group:
     @_guarded
     def drive(self, transfers: Sequence[Transfer]) -> None:
         """Wait until these messages have arrived."""
-        for _ in range(POLLS):
-            if all(transfer.complete for transfer in transfers):
-                return
-            self.progress()
-        if self.sync is None:
-            raise RankError("this process group was shut down with messages under way", rank=self.ranks[self.rank])
-        if self.sync.error is not None:
-            raise self.sync.again()
-        self.sync.wait(lambda: sorted({t.peer for t in transfers if not t.complete}))
+        polls = POLLS
+        while not all(transfer.complete for transfer in transfers):
+            if self.sync is None or self.sync.error is not None:
+                raise self.again()
+            if polls:
+                polls -= 1
+                self.progress()
+            else:
+                self.sync.wait(lambda: sorted({t.peer for t in transfers if not t.complete}))
+
+    def again(self) -> RankError:
+        """The error of a group that is shut down or has failed before."""
+        if self.sync is not None:
+            return self.sync.again()
+        return RankError("this process group is shut down", rank=self.ranks[self.rank])
 
     def _wrong_size(self, peer: int, sent: int, expected: int) -> None:
         assert self.sync is not None

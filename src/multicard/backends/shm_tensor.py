@@ -23,13 +23,16 @@ def check(*tensors: Tensor) -> None:
             )
 
 
-def check_writable(x: Tensor) -> None:
-    """Refuse to write into a tensor whose elements share memory (``expand``)."""
-    if not x.is_contiguous() and any(stride == 0 and n > 1 for stride, n in zip(x.stride(), x.shape, strict=True)):
-        raise UnsupportedError(
-            f"can't write into a tensor of shape {tuple(x.shape)} and strides {x.stride()}, whose elements share "
-            "memory: clone it first"
-        )
+def check_writable(*tensors: Tensor) -> None:
+    """Refuse to write into tensors whose elements share memory (``expand``)."""
+    for x in tensors:
+        if x.is_contiguous():
+            continue
+        if any(stride == 0 and n > 1 for stride, n in zip(x.stride(), x.shape, strict=True)):
+            raise UnsupportedError(
+                f"can't write into a tensor of shape {tuple(x.shape)} and strides {x.stride()}, whose elements share "
+                "memory: clone it first"
+            )
 
 
 def plain(x: Tensor) -> Tensor:
