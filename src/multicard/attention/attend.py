@@ -6,6 +6,7 @@ from torch import Tensor
 
 from multicard import partition
 from multicard.attention.checks import check_joint, check_masks, check_names, check_tensors, whole_lengths
+from multicard.attention.inference import inference_only
 from multicard.attention.ring import Joint
 from multicard.attention.schedule import choose_schedule
 from multicard.attention.sequence import gather_sequence
@@ -15,6 +16,7 @@ from multicard.attention.visibility import Visibility
 from multicard.mesh import Axis, ParallelMesh
 
 
+@inference_only
 def attend(
     q: Tensor,
     k: Tensor,
@@ -40,7 +42,7 @@ def attend(
     """softmax(q·kᵀ·scale + mask)·v over a sequence whose rows are spread over ``mesh.sequence``.
 
     What the ranks return, gathered, equals attention over the whole sequence on one card. Rows with nothing to attend
-    to give zeros. Inference only: no backward. Collective over ``mesh.sequence``: every rank calls it alike.
+    to give zeros. For inference: a backward raises. Collective over ``mesh.sequence``: every rank calls it alike.
 
     Collectives: Ulysses two all-to-alls (four where tensors are large); ring, point to point, one message a tensor and
     step; one all-gather for each of ``key_mask``, ``kv_positions`` and ``joint`` where given.
@@ -60,8 +62,8 @@ def attend(
             ``kv_seq_len=None``: ``seq_len`` if given; otherwise every rank holds the same number of keys.
         replicated_kv: every rank holds all keys and values (and ``key_mask``), in natural order.
         order: "contiguous" or "zigzag"; how the sequence was sharded.
-        q_positions, kv_positions: 1-D integers for the local rows and keys, instead of the default positions. Given on
-            every rank or on none.
+        q_positions, kv_positions: 1-D integers for the local rows and keys, instead of the default positions; read only
+            where causal. Given on every rank or on none.
         joint: ``(q, k, v)`` of tokens that every rank holds, the same on each; not counted in lengths and masks.
         joint_position: "front" or "rear": where they stand. Without causality attention doesn't depend on it.
         joint_key_mask: ``(B, joint keys)`` bool.
@@ -103,8 +105,8 @@ def attend(
     visible = Visibility(
         blocks=sharding.blocks,
         causal=causal,
-        q_positions=sharding.positions(kv_seq_len - seq_len) if q_positions is None else q_positions,
-        kv_positions=whole(kv_positions, 0),
+        q_positions=sharding.positions(kv_seq_len - seq_len) if q_positions is None or not causal else q_positions,
+        kv_positions=whole(kv_positions, 0) if causal else None,
         mask=mask,
         key_mask=whole(key_mask, 1),
     )

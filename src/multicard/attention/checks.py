@@ -37,6 +37,10 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"q, k, v of shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} don't fit: one batch, k and v "
             "alike but for head_dim, q and k of one head_dim"
         )
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise UnsupportedError(
+            "q, k or v requires gradients: attention here is for inference; call it in torch.no_grad()"
+        )
     if k.shape[2] == 0 or q.shape[2] == 0 or q.shape[2] % k.shape[2]:
         raise ConfigError(f"{q.shape[2]} query heads over {k.shape[2]} key/value heads: must be a multiple")
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from multicard.attention.checks import check_tensors
+from multicard.attention.inference import inference_only
 from multicard.attention.kernels import block_attention
 from multicard.attention.merge import merge_ranks
 from multicard.attention.visibility import both
@@ -13,6 +14,7 @@ from multicard.errors import ConfigError
 from multicard.mesh import Axis
 
 
+@inference_only
 def attend_decode(
     q: Tensor,
     k: Tensor,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from multicard.attention.checks import check_tensors
+from multicard.attention.inference import inference_only
 from multicard.attention.kernels import block_attention, reference
 from multicard.errors import ConfigError
 
@@ -13,6 +14,7 @@ OP_TYPES = ("prompt_flash_attn", "fused_attn_score", "ascend_laser_attention")
 OPERATOR_LAYOUTS = ("BNSD", "BSND", "BSH")
 
 
+@inference_only
 def attention_forward(
     q: Tensor,
     k: Tensor,
