@@ -86,9 +86,11 @@ class Checkpoint:
         outer, inner = math.prod(entry.shape[:dim]), math.prod(entry.shape[dim + 1 :])
         width = WIDTHS[entry.dtype]
         run, stride = len(rows) * inner, entry.shape[dim] * inner  # a run of elements out of every stride
+        if not out.numel():
+            return 0, 0
         target = out.view(outer, run) if out.is_contiguous() else out.reshape(outer, run)
         start = entry.offset + rows.start * inner * width
-        tall = max(1, STAGING // max(run * width, 1))
+        tall = max(1, STAGING // (run * width))
         wide = run if run * width <= STAGING else STAGING // width
         staging = np.empty((min(tall, outer), wide * width), dtype=np.uint8)
         for row in range(0, outer, tall):

@@ -6,6 +6,7 @@ SIGBUS there. Every fault is a :class:`~multicard.errors.CheckpointError` that n
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
@@ -126,7 +127,7 @@ def load(
     Raises:
         CheckpointError: a file that was cut, or can't be read, on some rank: on every rank, naming it.
     """
-    begin, reader, failure = time.perf_counter(), _Reader(checkpoint, torch.device(device)), None
+    begin, reader, failure = time.perf_counter(), _Reader(model, checkpoint, torch.device(device)), None
     for module, owned in _largest_first(model):
         for name, leaf, parameter in owned:
             try:
@@ -169,24 +170,25 @@ def _largest_first(model: nn.Module) -> list[tuple[nn.Module, list[tuple[str, st
 class _Reader:
     """Parameters made out of slices, and the count of what that took."""
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint, device: torch.device) -> None:
         self._checkpoint, self._device = checkpoint, device
+        users = [p for module in model.modules() for p in module.parameters(recurse=False)]
+        counts = collections.Counter(map(id, users))
+        self._shared = [p for p in users if counts[id(p)] > 1]  # held, so that their ids stay theirs
         self._done: dict[int, nn.Parameter] = {}
-        self._users: dict[int, int] = {}
-        self._declared: list[nn.Parameter] = []  # keeps ids of _done from being used again
         self.bytes_read = self._allocated = self._peak = self._shard_bytes = 0
 
     def place(self, module: nn.Module, leaf: str, name: str, declared: nn.Parameter) -> None:
-        """Read one parameter and put it in its module; one that is shared is read once."""
-        key = id(declared)
-        if key not in self._done:
-            self._declared.append(declared)
-            self._done[key] = self._read(name, declared)
-        self._users[id(self._done[key])] = self._users.get(id(self._done[key]), 0) + 1
-        setattr(module, leaf, self._done[key])
+        """Read one parameter and put it in its module; one that several modules share is read once."""
+        placed = self._done.get(id(declared))
+        if placed is None:
+            placed = self._read(name, declared)
+        if any(declared is shared for shared in self._shared):
+            self._done[id(declared)] = placed
+        setattr(module, leaf, placed)
 
     def shares(self, module: nn.Module) -> bool:
-        return any(self._users.get(id(parameter), 0) > 1 for parameter in module.parameters(recurse=False))
+        return any(p is done for p in module.parameters(recurse=False) for done in self._done.values())
 
     def copied(self, size: int) -> None:
         self._peak = max(self._peak, self._allocated + size)
