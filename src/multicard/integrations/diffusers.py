@@ -11,6 +11,7 @@ from multicard.errors import ConfigError
 from multicard.integrations.diffusers_guidance import denoisers, guide_model, guide_pipeline
 from multicard.integrations.diffusers_plans import BATCH
 from multicard.integrations.diffusers_sequence import SequenceSplit, check_sequence, sequence_plan
+from multicard.integrations.diffusers_tensor import tensor_changes, tensor_plan
 from multicard.mesh import ParallelMesh
 
 PLAN_KEYS = ("batch", "sequence", "tensor")
@@ -25,7 +26,7 @@ def parallelize(target: Any, mesh: ParallelMesh, plan: Mapping[str, Any] | None 
         target: a pipeline or a model.
         mesh: cfg gives guidance branches (of a bare model: the rows of its batch) to different ranks, ring and ulysses
             split image tokens, tp splits weights; dp changes nothing.
-        plan: instead of ours, ``{"batch": BatchPlan, "sequence": SequencePlan, "tensor": TensorPlan}``, any of them.
+        plan: instead of ours, any of ``{"batch": BatchPlan, "sequence": SequencePlan, "tensor": {pattern: style}}``.
 
     Raises:
         ConfigError: the plan doesn't fit the model.
@@ -35,11 +36,17 @@ def parallelize(target: Any, mesh: ParallelMesh, plan: Mapping[str, Any] | None 
     if unknown := set(plan) - set(PLAN_KEYS):
         raise ConfigError(f"plan: unknown part {', '.join(sorted(unknown))}: must be {', '.join(PLAN_KEYS)}")
     models = {"": target} if isinstance(target, nn.Module) else denoisers(target)
+    changes = []
+    if mesh.tp.size > 1:
+        for model in models.values():
+            changes += tensor_changes(model, mesh.tp, plan.get("tensor") or tensor_plan(model))
     sequences = {}
     if mesh.sequence.size > 1:
         sequences = {name: plan.get("sequence") or sequence_plan(model) for name, model in models.items()}
         for name, sequence in sequences.items():
             check_sequence(models[name], sequence)
+    for change in changes:
+        change()
     for name, sequence in sequences.items():
         SequenceSplit(models[name], mesh, sequence)
     if mesh.cfg.size > 1:

@@ -123,3 +123,43 @@ SEQUENCE = {
     ),
 }
 """Sequence parallel, by class. Where the model has a ``_cp_plan``, splits and gathers are those plus these."""
+
+TENSOR_STYLES = (
+    "attention", "feed_forward", "column", "gated", "row", "attention_mlp_row", "attention_mlp", "head_columns",
+)  # fmt: skip
+"""What tensor parallelism does to a module.
+
+attention: projections to heads by output, those from heads by input, norms over all heads with one sum over the ranks.
+feed_forward: diffusers' ``FeedForward``. column, row: a linear layer, evenly. gated: a column whose output is two
+halves that meet element by element. attention_mlp_row: a row whose input is the sibling ``attn``'s heads, then an even part.
+attention_mlp: an attention whose projections are fused with an MLP's. head_columns: outputs over all heads side by
+side (rotary embeddings applied before heads are told apart).
+"""
+
+_JOINT_BLOCKS = {
+    "transformer_blocks.*.{attn,attn2}": "attention",
+    "transformer_blocks.*.{ff,ff_context}": "feed_forward",
+}
+_CROSS_BLOCKS = {
+    "transformer_blocks.*.{attn1,attn2}": "attention",
+    "transformer_blocks.*.ff": "feed_forward",
+}
+_SINGLE_BLOCKS = {
+    "single_transformer_blocks.*.attn": "attention",
+    "single_transformer_blocks.*.proj_mlp": "column",
+    "single_transformer_blocks.*.proj_out": "attention_mlp_row",
+}
+_WAN_BLOCKS = {"blocks.*.{attn1,attn2}": "attention", "blocks.*.ffn": "feed_forward"}
+
+TENSOR: dict[str, dict[str, str]] = {
+    "SD3Transformer2DModel": _JOINT_BLOCKS,
+    "DiTTransformer2DModel": _CROSS_BLOCKS,
+    "PixArtTransformer2DModel": _CROSS_BLOCKS,
+    "LTXVideoTransformer3DModel": {**_CROSS_BLOCKS, "rope": "head_columns"},
+    "CogVideoXTransformer3DModel": _CROSS_BLOCKS,
+    "WanTransformer3DModel": _WAN_BLOCKS,
+    "ChronoEditTransformer3DModel": _WAN_BLOCKS,
+    "HunyuanVideoTransformer3DModel": {**_JOINT_BLOCKS, **_SINGLE_BLOCKS},
+    "ChromaTransformer2DModel": {**_JOINT_BLOCKS, **_SINGLE_BLOCKS},
+}
+"""Tensor parallel, by class, for models without a ``_tp_plan`` of their own."""
