@@ -66,14 +66,23 @@ ENCODER = {"hidden_size": 60, "num_hidden_layers": 2, "num_attention_heads": 5, 
 ENCODERS = {
     "bert": lambda: hf.BertConfig(vocab_size=131, max_position_embeddings=64, **ENCODER),
     "clip_text": lambda: hf.CLIPTextConfig(vocab_size=131, max_position_embeddings=64, eos_token_id=2, **ENCODER),
+    "electra": lambda: hf.ElectraConfig(vocab_size=131, max_position_embeddings=64, embedding_size=60, **ENCODER),
+    "mt5_encoder": lambda: hf.MT5Config(vocab_size=131, d_model=60, d_kv=12, num_heads=5, d_ff=85, num_layers=2),
     "roberta": lambda: hf.RobertaConfig(vocab_size=131, max_position_embeddings=64, **ENCODER),
+    "siglip_text": lambda: hf.SiglipTextConfig(vocab_size=131, max_position_embeddings=64, **ENCODER),
     "t5_encoder": lambda: hf.T5Config(vocab_size=131, d_model=60, d_kv=12, num_heads=5, d_ff=85, num_layers=2),
     "umt5_encoder": lambda: hf.UMT5Config(
         vocab_size=131, d_model=60, d_kv=12, num_heads=5, d_ff=85, num_layers=2, feed_forward_proj="gated-gelu"
     ),
     "vit": lambda: hf.ViTConfig(image_size=16, patch_size=4, **ENCODER),
 }
-CLASSES = {"t5_encoder": "T5EncoderModel", "umt5_encoder": "UMT5EncoderModel", "clip_text": "CLIPTextModel"}
+CLASSES = {
+    "clip_text": "CLIPTextModel",
+    "mt5_encoder": "MT5EncoderModel",
+    "siglip_text": "SiglipTextModel",
+    "t5_encoder": "T5EncoderModel",
+    "umt5_encoder": "UMT5EncoderModel",
+}
 
 
 def build(name):
@@ -81,8 +90,10 @@ def build(name):
     torch.manual_seed(0)
     if name in DECODERS:
         model = hf.AutoModelForCausalLM.from_config(DECODERS[name]())
+    elif name in CLASSES:
+        model = getattr(hf, CLASSES[name])(ENCODERS[name]())
     else:
-        model = getattr(hf, CLASSES.get(name, "AutoModel"))._from_config(ENCODERS[name]()) if name in CLASSES else hf.AutoModel.from_config(ENCODERS[name]())
+        model = hf.AutoModel.from_config(ENCODERS[name]())
     return scramble(model)
 
 
@@ -123,3 +134,36 @@ def forward(model, name):
 def tokens(model, name, **kwargs):
     given = inputs(name)
     return model.generate(**given, max_new_tokens=8, do_sample=False, **kwargs)[:, given["input_ids"].shape[1] :]
+
+
+def on_mesh(mesh, config, fn, *args):
+    """The pool's mesh is any of its size; build the one that the test asked for."""
+    import multicard as mc
+
+    return fn(mc.init_mesh(config), *args)
+
+
+def measure(mesh, oracles):
+    """On a rank, every architecture split and compared with one process."""
+    return {name: measure_one(mesh, name, *oracle) for name, oracle in oracles.items()}
+
+
+def measure_one(mesh, name, logits, tokens_alone):
+    import multicard as mc
+
+    model = build(name)
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    try:
+        mc.parallelize(model, mesh)
+    except mc.errors.UnsupportedError as refusal:
+        return str(refusal)
+    share = sum(parameter.numel() for parameter in model.parameters()) / whole
+    error = relative_error(forward(model, name), logits)
+    same = tokens_alone is None or torch.equal(tokens(model, name), tokens_alone)
+    return error, same, share
+
+
+def relative_error(y, reference):
+    """The largest difference over the reference's largest value."""
+    assert y.shape == reference.shape
+    return float((y.double() - reference.double()).abs().max() / reference.double().abs().max())

@@ -36,7 +36,9 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh, plan: Mapping[str, s
     """
     _split(model, mesh, plan)
     _finish(model, mesh)
-    return model if model.device.type == "meta" else model.to(mesh.device)
+    if model.device.type != "meta":
+        nn.Module.to(model, mesh.device)
+    return model
 
 
 def _split(model: PreTrainedModel, mesh: ParallelMesh, plan: Mapping[str, str] | None) -> None:
@@ -130,7 +132,7 @@ def _convert(model: nn.Module, path: str, style: str, heads: Heads | None, axis:
     if style == "experts":
         layers.experts(module, axis, path)
     elif style == "head_columns" and heads is not None:
-        shares = heads.query_shares(module.weight.shape[1])
+        shares = heads.query_shares(module.get_parameter("weight").shape[1])
         layers.cut_parameter(module, "weight", 1, shares[axis.rank])
     else:
         _replace(model, module, _parallel(module, style, heads, axis, path))
@@ -155,7 +157,7 @@ def _parallel(module: nn.Module, style: str, heads: Heads | None, axis: Axis, pa
 def _cut(owner: nn.Module, name: str, style: str, heads: Heads | None, path: str) -> None:
     if style not in ("heads", "key_value_heads") or heads is None:
         raise UnsupportedError(f"{path} is a parameter, which can't be split by {style!r}: pass plan=")
-    rows = owner._parameters[name].shape[0]
+    rows = owner.get_parameter(name).shape[0]
     shares = heads.query_shares(rows) if style == "heads" else heads.kv_shares(rows)
     layers.cut_parameter(owner, name, 0, shares[heads.rank])
 

@@ -60,7 +60,7 @@ def attention_forward(
 
     A sliced chunk goes through ring, Ulysses or both; a chunk that every rank has whole costs one all-gather.
     """
-    step: Step | None = module._multicard_sequence.step
+    step: Step | None = vars(module)["_multicard_sequence"].step
     if step is None:
         raise UnsupportedError(f"{type(module).__name__} outside its model's forward: call the model, not its layers")
     strange = [name for name, x in kwargs.items() if name not in KNOWN and x is not None and x is not False]

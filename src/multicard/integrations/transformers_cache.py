@@ -1,7 +1,7 @@
 """A ``transformers`` cache whose keys and values are spread over the ranks of the sequence axis.
 
-A chunk that was computed in slices stays where it was computed; tokens computed by every rank (decoding) go to the ranks
-in turn, a page each. Who holds which position follows from the lengths alone, so no exchange is spent on it.
+A chunk that was computed in slices stays where it was computed; tokens computed by every rank (decoding) go to the
+ranks in turn, a page each. Who holds which position follows from lengths alone, so no exchange is spent on it.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ class ShardedCache(DynamicCache):
 
     def __init__(self, axis: Axis) -> None:
         super().__init__()
-        self.layer_class_to_replicate = functools.partial(ShardedLayer, self)
+        self.layer_class_to_replicate = functools.partial(ShardedLayer, self)  # type: ignore[assignment]
         self.axis = axis
         self.chunk: Chunk | None = None
         self.chunks: list[Chunk] = []
@@ -191,7 +191,7 @@ class ShardedCache(DynamicCache):
     @property
     def nbytes(self) -> int:
         """What this rank's part takes, room to grow included."""
-        return sum(layer.nbytes for layer in self.layers)
+        return sum(layer.nbytes for layer in self.layers if isinstance(layer, ShardedLayer))
 
     def reset(self) -> None:
         """Forget everything."""

@@ -5,6 +5,7 @@ Shapes and names only, before anything is changed: what isn't recognised is refu
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -22,6 +23,10 @@ BEFORE_HEADS = re.compile(r"q_a_proj|kv_a_proj\w*|q_a_layernorm|kv_a_layernorm|q
 """Latent attention's low-rank parts: they work on whole tensors."""
 
 PER_HEAD_NORMS = re.compile(r"(q|k|v|query|key|qk)_?(layer)?_?norm(alization)?|norm_[qk]")
+
+
+WHOLE_WIDTHS = {"embed_dim", "hidden_size", "inner_dim", "d_model", "all_head_size"}
+"""Attributes that an attention shapes its output by in some families; those in our table are told the local width."""
 
 
 def check_structure(
@@ -49,6 +54,9 @@ def _check_attention(model: nn.Module, plan: ResolvedPlan, path: str, heads: Hea
     module = model.get_submodule(path)
     if not known and not uses_interface(module):
         raise _refused(path, module, "its attention doesn't go through transformers' attention interface")
+    read = set(inspect.unwrap(type(module).forward).__code__.co_names) & WHOLE_WIDTHS
+    if not known and read:
+        raise _refused(path, module, f"its forward reads {', '.join(sorted(read))}, a width that is split")
     outs = [name for name, style in plan.styles.items() if style == "attention_out" and _beside(name, path)]
     if len(outs) != 1:
         raise _refused(path, module, f"the plan has {len(outs)} output projections for it, not one")

@@ -1,4 +1,4 @@
-"""``generate()`` on several ranks: every rank draws the same tokens, and what can't be exact is refused before a forward.
+"""``generate()`` on several ranks: all draw the same tokens, and what can't be exact is refused before a forward.
 
 Logits are gathered, so all ranks see the same bits; with the same generator state too they can't choose differently.
 """
@@ -6,6 +6,7 @@ Logits are gathered, so all ranks see the same bits; with the same generator sta
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def guard(model: PreTrainedModel, mesh: ParallelMesh) -> None:
-    """Make ``model.generate`` agree over ``mesh``. The method stays transformers' own; this checks before calling it."""
+    """Make ``model.generate`` agree over ``mesh``: transformers' own method, with checks before it."""
     if not model.can_generate() or mesh.tp.size * mesh.sequence.size == 1:
         return
-    generate = model.generate
+    generate: Callable[..., Any] = model.generate  # type: ignore[assignment]
 
     @functools.wraps(generate)
     def checked(*args: Any, **kwargs: Any) -> Any:
@@ -30,10 +31,14 @@ def guard(model: PreTrainedModel, mesh: ParallelMesh) -> None:
         agree_on_noise(mesh)
         return generate(*args, **kwargs)
 
-    model.generate = checked  # type: ignore[method-assign]
-    model.generate_batch = _no_continuous_batching  # type: ignore[method-assign]
     # A static cache made ahead would have every key/value head; one made by the first step has this rank's.
-    model._get_static_cache_init_shape = lambda: None  # type: ignore[method-assign]
+    ours = {
+        "generate": checked,
+        "generate_batch": _no_continuous_batching,
+        "_get_static_cache_init_shape": lambda: None,
+    }
+    for name, method in ours.items():
+        object.__setattr__(model, name, method)
 
 
 def check(model: PreTrainedModel, mesh: ParallelMesh, kwargs: dict[str, Any]) -> None:

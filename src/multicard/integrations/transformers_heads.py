@@ -24,9 +24,8 @@ from multicard.mesh import Axis
 from multicard.partition import HeadShard
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from multicard.integrations.transformers_plans import Family
+    from transformers import PreTrainedModel
 
 QUERY_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 KV_COUNTS = ("num_key_value_heads", "num_kv_heads", "kv_heads", "n_kv_heads")
@@ -154,17 +153,18 @@ def localize(module: nn.Module, heads: Heads, family: Family, attn_implementatio
         for name in names:
             if getattr(module, name, None) == whole:
                 setattr(module, name, len(local))
-    for names, whole, local in (
+    widths: tuple[tuple[tuple[str, ...], int, range], ...] = (
         ((*QUERY_WIDTHS, *family.query_widths), heads.query, mine.query),
         (family.kv_widths, heads.kv, mine.kv),
-    ):
-        for name in names:
+    )
+    for fields, whole, local in widths:
+        for name in fields:
             if isinstance(getattr(module, name, None), int):
                 setattr(module, name, getattr(module, name) // whole * len(local))
     if hasattr(module, "num_key_value_groups"):
-        module.num_key_value_groups = len(mine.query) // len(mine.kv) if mine.uniform else None
-    if isinstance(getattr(module, "config", None), object) and hasattr(module, "config"):
-        module.config = _local_config(module.config, heads)
+        object.__setattr__(module, "num_key_value_groups", len(mine.query) // len(mine.kv) if mine.uniform else None)
+    if hasattr(module, "config"):
+        object.__setattr__(module, "config", _local_config(module.config, heads))
     if not mine.uniform:
         _attend_by_segments(module, mine, attn_implementation or "eager")
     for name in family.head_inputs:
@@ -193,7 +193,7 @@ def _cut_head_input(
 
 
 def _cut_heads(x: Tensor, heads: Heads) -> Tensor:
-    """``(batch, heads, ...)`` or ``(batch · heads, ...)`` with this rank's heads; what is the same for all, as it is."""
+    """``(batch, heads, ...)`` or ``(batch · heads, ...)`` with this rank's heads; what all heads share, as it is."""
     mine = slice(heads.mine.query.start, heads.mine.query.stop)
     if x.dim() == 4:
         return x[:, mine] if x.shape[1] == heads.query and heads.query > 1 else x
@@ -227,7 +227,7 @@ def attention_function(module: nn.Module, name: str) -> Any:
     """transformers' attention function ``name`` as ``module`` would pick it."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
 
 
@@ -239,9 +239,9 @@ def attend_by_segments(
     Args and result are those of ``transformers``' attention interface: ``(batch, heads, length, head_dim)`` in,
     ``(batch, length, heads, head_dim)`` out.
     """
-    attend = attention_function(module, module._multicard_attention)
+    attend = attention_function(module, vars(module)["_multicard_attention"])
     outs = []
-    for segment in module._multicard_segments:
+    for segment in vars(module)["_multicard_segments"]:
         local = {name: _segment_input(x, segment, query.shape[1]) for name, x in kwargs.items()}
         mask = _segment_input(attention_mask, segment, query.shape[1])
         q, k, v = query[:, segment.query], key[:, segment.kv], value[:, segment.kv]

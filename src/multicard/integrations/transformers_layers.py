@@ -7,6 +7,7 @@ device that is read from files afterwards.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ from multicard.layers import (
 from multicard.layers.shard import Shares, sharded
 from multicard.mesh import Axis
 
+Layer = TypeVar("Layer", bound=nn.Module)
+
 GROUPED_MM_BYTES = 16
 """torch's grouped matrix product needs rows of a multiple of this many bytes, so experts are split in such units."""
 
@@ -34,8 +37,8 @@ def as_linear(module: nn.Module, path: str) -> nn.Linear:
         return module
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         linear = nn.Linear(1, 1, bias=False, device="meta")
-        linear.weight = nn.Parameter(module.weight.detach().T, requires_grad=False)
-        linear.bias = module.bias
+        weight, bias = module.get_parameter("weight"), module.get_parameter("bias")
+        linear.weight, linear.bias = nn.Parameter(weight.detach().T, requires_grad=False), bias
         linear.out_features, linear.in_features = linear.weight.shape
         return linear
     raise UnsupportedError(f"{path} is a {type(module).__name__}, not a linear layer: it can't be split; pass plan=")
@@ -64,7 +67,7 @@ def row(module: nn.Module, axis: Axis, shares: Shares | None, path: str, idle_wi
     return layer
 
 
-def _mark(layer: nn.Module, origin: nn.Module) -> nn.Module:
+def _mark(layer: Layer, origin: nn.Module) -> Layer:
     for parameter in layer.parameters():
         # The file holds Conv1D's weight the other way round.
         parameter.transposed = type(origin).__name__ == "Conv1D" and parameter.dim() == 2  # type: ignore[attr-defined]
@@ -96,7 +99,8 @@ def embedding(module: nn.Embedding, axis: Axis) -> VocabParallelEmbedding | None
 
 def _scaler(module: nn.Embedding) -> Callable[..., Tensor]:
     """What a scaled embedding multiplies with: a number, or (Gemma) one rounded to the weights' type."""
-    plain, rounded = module.embed_scale, getattr(module, "scalar_embed_scale", None)
+    plain: Any = module.embed_scale
+    rounded = getattr(module, "scalar_embed_scale", None)
 
     def hook(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         return out * (plain if rounded is None else torch.tensor(rounded, dtype=out.dtype))
@@ -115,8 +119,8 @@ def cut_parameter(owner: nn.Module, name: str, dim: int, spans: tuple[range, ...
 def experts(module: nn.Module, axis: Axis, path: str) -> None:
     """Every expert's width over the ranks, in place; the module's output is added up by one all-reduce.
 
-    Packed weights are ``(experts, out, in)``, transposed where the class says so, and gate and up are one after the other
-    or alternate. A bias after the sum is added by rank 0.
+    Packed weights are ``(experts, out, in)``, transposed where the class says so, and gate and up are one after the
+    other or alternate. A bias after the sum is added by rank 0.
     """
     parameters = dict(module.named_parameters())
     unknown = set(parameters) - {"gate_up_proj", "up_proj", "down_proj", *_EXPERT_BIASES}
@@ -129,7 +133,7 @@ def experts(module: nn.Module, axis: Axis, path: str) -> None:
     shares = _expert_shares(width, axis.size, max(GROUPED_MM_BYTES // down.element_size(), 1))
     mine = shares[axis.rank]
     compute = mine or range(min(width, len(shares[0])))  # no rank may be without: the kernels take no empty width
-    up_spans = (compute,)
+    up_spans: tuple[range, ...] = (compute,)
     if module.has_gate and module.is_concatenated:
         up_spans = (compute, range(width + compute.start, width + compute.stop))
     elif module.has_gate:
@@ -140,10 +144,16 @@ def experts(module: nn.Module, axis: Axis, path: str) -> None:
         cut_parameter(module, name, 1, up_spans)
     cut_parameter(module, "down_proj", width_dim, (compute,))
     if not mine:
-        module.down_proj = _zeros(module.down_proj, tuple(module.down_proj.shape))
+        _silence(module, "down_proj")
     if "down_proj_bias" in parameters and axis.rank:
-        module.down_proj_bias = _zeros(module.down_proj_bias, tuple(module.down_proj_bias.shape))
+        _silence(module, "down_proj_bias")
     module.register_forward_hook(lambda module, args, out: collectives.all_reduce(out, axis))
+
+
+def _silence(owner: nn.Module, name: str) -> None:
+    """Zeros in place of a parameter: what this rank computes with it adds nothing."""
+    parameter = owner.get_parameter(name)
+    owner._parameters[name] = _zeros(parameter, tuple(parameter.shape))
 
 
 _EXPERT_BIASES = ("gate_up_proj_bias", "up_proj_bias", "down_proj_bias")
@@ -159,7 +169,7 @@ def head_shares(style: str, heads: Heads, width: int, path: str) -> Shares:
     counts = {"query": heads.query, "key_value": heads.kv}.get(style, heads.query + 2 * heads.kv)
     if width % counts:
         raise UnsupportedError(
-            f"{path} has {width} features for {heads.query} heads over {heads.kv} key/value heads, which doesn't divide: "
+            f"{path} has {width} features, which {heads.query} heads over {heads.kv} key/value heads don't divide: "
             "multicard doesn't know this layout; pass plan= without it"
         )
     shares = {

@@ -97,7 +97,8 @@ def load(model: PreTrainedModel, path: str | os.PathLike[str], mesh: ParallelMes
     except CheckpointError as error:
         failure = error
     agree(failure, mesh.world)
-    model._move_missing_keys_from_meta_to_device(set(), {"": mesh.device}, None, None)
+    nothing: Any = set()
+    model._move_missing_keys_from_meta_to_device(nothing, {"": mesh.device}, None, None)
     for tensor in (*model.parameters(), *dict(_persistent_buffers(model)).values()):
         tensor._is_hf_initialized = True  # type: ignore[attr-defined]
     model.initialize_weights()
@@ -171,9 +172,8 @@ class _Loader:
     def read(self, name: str) -> None:
         parameter = self.declared[name]
         if hasattr(parameter, "filled"):
-            return self.put(
-                name, torch.full(parameter.shape, parameter.filled, dtype=parameter.dtype, device=self.device)
-            )
+            self.put(name, torch.full(parameter.shape, parameter.filled, dtype=parameter.dtype, device=self.device))
+            return
         source = self.sources.get(name)
         if source is None:
             raise CheckpointError(f"{self.checkpoint.where}: no tensor for {name!r}, which the config asks for")

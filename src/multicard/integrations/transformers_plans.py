@@ -1,6 +1,6 @@
 """How each family of ``transformers`` models is split: our tables, and what the library's own ``tp_plan`` becomes.
 
-Supporting one more family adds lines to ``FAMILIES``, never a class. What each style does is in ``transformers_layers``.
+Supporting one more family adds lines to ``FAMILIES``, never a class. What a style does is in ``transformers_layers``.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
+
+from torch import nn
 
 from multicard.errors import UnsupportedError
 from multicard.integrations.plan import Rule, make_plan, resolve
@@ -81,6 +83,7 @@ _BERT = _rules(
     column="layer.*.intermediate.dense",
     row="layer.*.output.dense",
 )
+_GLM = _rules(gate_up="mlp.gate_up_proj", row="mlp.down_proj")
 _PHI3 = _rules(
     qkv="self_attn.qkv_proj", attention_out="self_attn.o_proj", gate_up="mlp.gate_up_proj", row="mlp.down_proj"
 )
@@ -111,7 +114,12 @@ _MLA = _rules(  # latent attention: the low-rank parts stay whole, what fans out
 FAMILIES: dict[str, Family] = {
     "bart": Family(_BART),
     "bert": Family(_BERT),
+    "bert-generation": Family(_BERT),
+    "biogpt": Family(_BART),
+    "blenderbot": Family(_BART),
+    "blenderbot-small": Family(_BART),
     "bloom": Family(_BLOOM, head_inputs=("alibi",), refuse={"slow_but_exact": "sums slices in an order of its own"}),
+    "camembert": Family(_BERT),
     "clip": Family(_CLIP),
     "clip_text_model": Family(_CLIP),
     "clip_vision_model": Family(_CLIP),
@@ -121,9 +129,14 @@ FAMILIES: dict[str, Family] = {
             "**.self_attn.k_norm.weight": "key_value_heads",
         }
     ),
+    "data2vec-text": Family(_BERT),
     "deepseek_v2": Family(_MLA),
     "deepseek_v3": Family(_MLA),
+    "electra": Family(_BERT),
+    "ernie": Family(_BERT),
     "falcon": Family(_BLOOM, head_inputs=("alibi", "attention_mask"), whole_groups=True),
+    "glm": Family(_GLM),
+    "glm4": Family(_GLM),
     "gpt2": Family(
         _rules(qkv="attn.c_attn", attention_out="attn.c_proj", column="mlp.c_fc", row="mlp.c_proj"),
         query_widths=("split_size",),
@@ -157,13 +170,33 @@ FAMILIES: dict[str, Family] = {
             row="mlp.fc_out",
         )
     ),
+    "marian": Family(_BART),
+    "mbart": Family(_BART),
+    "megatron-bert": Family(_BERT),
     "mpt": Family(
         _rules(qkv="attn.Wqkv", attention_out="attn.out_proj", column="ffn.up_proj", row="ffn.down_proj"),
         head_inputs=("position_bias",),
     ),
+    "mt5": Family(_T5, query_widths=("inner_dim",)),
+    "mvp": Family(_BART, query_widths=("embed_dim",)),
     "opt": Family(_rules(**_NAMES, attention_out="self_attn.out_proj", column="fc1", row="fc2")),
+    "pegasus": Family(_BART),
+    "persimmon": Family(
+        _rules(
+            qkv_groups="self_attn.query_key_value",
+            attention_out="self_attn.dense",
+            column="mlp.dense_h_to_4h",
+            row="mlp.dense_4h_to_h",
+        )
+    ),
     "phi3": Family(_PHI3),
+    "plbart": Family(_BART),
+    "rembert": Family(_BERT),
     "roberta": Family(_BERT),
+    "roberta-prelayernorm": Family(_BERT),
+    "siglip": Family(_CLIP),
+    "siglip_text_model": Family(_CLIP),
+    "siglip_vision_model": Family(_CLIP),
     "stablelm": Family(_LLAMA),
     "t5": Family(_T5, query_widths=("inner_dim",)),
     "umt5": Family(_T5, query_widths=("inner_dim",)),
@@ -176,7 +209,9 @@ FAMILIES: dict[str, Family] = {
             row="mlp.fc2",
         )
     ),
+    "whisper": Family(_BART),
     "xlm-roberta": Family(_BERT),
+    "xlm-roberta-xl": Family(_BERT),
 }
 
 
@@ -216,8 +251,8 @@ def resolve_plan(model: PreTrainedModel, plan: Mapping[str, str] | None = None) 
             styles |= {below[name]: style for name, style in resolve(rules, below, STYLES, what).items()}
     if not any(style not in ("whole", "embedding", "head") for style in styles.values()):
         raise UnsupportedError(
-            f"{what} has no tensor-parallel plan, neither in transformers nor in multicard: pass plan={{pattern: style}} "
-            f"with styles from {', '.join(STYLES)}, or use one of {', '.join(sorted(FAMILIES))} or a family with a tp_plan"
+            f"{what} has no tensor-parallel plan, neither in transformers nor in multicard: "
+            f"pass plan={{pattern: style}}, styles being {', '.join(STYLES)}"
         )
     return ResolvedPlan(styles, families)
 
@@ -243,9 +278,9 @@ def _families(model: PreTrainedModel) -> Iterator[tuple[str, Family]]:
             yield name, FAMILIES[kind]
 
 
-def _refuse_settings(model: PreTrainedModel, family: Family) -> None:
+def _refuse_settings(model: nn.Module, family: Family) -> None:
     for setting, why in family.refuse.items():
-        if getattr(model.config, setting, False):
+        if getattr(getattr(model, "config", None), setting, False):
             raise UnsupportedError(
                 f"{type(model).__name__} with {setting}=True: {why}; load it with {setting}=False or on one rank"
             )
@@ -265,7 +300,7 @@ def _shipped(model: PreTrainedModel, names: list[str], what: str) -> dict[str, s
                 f"{what}: transformers' plan splits {pattern!r} by {style!r}, which multicard doesn't know: pass plan="
             )
     rules = [Rule(pattern, style, optional=True) for pattern, style in theirs.items()]
-    found = resolve(rules, names, known, what)
+    found = resolve(tuple(rules), names, known, what)
     experts = [name for name, style in found.items() if style == "moe_tp_experts"]
     attention = {name.rpartition(".")[0] for name, style in found.items() if _is_key(name) and style == "colwise"}
     styles = {}

@@ -1,7 +1,7 @@
 """Prompts and caches longer than one card: hooks that split a ``transformers`` decoder's sequence over ranks.
 
-The decoder sees this rank's slice of a long prompt and puts its keys in a sharded cache; short chunks and decoded tokens
-are computed by every rank. ``generate()`` and the modelling code stay what they are.
+The decoder sees this rank's slice of a long prompt and puts its keys in a sharded cache; short chunks and decoded
+tokens are computed by every rank. ``generate()`` and the modelling code stay what they are.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FAMILIES = (
-    "cohere", "cohere2", "gemma", "gemma3_text", "glm", "glm4", "gpt2", "gpt_neox", "granite", "helium", "llama", "ministral",
-    "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3",
-    "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2",
+    "cohere", "cohere2", "gemma", "gemma3_text", "glm", "glm4", "gpt2", "gpt_neox", "granite", "helium", "llama",
+    "ministral", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "phi", "phi3", "phimoe", "qwen2",
+    "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2",
 )  # fmt: skip
 """Decoders whose tokens meet in attention only, as the tests prove by splitting them."""
 
