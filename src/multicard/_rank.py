@@ -18,6 +18,8 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from multicard.ranks.kept import Shelf
+
 if TYPE_CHECKING:
     from multicard.ranks import wire
 
@@ -32,7 +34,7 @@ class Rank:
         self._inbox: queue.SimpleQueue[wire.Message] = queue.SimpleQueue()
         self._writing = threading.Lock()
         self._mesh: Any = None
-        self._kept: dict[int, Any] = {}
+        self._shelf = Shelf()
         self._streams: dict[int, Any] = {}
         self.ran_script = False
         self._handlers: dict[str, Callable[[wire.Message], Any]] = {
@@ -106,13 +108,15 @@ class Rank:
             dist.barrier()
 
     def _run(self, message: wire.Message) -> Any:
-        fn, args, kwargs = self._own(*message.load())
-        return fn(self._mesh, *args, **kwargs)
+        return self._call(*message.load())
 
     def _keep(self, message: wire.Message) -> None:
         key, *call = message.load()
-        fn, args, kwargs = self._own(*call)
-        self._kept[key] = fn(self._mesh, *args, **kwargs)
+        self._shelf[key] = self._call(*call)
+
+    def _call(self, fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        args, kwargs = self._shelf.resolve(args, kwargs)
+        return fn(self._mesh, *args, **kwargs)
 
     def _open(self, message: wire.Message) -> None:
         self._streams[message.call] = self._run(message)
@@ -122,7 +126,7 @@ class Rank:
         return item if item is _END or self._mesh.rank == 0 else None
 
     def _forget(self, message: wire.Message) -> None:
-        self._kept.pop(message.call, None)
+        self._shelf.pop(message.call, None)
         generator = self._streams.pop(message.call, None)
         if generator is not None:
             with contextlib.suppress(Exception):
@@ -138,15 +142,6 @@ class Rank:
         except SystemExit as error:
             if error.code not in (None, 0):
                 raise
-
-    def _own(self, fn: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, list[Any], dict[str, Any]]:
-        """Where an argument is a Kept, the object that this rank keeps."""
-        from multicard.launch import Kept
-
-        def own(value: Any) -> Any:
-            return self._kept[value.key] if isinstance(value, Kept) else value
-
-        return fn, [own(value) for value in args], {name: own(value) for name, value in kwargs.items()}
 
 
 _END = object()

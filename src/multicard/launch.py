@@ -6,15 +6,18 @@ pipe. So closures, notebooks, threads and unguarded scripts work, and what happe
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from multicard import process_group
 from multicard.config import ParallelConfig
+from multicard.errors import UnsupportedError
 from multicard.ranks.children import Children, Settings
+from multicard.ranks.joined import Joined
+from multicard.ranks.kept import Kept
 from multicard.ranks.supervisor import GRACE
 
 
@@ -34,7 +37,7 @@ def launch(
 ) -> list[Any]:
     """Run ``fn(mesh, *args, **kwargs)`` on every rank of ``config`` and return the values by rank.
 
-    Tensors come back on the CPU. The options are those of :class:`Ranks`.
+    Tensors come back on the CPU. Inside a job nothing is started: see :class:`Ranks`, whose options these are.
 
     Raises:
         the first failing rank's own exception, with a note that names the rank, from :class:`RankError`.
@@ -55,15 +58,11 @@ def launch(
         return ranks.run(fn, *args, **(kwargs or {}))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Kept:
-    """A value that every rank of a :class:`Ranks` keeps. As an argument it arrives as that rank's own object."""
-
-    key: int
-
-
 class Ranks:
     """Ranks kept alive between calls; a context manager.
+
+    Inside a job (torchrun, ``multicard run``, srun) none are started: every rank of the job makes the same calls, and
+    functions run in it. There, values have to be tensors, numbers, strings, lists, tuples or dicts.
 
     A call that fails alike on every rank, a refused prompt say, leaves them as they were. A rank that dies, hangs or
     fails alone ends them all: further calls raise at once, and :meth:`restart` starts new ones.
@@ -112,7 +111,7 @@ class Ranks:
         )
         self._keys = itertools.count(1)
         self._kept: weakref.WeakKeyDictionary[Kept, tuple[Any, ...]] = weakref.WeakKeyDictionary()
-        self._children = self._start()
+        self._crew = self._start()
 
     @property
     def config(self) -> ParallelConfig:
@@ -121,16 +120,16 @@ class Ranks:
     @property
     def alive(self) -> bool:
         """Whether the ranks take further calls."""
-        return self._children.alive
+        return self._crew.alive
 
     @property
     def pids(self) -> list[int]:
-        """Process ids by rank."""
-        return self._children.pids
+        """Process ids by rank; none inside a job."""
+        return self._crew.pids
 
     def run(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """``fn(mesh, *args, **kwargs)`` on every rank: values by rank. Raises as :func:`launch` does."""
-        return [message.load() for message in self._children.call("run", (fn, args, kwargs), _name(fn))]
+        return self._crew.run(fn, args, kwargs)
 
     def keep(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Kept:
         """``fn(mesh, *args, **kwargs)`` on every rank, where its value stays until the Kept is dropped.
@@ -138,7 +137,7 @@ class Ranks:
         Pass the Kept as an argument of ``run``, ``keep`` or ``stream``. :meth:`restart` makes the value again.
         """
         kept = Kept(next(self._keys))
-        self._children.call("keep", (kept.key, fn, args, kwargs), _name(fn))
+        self._crew.keep(kept.key, fn, args, kwargs)
         self._kept[kept] = (fn, args, kwargs)
         weakref.finalize(kept, _drop, weakref.ref(self), kept.key)
         return kept
@@ -149,28 +148,25 @@ class Ranks:
         Ranks work on one item ahead of the caller. Leaving the iterator early closes every rank's generator after the
         same item. Other calls may come in between.
         """
-        children = self._children
-        call = children.begin("open", (fn, args, kwargs), _name(fn))
-        children.finish(call)
-        try:
-            children.step("next", call, _name(fn))
-            while (answer := children.finish(call)[0]).kind != "end":
-                children.step("next", call, _name(fn))
-                yield answer.load()
-        finally:
-            children.later("close", call)
+        return self._crew.stream(fn, args, kwargs)
 
     def restart(self) -> None:
-        """End the ranks, start new ones, and make again what they kept."""
+        """End the ranks, start new ones, and make again what they kept.
+
+        Raises:
+            UnsupportedError: inside a job, whose ranks are its launcher's.
+        """
+        if isinstance(self._crew, Joined):
+            raise UnsupportedError("restart() inside a job: its ranks are its launcher's; start the job again")
         self.close()
-        self._children = self._start()
+        self._crew = self._start()
         for kept, (fn, args, kwargs) in sorted(self._kept.items(), key=lambda item: item[0].key):
-            self._children.call("keep", (kept.key, fn, args, kwargs), _name(fn))
+            self._crew.keep(kept.key, fn, args, kwargs)
 
     def close(self) -> None:
-        """End the ranks. Further calls raise."""
+        """End the ranks. Further calls raise. A job's ranks end with the job."""
         self._forget.detach()
-        self._children.end("closed", GRACE)
+        self._crew.end("closed", GRACE)
 
     def __enter__(self) -> Ranks:
         return self
@@ -178,21 +174,17 @@ class Ranks:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _start(self) -> Children:
-        children = Children(self._settings)
+    def _start(self) -> Children | Joined:
+        crew = Joined(self._settings) if process_group.in_job() else Children(self._settings)
+        self._forget = weakref.finalize(self, crew.end, "forgotten", GRACE)  # also when the interpreter exits
         try:
-            children.join()
+            crew.join()
         except BaseException:
-            children.end("they did not start")
+            crew.end("they did not start", 0.0)
             raise
-        self._forget = weakref.finalize(self, children.end, "forgotten", GRACE)  # also when the interpreter exits
-        return children
-
-
-def _name(fn: Callable[..., Any]) -> str:
-    return getattr(fn, "__name__", type(fn).__name__)
+        return crew
 
 
 def _drop(ranks: weakref.ref[Ranks], key: int) -> None:
-    if (alive := ranks()) is not None:
-        alive._children.later("drop", key)
+    if (living := ranks()) is not None:
+        living._crew.drop(key)

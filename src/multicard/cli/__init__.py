@@ -33,6 +33,7 @@ def multicard() -> None:
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command in ``args`` (None: the process's own) and exit with its code."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is imported; ranks do the same
     signal.signal(signal.SIGTERM, _interrupt)  # ranks and files are cleaned up after, as on Ctrl-C
     try:
         sys.exit(app(args=args, prog_name="multicard", standalone_mode=False) or 0)

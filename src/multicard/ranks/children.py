@@ -7,14 +7,14 @@ import dataclasses
 import queue
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from multicard.config import ParallelConfig
 from multicard.errors import CheckpointError, ConfigError, RankError, UnsupportedError
 from multicard.ranks import environment, failure, hang, wire
 from multicard.ranks.failure import Failure
-from multicard.ranks.hosts import Hosts, Neighbours
+from multicard.ranks.hosts import POLL, Hosts, Neighbours
 from multicard.ranks.logs import Logs
 from multicard.ranks.supervisor import Supervisor
 
@@ -85,7 +85,9 @@ class Children:
             {rank: environment.of_rank(settings, rank, port) for rank in self._ranks},
             Logs(self._ranks, settings.log_dir, settings.console),
         )
-        self._neighbours = Neighbours(hosts, port, settings.start_timeout) if hosts.count > 1 else None
+        self._neighbours = (
+            Neighbours(hosts, port, settings.start_timeout, settings.timeout) if hosts.count > 1 else None
+        )
 
     @property
     def pids(self) -> list[int]:
@@ -113,6 +115,34 @@ class Children:
         wanted = self.settings
         return {"config": wanted.config, "backend": wanted.backend, "device": wanted.device, "timeout": wanted.timeout}
 
+    # calls
+
+    def run(self, fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """``fn(mesh, ...)`` on every rank: values by rank."""
+        return [message.load() for message in self.call("run", (fn, args, kwargs), _name(fn))]
+
+    def keep(self, key: int, fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """The same, where the value stays until it is dropped."""
+        self.call("keep", (key, fn, args, kwargs), _name(fn))
+
+    def drop(self, key: int) -> None:
+        """Forget what is kept, before the next command; safe in a finalizer."""
+        self._later.append(("drop", key))
+
+    def stream(self, fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
+        """What rank 0's generator yields; ranks are one item ahead."""
+        call = self.begin("open", (fn, args, kwargs), _name(fn))
+        self.finish(call)
+        try:
+            self.step("next", call, _name(fn))
+            while (answer := self.finish(call)[0]).kind != "end":
+                self.step("next", call, _name(fn))
+                yield answer.load()
+        finally:
+            self._later.append(("close", call))
+
+    # talking
+
     def call(self, kind: str, value: Any, label: str) -> list[wire.Message]:
         """Send one command to every rank and wait for their answers, by rank; ``label`` names it in errors."""
         return self.finish(self.begin(kind, value, label))
@@ -134,10 +164,6 @@ class Children:
             self._open[call] = _Open(label)
             self._send_all(wire.Message(kind, call))
 
-    def later(self, kind: str, call: int) -> None:
-        """Send a command that needs no answer before the next one; safe in a finalizer."""
-        self._later.append((kind, call))
-
     def finish(self, call: int, deadline: float | None = None) -> list[wire.Message]:
         """Every rank's next answer to ``call``, by rank. Raises the first real failure."""
         with self._turn:
@@ -148,11 +174,17 @@ class Children:
                 self.end(f"interrupted by {type(error).__name__}")
                 raise
         if failures:
-            first = failure.first_real(failures).error
-            if self._neighbours is not None:
-                self._neighbours.tell(first)
-            raise first
+            raise self._where_it_began(failure.first_real(failures)).error
         return [message for _, message in sorted(answers.items()) if isinstance(message, wire.Message)]
+
+    def _where_it_began(self, first: Failure) -> Failure:
+        """This host's first failure, or the one on another host that it follows from; others are told."""
+        if self._neighbours is None:
+            return first
+        if first.kind != failure.OWN and (elsewhere := self._neighbours.await_failure(2 * POLL)) is not None:
+            return elsewhere
+        self._neighbours.tell(first.error)
+        return first
 
     def meet_hosts(self) -> None:
         """Wait until every host's ranks are done. Raises what went wrong elsewhere."""
@@ -164,8 +196,6 @@ class Children:
         self.broken = self.broken or why
         self._supervisor.end(grace)
         self._store = None
-
-    # talking
 
     def _refuse_if_broken(self) -> None:
         if self.broken is None and self._supervisor.dead:
@@ -299,3 +329,7 @@ class Children:
         for rank in stopped:
             processes[rank].wake()
         return stopped
+
+
+def _name(fn: Callable[..., Any]) -> str:
+    return getattr(fn, "__name__", type(fn).__name__)

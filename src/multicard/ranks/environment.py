@@ -68,7 +68,8 @@ def of_rank(wanted: Settings, rank: int, port: int) -> dict[str, str]:
         "MULTICARD_DEVICE": wanted.device,
         "MULTICARD_TIMEOUT": wanted.timeout,
     }
-    return {**os.environ, **{name: str(value) for name, value in own.items()}, **wanted.env}
+    quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # its warnings are about host names that nothing here needs
+    return {**quiet, **os.environ, **{name: str(value) for name, value in own.items()}, **wanted.env}
 
 
 def interface_to(address: str) -> str:

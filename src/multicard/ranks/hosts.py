@@ -46,11 +46,14 @@ class Neighbours:
     Args:
         hosts: the job's.
         port: the store's.
-        patience: seconds without an answer from the store after which the link counts as cut.
+        start_patience: seconds for the first answer from the store.
+        patience: seconds without another after which the link counts as cut.
     """
 
-    def __init__(self, hosts: Hosts, port: int, patience: float) -> None:
-        self._hosts, self._port, self._patience = hosts, port, patience
+    def __init__(self, hosts: Hosts, port: int, start_patience: float, patience: float) -> None:
+        self._hosts, self._port = hosts, port
+        self._start_patience = self._patience = start_patience
+        self._next_patience = patience
         self._heard = time.monotonic()
         self._told: dict[str, Any] | None = None
         self._news: dict[str, Any] | None = None
@@ -75,6 +78,15 @@ class Neighbours:
         message = (str(error).strip() or type(error).__name__).splitlines()[0]
         self._news = {"message": message, "rank": getattr(error, "rank", None), "host": self._hosts.index}
         self._left.wait(2 * POLL)
+        if self._hosts.index == 0:  # the store ends with this process: let the others read it first
+            time.sleep(2 * POLL)
+
+    def await_failure(self, seconds: float) -> Failure | None:
+        """What went wrong elsewhere, once it is known or ``seconds`` have passed."""
+        deadline = time.monotonic() + seconds
+        while (found := self.failure) is None and time.monotonic() < deadline:
+            time.sleep(POLL / 10)
+        return found
 
     def finish(self) -> Failure | None:
         """Wait until every host is done; returns what went wrong elsewhere meanwhile."""
@@ -93,7 +105,7 @@ class Neighbours:
                 self._port,
                 is_master=False,
                 wait_for_workers=False,
-                timeout=datetime.timedelta(seconds=self._patience),
+                timeout=datetime.timedelta(seconds=self._start_patience),
             )
             said = False
             while not self._all_done.is_set():
@@ -109,7 +121,7 @@ class Neighbours:
                     break
                 if said and store.add(_DONE, 0) == self._hosts.count:
                     self._all_done.set()
-                self._heard = time.monotonic()
+                self._heard, self._patience = time.monotonic(), self._next_patience
                 self._finished.wait(POLL) if not said else time.sleep(POLL / 5)
         except Exception:  # the connection is gone: silence says it, once it has lasted
             if self._finished.is_set():  # host 0 closes the store when all are done

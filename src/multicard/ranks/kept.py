@@ -1,0 +1,26 @@
+"""Values that stay on their ranks, and the handle that stands for them in calls."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Kept:
+    """A value that every rank of a :class:`multicard.Ranks` keeps; as an argument it arrives as that rank's own."""
+
+    key: int
+
+
+class Shelf(dict[int, Any]):
+    """What one rank keeps, by key."""
+
+    def resolve(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        """Arguments with every Kept replaced by what it stands for here."""
+
+        def own(value: Any) -> Any:
+            return self[value.key] if isinstance(value, Kept) else value
+
+        return [own(value) for value in args], {name: own(value) for name, value in kwargs.items()}
