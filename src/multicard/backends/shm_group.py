@@ -289,6 +289,8 @@ class Group:
         check_writable(*outs)
         if self.size > 1:
             self._enter("all_to_all", outs[0])
+            if self.checked:
+                self._compare_splits([x.numel() for x in ins], [x.numel() for x in outs])
         peers = [(rank + step) % self.size for step in range(1, self.size)]
         sends = [Transfer(r, ins[r], COLLECTIVE_TAG) for r in peers]
         receives = [Transfer(r, outs[r], COLLECTIVE_TAG, receives=True) for r in peers]
@@ -296,6 +298,18 @@ class Group:
         own, source = plain(outs[rank]), plain(ins[rank])
         own.copy_(source if source.shape == own.shape else source.reshape(own.shape))
         return work
+
+    def _compare_splits(self, sent: Sequence[int], received: Sequence[int]) -> None:
+        """What rank i sends to j must be what j takes from i."""
+        assert self.sync is not None
+        splits = torch.empty(self.size, 2, self.size, dtype=torch.int64)
+        self._board.all_gather(splits.unbind(), torch.tensor([sent, received]))
+        wrong = (splits[:, 0] != splits[:, 1].t()).nonzero().tolist()
+        if wrong:
+            source, to = wrong[0]
+            told = f"rank {self.ranks[source]} sends {splits[source, 0, to]} elements to rank {self.ranks[to]}, which "
+            told += f"takes {splits[to, 1, source]}"
+            raise self.sync.fail(self.sync.make_error(MismatchError, source, f"ranks disagree: {told}"))
 
     def _start(self, sends: Sequence[Transfer], receives: Sequence[Transfer], tensors: Sequence[Any]) -> ShmWork:
         """Send what fits, take what is there, and leave the rest to whoever waits next."""

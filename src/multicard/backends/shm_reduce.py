@@ -39,9 +39,10 @@ SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: to
 
 def op_name(op: dist.ReduceOp) -> str:
     """The reduction's name. Raises UnsupportedError for one that isn't here."""
-    name = NAMES.get(op.op)  # type: ignore[attr-defined]
+    kind: Any = op.op  # type: ignore[attr-defined]
+    name = NAMES.get(kind)
     if name is None:
-        raise UnsupportedError(f"backend shm has no reduction {op}: it has {', '.join(NAMES.values())}")
+        raise UnsupportedError(f"backend shm has no reduction {kind.name}: it has {', '.join(NAMES.values())}")
     return name
 
 

@@ -145,29 +145,33 @@ class Sync:
     def _await(self, ranks: Sequence[tuple[int, int]]) -> None:
         words, spins, posted = self.words, self._spins, self._posted
         floor = posted & ~CALL_MASK
-        for rank, flag in ranks:
+        for _, flag in ranks:
             while words[flag] < floor:
                 spins -= 1
                 if spins < 0:
                     self.wait(lambda: [r for r, at in ranks if words[at] < floor])
                     break
             if 0 < words[flag] ^ posted <= CALL_MASK:  # the same step of another call
-                raise self.fail(self._mismatch(rank))
+                raise self.fail(self._mismatch())
         self._release()
         self._acquire()
 
-    def _mismatch(self, rank: int) -> RankError:
-        """Ranks that agree on every step so far part at a call's first step: its words are those of that parity."""
+    def _mismatch(self) -> RankError:
+        """What everybody who has come to this step is in. Calls start together, so their words are of its parity."""
         self.fence()
+        here = [r for r, row in enumerate(self._rows) if self.words[row] >> CALL_BITS == self.sequence]
+        calls = [self._told(r) for r in here]
+        odd = min(zip(here, calls, strict=True), key=lambda each: (calls.count(each[1]), -each[0]))[0]
+        told = "; ".join(f"rank {self.ranks[r]} calls {call}" for r, call in zip(here, calls, strict=True))
+        return self.make_error(MismatchError, odd, f"ranks disagree: {told}")
+
+    def _told(self, rank: int) -> str:
         half = self.sequence & 1
         at = self._rows[rank] + CALL + half * CALL_WORDS
-        theirs = describe(self.words[at : at + CALL_WORDS].tolist())
+        call = describe(self.words[at : at + CALL_WORDS].tolist())
         at = (self._rows[rank] + SITE) * WORD + half * LINE
         line = bytes(self._text[at : at + LINE]).rstrip(b"\0").decode(errors="replace")
-        where = f" at {line}" if line else ""
-        return self.make_error(
-            MismatchError, rank, f"rank {self.ranks[rank]} is in {theirs}{where}: ranks must make the same calls"
-        )
+        return f"{call} at {line}" if line else call
 
     # ---- waits
 
