@@ -27,6 +27,7 @@ PUBLIC = {
     "attend_decode",
     "attention_forward",
     "errors",
+    "from_pretrained",
     "gather_sequence",
     "init_mesh",
     "shard_sequence",

@@ -7,6 +7,7 @@ from .attention import gather_sequence as gather_sequence
 from .attention import shard_sequence as shard_sequence
 from .config import ParallelConfig as ParallelConfig
 from .integrations.parallelize import parallelize as parallelize
+from .integrations.transformers import from_pretrained as from_pretrained
 from .launch import Kept as Kept
 from .launch import Ranks as Ranks
 from .launch import launch as launch
