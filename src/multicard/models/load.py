@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -67,20 +68,31 @@ def load_decoder(
     Raises:
         CheckpointError, ConfigError: on every rank alike; ConfigError where a shard doesn't fit in memory.
     """
+    with contextlib.ExitStack() as stack:
+        fault = None
+        try:
+            model, checkpoint = _prepare(mesh, folder, dtype, checksums)
+            stack.enter_context(checkpoint)
+        except MulticardError as error:  # a file that changes between ranks' looks, or memory that differs
+            fault = error
+        agree(fault, mesh.world, mesh.device)
+        needed = parameter_bytes(model)
+        for done in load(model, checkpoint, mesh.world, mesh.device, checkpoint_name, pack):
+            yield (model, done) if isinstance(done, LoadReport) else min(1.0, done / max(needed, 1))
+
+
+def _prepare(
+    mesh: ParallelMesh, folder: str | os.PathLike[str], dtype: torch.dtype | None, checksums: bool
+) -> tuple[ParallelTransformer, Checkpoint]:
+    """The model without memory and its checkpoint, all checks passed."""
     config = DecoderConfig.from_folder(folder)
     model = ParallelTransformer(config, mesh, dtype, device="meta")
-    needed = parameter_bytes(model)
-    agree(_memory_fault(config, mesh, model.dtype, needed), mesh.world, mesh.device)
-    with Checkpoint(folder) as checkpoint:
-        check(model, checkpoint, checkpoint_name, lambda name: is_ignored(name, config))
-        if checksums:
-            agree(_caught(checkpoint, mesh.world), mesh.world, mesh.device)
-        done: int | LoadReport = 0
-        for done in load(model, checkpoint, mesh.world, mesh.device, checkpoint_name, pack):
-            if not isinstance(done, LoadReport):
-                yield min(1.0, done / max(needed, 1))
-    assert isinstance(done, LoadReport)
-    yield model, done
+    _check_memory(config, mesh, model)
+    checkpoint = Checkpoint(folder)
+    check(model, checkpoint, checkpoint_name, lambda name: is_ignored(name, config))
+    if checksums:
+        verify(checkpoint, mesh.world.rank, mesh.world.size)
+    return model, checkpoint
 
 
 def checkpoint_name(name: str) -> str:
@@ -98,14 +110,6 @@ def parameter_bytes(model: torch.nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def _caught(checkpoint: Checkpoint, world: Axis) -> MulticardError | None:
-    try:
-        verify(checkpoint, world.rank, world.size)
-    except MulticardError as error:
-        return error
-    return None
-
-
 def free_bytes(device: torch.device, ranks_here: int) -> int:
     """Memory that one rank may take: its card's, or its part of this host's."""
     if device.type == "cpu":
@@ -114,17 +118,17 @@ def free_bytes(device: torch.device, ranks_here: int) -> int:
     return free
 
 
-def _memory_fault(config: DecoderConfig, mesh: ParallelMesh, dtype: torch.dtype, needed: int) -> MulticardError | None:
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world_size))
+def _check_memory(config: DecoderConfig, mesh: ParallelMesh, model: ParallelTransformer) -> None:
+    ranks, needed = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world_size)), parameter_bytes(model)
     free = free_bytes(mesh.device, ranks)
     if needed <= free:
-        return None
-    fits = _degree_that_fits(config, mesh, dtype, ranks)
-    advice = f"tp={fits} would" if fits else f"no tp up to {config.heads} would here"
-    half = "" if dtype.itemsize == 2 else "; dtype='bfloat16' takes half"
-    return ConfigError(
+        return
+    fits = _degree_that_fits(config, mesh, model.dtype, ranks)
+    advice = f"tp={fits} would fit" if fits else f"none up to tp={config.heads} would here"
+    half = "" if model.dtype.itemsize == 2 else "; dtype='bfloat16' takes half"
+    raise ConfigError(
         f"a shard takes {needed / GIB:.3g} GiB at tp={mesh.tp.size} and a rank has {free / GIB:.3g} GiB free: "
-        f"{advice} fit{half}"
+        f"{advice}{half}"
     )
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from multicard import collectives, errors
 from multicard.errors import CheckpointError, MulticardError
@@ -21,7 +21,7 @@ from multicard.mesh import Axis
 from multicard.weights.checkpoint import Checkpoint
 
 Rename = Callable[[str], str]
-Finish = Callable[[nn.Module, bool], bool]
+Finish = Callable[[nn.Module, bool], object]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,7 @@ def load(
     world: Axis,
     device: torch.device | str = "cpu",
     rename: Rename = str,
-    finish: Finish = lambda module, shared: False,
+    finish: Finish = lambda module, shared: None,
 ) -> Iterator[int | LoadReport]:
     """Give every parameter of ``model``, which may be on "meta", this rank's part of the checkpoint's tensor.
 
@@ -121,8 +121,8 @@ def load(
     Args:
         world: the ranks that load together.
         rename: the model's name of a parameter to the checkpoint's.
-        finish: called with each module whose parameters are there and whether it shares one with another module;
-            says whether it made a copy for a moment.
+        finish: called with each module whose parameters are there and whether it shares one with another module; it
+            may put others in their place.
 
     Raises:
         CheckpointError: a file that was cut, or can't be read, on some rank: on every rank, naming it.
@@ -136,8 +136,9 @@ def load(
             except CheckpointError as error:
                 failure = error
             yield reader.bytes_read
-        if failure is None and finish(module, reader.shares(module)):
-            reader.copied(max(p.numel() * p.element_size() for p in module.parameters(recurse=False)))
+        if failure is None:
+            finish(module, reader.shares(module))
+            reader.settle(module)
     agree(failure, world, device)
     yield reader.report(time.perf_counter() - begin)
 
@@ -176,6 +177,7 @@ class _Reader:
         counts = collections.Counter(map(id, users))
         self._shared = [p for p in users if counts[id(p)] > 1]  # held, so that their ids stay theirs
         self._done: dict[int, nn.Parameter] = {}
+        self._scratch: Tensor | None = None
         self.bytes_read = self._allocated = self._peak = self._shard_bytes = 0
 
     def place(self, module: nn.Module, leaf: str, name: str, declared: nn.Parameter) -> None:
@@ -190,20 +192,37 @@ class _Reader:
     def shares(self, module: nn.Module) -> bool:
         return any(p is done for p in module.parameters(recurse=False) for done in self._done.values())
 
-    def copied(self, size: int) -> None:
-        self._peak = max(self._peak, self._allocated + size)
+    def settle(self, module: nn.Module) -> None:
+        """A weight that is still in the scratch buffer gets memory of its own."""
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            reordered = self._scratch is None or parameter.is_mkldnn
+            if not reordered and parameter.data_ptr() == self._scratch.data_ptr():  # type: ignore[union-attr]
+                setattr(module, leaf, sharded(parameter.detach().clone(), shard_of(parameter)))
 
     def report(self, seconds: float) -> LoadReport:
         return LoadReport(self.bytes_read, self._shard_bytes, self._allocated, self._peak, seconds)
 
     def _read(self, name: str, declared: nn.Parameter) -> nn.Parameter:
         shard = shard_of(declared)
-        whole = torch.empty(declared.shape, dtype=declared.dtype, device=self._device)
+        whole = self._memory_for(declared)
         self._allocated += whole.numel() * whole.element_size()
+        scratch = 0 if self._scratch is None else self._scratch.numel() * self._scratch.element_size()
         for piece in slices(name, shard):
             target = whole.narrow(shard.dim, piece.target.start, len(piece.target))
             size, staging = self._checkpoint.read(piece.name, shard.dim, piece.source, target)
             self.bytes_read += size
             self._shard_bytes += self._checkpoint.tensors[piece.name].slice_bytes(shard.dim, len(piece.source))
-            self._peak = max(self._peak, self._allocated + staging)
+            self._peak = max(self._peak, self._allocated + scratch + staging)
         return sharded(whole, shard)
+
+    def _memory_for(self, declared: nn.Parameter) -> Tensor:
+        """On the CPU matrices of one size come into one buffer, out of which they are reordered: as many that are
+        freed in turn would leave holes."""
+        shape, dtype = declared.shape, declared.dtype
+        shared = any(declared is other for other in self._shared)
+        if self._device.type != "cpu" or len(shape) < 2 or shared:
+            return torch.empty(shape, dtype=dtype, device=self._device)
+        if self._scratch is None or self._scratch.shape != shape or self._scratch.dtype != dtype:
+            self._scratch = None
+            self._scratch = torch.empty(shape, dtype=dtype)
+        return self._scratch.view(shape)
