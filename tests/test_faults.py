@@ -1,0 +1,210 @@
+"""Whatever happens to a rank, its caller gets one error that names it, and no process is left."""
+
+import os
+import signal
+
+import pytest
+
+import faults
+import multicard as mc
+from multicard.errors import CollectiveTimeout, RankError
+from multicard.ranks import failure
+
+BACKENDS = ["shm", "gloo"]
+
+
+@pytest.fixture(scope="module")
+def victims():
+    """Ranks to hurt, by size and backend: restarted where the last test has ended them."""
+    made: dict[tuple[str, str], mc.Ranks] = {}
+
+    def get(backend: str, timeout: float = 20.0, **degrees: int) -> mc.Ranks:
+        key = (backend, f"{degrees} {timeout}")
+        if key not in made:
+            made[key] = mc.Ranks(mc.ParallelConfig(**degrees), backend=backend, timeout=timeout)
+        elif not made[key].alive:
+            made[key].restart()
+        return made[key]
+
+    yield get
+    for ranks in made.values():
+        ranks.close()
+
+
+# ---- death
+
+KILLED = [  # short: each rank, moment, size and backend at least once; all of them in the soak
+    ("shm", {"tp": 3}, 0, faults.in_collective),
+    ("shm", {"ring": 2}, 1, faults.in_ring_step),
+    ("shm", {"tp": 4}, 3, faults.in_load),
+    ("gloo", {"tp": 3}, 1, faults.in_collective),
+    ("gloo", {"ring": 2}, 0, faults.in_ring_step),
+    ("gloo", {"tp": 3}, 2, faults.in_load),
+]
+
+
+def check_kill(ranks, victim, moment):
+    pids = ranks.pids
+    with pytest.raises(RankError, match=rf"rank {victim} was killed by SIGKILL \(signal 9\)") as caught:
+        ranks.run(moment, victim, faults.kill)
+    assert (caught.value.rank, caught.value.signal) == (victim, signal.SIGKILL)
+    assert faults.gone(pids)
+    with pytest.raises(RankError, match=f"these ranks have ended .*rank {victim} was killed"):
+        ranks.run(lambda mesh: mesh.rank)
+
+
+@pytest.mark.parametrize(("backend", "degrees", "victim", "moment"), KILLED)
+def test_a_killed_rank_is_named_and_takes_the_rest_along(victims, backend, degrees, victim, moment):
+    check_kill(victims(backend, **degrees), victim, moment)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("size", "times"), [(2, 1), (3, 5), (4, 1)])
+@pytest.mark.parametrize("moment", [faults.in_load, faults.in_collective, faults.in_ring_step])
+def test_every_killed_rank_is_named(victims, backend, size, times, moment):
+    degrees = {"ring": size} if moment is faults.in_ring_step else {"tp": size}
+    for victim in list(range(size)) * times:
+        check_kill(victims(backend, **degrees), victim, moment)
+
+
+def test_a_rank_killed_while_idle_is_named_by_the_next_call(victims):
+    ranks = victims("gloo", tp=3)
+    pids = ranks.pids
+    os.kill(pids[2], signal.SIGKILL)
+    assert faults.gone(pids)
+    assert not ranks.alive
+    with pytest.raises(RankError, match="rank 2 was killed by SIGKILL .* while idle"):
+        ranks.run(lambda mesh: mesh.rank)
+    ranks.restart()
+    assert ranks.run(lambda mesh: mesh.rank) == [0, 1, 2]
+
+
+def test_a_crash_and_an_exit_come_with_the_end_of_stderr(victims):
+    with pytest.raises(RankError, match="rank 1 was killed by SIGSEGV") as caught:
+        victims("shm", tp=3).run(faults.in_collective, 1, faults.crash)
+    assert "Segmentation fault" in caught.value.stderr
+    assert "in crash" in caught.value.stderr
+    with pytest.raises(RankError, match="rank 2 exited with code 3 in in_collective") as caught:
+        victims("shm", tp=3).run(faults.in_collective, 2, faults.leave)
+    assert caught.value.stderr == "leaving"
+
+
+def test_restart_makes_again_what_was_kept(victims):
+    ranks = victims("shm", ring=2)
+    kept = ranks.keep(lambda mesh, start: {"rank": mesh.rank + start}, 10)
+    with pytest.raises(RankError):
+        ranks.run(faults.in_collective, 0, faults.leave)
+    ranks.restart()
+    assert ranks.run(lambda mesh, own: own["rank"], kept) == [10, 11]
+
+
+def test_memory_is_blamed_where_the_kernel_says_so():
+    died = failure.death(1, -9, ["last words"], out_of_memory=True, doing="in load")
+    assert "the kernel ran out of memory" in str(died.error)
+    assert died.error.stderr == "last words"
+    assert "likely out of memory" in str(failure.death(1, -9, [], out_of_memory=False, doing="in load").error)
+    assert "memory" not in str(failure.death(1, -11, [], out_of_memory=True, doing="in load").error)
+
+
+# ---- exceptions
+
+
+@pytest.mark.parametrize(("backend", "victim"), [("shm", 0), ("gloo", 2)])
+def test_an_exception_reaches_the_caller_while_others_wait(victims, backend, victim):
+    ranks = victims(backend, tp=3)
+    pids = ranks.pids
+    with pytest.raises(LookupError, match="not in the index") as caught:
+        ranks.run(faults.in_collective, victim, faults.fail)
+    assert caught.value.__cause__.rank == victim
+    assert "raised on rank" in caught.value.__notes__[0]
+    assert "in fail" in caught.value.__notes__[0]
+    assert faults.gone(pids)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_every_ranks_exception_reaches_the_caller(victims, backend, size):
+    for victim in range(size):
+        with pytest.raises(LookupError) as caught:
+            victims(backend, tp=size).run(faults.in_collective, victim, faults.fail)
+        assert caught.value.__cause__.rank == victim
+
+
+def test_the_cause_is_told_from_its_consequences():
+    def made(rank, kind, moment):
+        return failure.Failure(rank, kind, moment, RankError(f"of {rank}", rank=rank))
+
+    own, early = made(1, failure.OWN, 5.0), made(0, failure.CONSEQUENCE, 1.0)
+    waited = made(2, failure.TIMEOUT, 2.0)
+    assert failure.first_real([early, waited, own]) is own
+    assert failure.first_real([early, waited]) is waited
+    assert failure.first_real([made(2, failure.OWN, 6.0), own]) is own
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("[../gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:5", failure.CONSEQUENCE),
+        ("[/gloo/transport/tcp/pair.cc:547] Read error [127.0.0.1]: Connection reset by peer", failure.CONSEQUENCE),
+        ("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 2000ms for recv operation", failure.TIMEOUT),
+        ("shape '[2]' is invalid for input of size 3", failure.OWN),
+        ("my own timeout", failure.OWN),
+    ],
+)
+def test_what_backends_say_is_understood(text, kind):
+    try:
+        try:
+            raise RuntimeError(text)
+        except RuntimeError as error:
+            raise ValueError("could not generate") from error
+    except ValueError as error:
+        assert failure.describe(error, 0)["kind"] == kind
+
+
+# ---- hangs
+
+HUNG = [("shm", faults.stop), ("shm", faults.spin), ("gloo", faults.stop), ("gloo", faults.spin)]
+
+
+def check_hang(ranks, victim, fault):
+    pids = ranks.pids
+    with pytest.raises(CollectiveTimeout, match=f"rank {victim} did not arrive at all_reduce number 5") as caught:
+        ranks.run(faults.in_collective, victim, fault)
+    error = caught.value
+    assert (error.rank, error.collective, error.sequence_number) == (victim, "all_reduce", faults.WARM_UP + 2)
+    assert "faults.py" in str(error)  # the call site
+    assert ("it is stopped (SIGSTOP)" if fault is faults.stop else "(spin)") in str(error)
+    notes = "\n".join(error.__notes__)
+    assert all(f"rank {rank}" in notes for rank in range(len(pids)))
+    assert "in in_collective" in notes
+    assert faults.gone(pids)
+
+
+@pytest.mark.parametrize(("backend", "fault"), HUNG)
+def test_a_rank_that_does_not_arrive_is_named(victims, backend, fault):
+    check_hang(victims(backend, timeout=2.0, tp=3), 1, fault)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("fault", [faults.stop, faults.spin])
+def test_every_rank_that_does_not_arrive_is_named(victims, backend, size, fault):
+    for victim in range(size):
+        check_hang(victims(backend, timeout=5.0, tp=size), victim, fault)
+
+
+def test_a_stopped_rank_that_nobody_waits_for_is_named(victims):
+    def stop_alone(mesh):
+        if mesh.rank == 1:
+            faults.stop()
+
+    with pytest.raises(CollectiveTimeout, match="rank 1 has been stopped"):
+        victims("shm", timeout=2.0, tp=3).run(stop_alone)
+
+
+def test_ranks_that_do_not_start_in_time_are_named():
+    with pytest.raises(CollectiveTimeout, match=r"ranks 0, 1 did not start within 0.1 s"):
+        mc.Ranks(mc.ParallelConfig(tp=2), start_timeout=0.1)
