@@ -28,11 +28,11 @@ class Transfer:
     One that fits a cell is copied as it is, whatever its strides; a longer one as bytes in one dimension.
     """
 
-    __slots__ = ("_flat", "bytes", "complete", "done", "long", "nbytes", "peer", "tag", "tensor")
+    __slots__ = ("_flat", "bytes", "complete", "done", "long", "nbytes", "peer", "receives", "tag", "tensor")
 
     def __init__(self, peer: int, tensor: Tensor, tag: int, *, receives: bool = False) -> None:
         self.peer, self.tag, self.nbytes = peer, tag, tensor.numel() * tensor.itemsize
-        self.tensor = plain(tensor)
+        self.tensor, self.receives = plain(tensor), receives
         self.done, self.complete, self.long = 0, False, self.nbytes > CELL
         if self.long:
             self._flat = Flat(self.tensor, write=receives)

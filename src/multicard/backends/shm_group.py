@@ -343,15 +343,16 @@ class Group:
     @_guarded
     def drive(self, transfers: Sequence[Transfer]) -> None:
         """Wait until these messages have arrived."""
-        polls = POLLS
-        while not all(transfer.complete for transfer in transfers):
+        for _ in range(POLLS):
+            if all(transfer.complete for transfer in transfers):
+                return
             if self.sync is None or self.sync.error is not None:
                 raise self.again()
-            if polls:
-                polls -= 1
-                self.progress()
-            else:
-                self.sync.wait(lambda: sorted({t.peer for t in transfers if not t.complete}))
+            self.progress()
+        assert self.sync is not None
+        late = [transfer for transfer in transfers if not transfer.complete]
+        if late:
+            self.sync.wait(lambda: sorted({t.peer for t in late if not t.complete}), _name(late[0]))
 
     def again(self) -> RankError:
         """The error of a group that is shut down or has failed before."""
@@ -380,3 +381,9 @@ class Group:
         if self._invitation is not None:
             self._invitation.withdraw()
         self._closed = True
+
+
+def _name(transfer: Transfer) -> str:
+    if transfer.tag == COLLECTIVE_TAG:
+        return ""
+    return f"{'recv' if transfer.receives else 'send'}({transfer.nbytes} bytes)"

@@ -36,8 +36,9 @@ WINDOW = 1 << 20
 CELL = 1 << 18
 DEPTH = 32
 
-# a row: the flag, alone on its line; who holds the row and how it failed; calls and call sites, for odd and even steps
-PID, FAILED, CALL, SITE = LINE // WORD, LINE // WORD + 1, LINE // WORD + 2, 2 * LINE // WORD
+# a row: the flag, alone on its line; who holds the row, how it failed and whom it waits for; then its calls and their
+# sites, for even and odd steps
+PID, FAILED, WAITING, CALL, SITE = (LINE // WORD + i for i in (0, 1, 2, 4, LINE // WORD))
 CALL_WORDS = 4
 ROW = 4 * LINE // WORD
 POSTED, TAKEN, TABLE = 0, LINE // WORD, 2 * LINE // WORD  # a channel's words
@@ -62,15 +63,26 @@ class Process:
     def alive(self) -> bool:
         return start_time(self.pid) == self.start
 
+    @property
+    def stopped(self) -> bool:
+        """Whether it was told to stop (SIGSTOP, a debugger)."""
+        fields = _stat(self.pid)
+        return bool(fields) and fields[0] in b"Tt"
+
 
 def start_time(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot; None if it is gone or a zombie (proc(5), ``stat``)."""
+    """When a process started, in clock ticks since boot; None if it is gone or a zombie."""
+    fields = _stat(pid)
+    return None if not fields or fields[0] in b"ZX" else int(fields[19])
+
+
+def _stat(pid: int) -> list[bytes]:
+    """``/proc/PID/stat`` from the state on (proc(5)); empty if there is no such process."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
+            return file.read().rpartition(b")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] in b"ZX" else int(fields[19])
+        return []
 
 
 def _place() -> str:

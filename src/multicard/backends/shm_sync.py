@@ -30,7 +30,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from multicard.backends.shm_call import describe
-from multicard.backends.shm_segment import CALL, CALL_WORDS, FAILED, LINE, SITE, WORD, Process, Segment
+from multicard.backends.shm_segment import CALL, CALL_WORDS, FAILED, LINE, SITE, WAITING, WORD, Process, Segment
 from multicard.errors import CollectiveTimeout, MismatchError, RankError
 
 CALL_BITS = 24
@@ -175,14 +175,19 @@ class Sync:
 
     # ---- waits
 
-    def wait(self, missing: Missing) -> None:
+    def wait(self, missing: Missing, name: str = "") -> None:
         """Return once ``missing()``, the ranks (within the group) still waited for, is empty.
+
+        Args:
+            missing: asked again and again.
+            name: what is waited for, if not this rank's latest collective.
 
         Raises:
             RankError: one of them is dead or has given up.
             CollectiveTimeout: some did not come in time.
         """
         start = looked = time.monotonic()
+        waiting = self._row + WAITING
         pause = 50e-6
         while ranks := missing():
             self._progress()
@@ -190,40 +195,57 @@ class Sync:
             if now - start < YIELDING:
                 os.sched_yield()
                 continue
-            if now - looked > LOOK:
+            self.words[waiting] = ranks[0] + 1
+            late = now - start > self.timeout
+            if late or now - looked > LOOK:
                 looked = now
-                self._look_at(ranks, missing)
-            if now - start > self.timeout:
-                raise self.fail(self._late(ranks))
+                self._look_at(ranks, missing, name)
+            if late:
+                raise self.fail(self._late(ranks, name))
             time.sleep(pause)
             pause = min(pause * 1.2, 1e-3 if now - start < 1 else 5e-3)
+        self.words[waiting] = 0
 
-    def _look_at(self, ranks: Sequence[int], missing: Missing) -> None:
+    def _look_at(self, ranks: Sequence[int], missing: Missing, name: str) -> None:
         for rank in ranks:
             failed = self.words[self._rows[rank] + FAILED]
             if not failed and self._peers[rank].alive:
                 continue
             if rank not in missing():  # it came, and left, while we looked
                 continue
-            raise self.fail(self._gone(rank, failed))
+            raise self.fail(self._gone(rank, failed, name))
 
-    def _gone(self, rank: int, failed: int) -> RankError:
+    def _gone(self, rank: int, failed: int, name: str) -> RankError:
         who = self.ranks[rank]
         if not failed:
-            return self.make_error(RankError, rank, f"rank {who} (process {self._peers[rank].pid}) died")
+            return self.make_error(RankError, rank, f"rank {who} (process {self._peers[rank].pid}) died", name)
         kind, culprit = REASONS[failed >> 32], (failed & 0xFFFFFFFF) - 1
         why = "left the group" if culprit == rank else f"gave up because of rank {self.ranks[culprit]}"
-        return self.make_error(kind, culprit, f"rank {who} {why}")
+        return self.make_error(kind, culprit, f"rank {who} {why}", name)
 
-    def _late(self, ranks: Sequence[int]) -> RankError:
-        names = ", ".join(str(self.ranks[r]) for r in ranks)
-        late = f"rank{'s' if len(ranks) > 1 else ''} {names} did not arrive within {self.timeout:g} s"
-        return self.make_error(CollectiveTimeout, ranks[0], late)
+    def _late(self, ranks: Sequence[int], name: str) -> RankError:
+        culprits = sorted({self._cause(rank) for rank in ranks})
+        names = ", ".join(str(self.ranks[r]) for r in culprits)
+        late = f"rank{'s' if len(culprits) > 1 else ''} {names} did not arrive within {self.timeout:g} s"
+        if not set(culprits) & set(ranks):
+            late += f" (rank {self.ranks[ranks[0]]} waits for it)"
+        return self.make_error(CollectiveTimeout, culprits[0], late, name)
+
+    def _cause(self, rank: int) -> int:
+        """Whom ``rank`` waits for, and that one in turn, up to one that doesn't wait or was stopped."""
+        seen = [self.rank]
+        while rank not in seen:
+            seen.append(rank)
+            waits_for = self.words[self._rows[rank] + WAITING]
+            if not waits_for or self._peers[rank].stopped:
+                return rank
+            rank = waits_for - 1
+        return seen[1]  # they wait for one another
 
     # ---- failure
 
-    def make_error(self, kind: type[RankError], culprit: int, what: str) -> RankError:
-        name = describe(self._words)
+    def make_error(self, kind: type[RankError], culprit: int, what: str, name: str = "") -> RankError:
+        name = name or describe(self._words)
         return kind(
             f"{what}; rank {self.ranks[self.rank]} was in {name}, call {self.calls} of its group",
             rank=self.ranks[culprit],
