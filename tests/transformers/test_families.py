@@ -1,8 +1,9 @@
 """Tensor and sequence parallel of every architecture of the zoo against one process."""
 
-import multicard as mc
 import pytest
 import zoo
+
+import multicard as mc
 
 TP = (2, 3, 4)
 SEQUENCES = ({"ring": 2}, {"ulysses": 3}, {"ring": 2, "tp": 2})

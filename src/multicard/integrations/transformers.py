@@ -35,9 +35,9 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh, plan: Mapping[str, s
         UnsupportedError: the model can't be split exactly; the message names the module and why.
     """
     _split(model, mesh, plan)
-    _finish(model, mesh)
     if model.device.type != "meta":
         nn.Module.to(model, mesh.device)
+    _finish(model, mesh)
     return model
 
 
@@ -54,6 +54,7 @@ def _split(model: PreTrainedModel, mesh: ParallelMesh, plan: Mapping[str, str] |
 def _finish(model: PreTrainedModel, mesh: ParallelMesh) -> None:
     guard(model, mesh)
     model.requires_grad_(False).eval()
+    layers.pack_linears(model)
 
 
 def from_pretrained(
