@@ -16,7 +16,7 @@ import torch
 import multicard as mc
 import tiny_decoders as tiny
 from multicard.cli import main
-from multicard.errors import CheckpointError, ConfigError, UnsupportedError
+from multicard.errors import CheckpointError, ConfigError
 from multicard.models.config import DecoderConfig
 from multicard.models.generate import Request, generate
 from multicard.models.load import folder_path, load_decoder
@@ -373,5 +373,11 @@ def test_paths_are_absolute():
 def test_errors_before_ranks_start(checkpoint):
     with pytest.raises(CheckpointError):
         mc.LLM("/nowhere")
-    with pytest.raises(UnsupportedError, match="ring=2"):
-        mc.LLM(checkpoint[0], ring=2)
+
+
+def test_a_cache_spread_over_ranks(checkpoint, llm):
+    prompts = tiny.prompts(NAME)
+    expected = [answer.token_ids for answer in llm.generate(prompts, max_new_tokens=6)]
+    with mc.LLM(checkpoint[0], ring=2, timeout=30) as spread:
+        assert [answer.token_ids for answer in spread.generate(prompts, max_new_tokens=6)] == expected
+        torch.testing.assert_close(spread.logits(prompts[0]), llm.logits(prompts[0]), rtol=0, atol=1e-4)

@@ -13,7 +13,7 @@ import torch
 
 from multicard import collectives, partition, process_group
 from multicard.config import ParallelConfig
-from multicard.errors import ConfigError, UnsupportedError
+from multicard.errors import ConfigError
 from multicard.launch import Ranks
 from multicard.mesh import ParallelMesh, init_mesh
 from multicard.models import generate as decoding
@@ -82,10 +82,6 @@ class LLM:
         **options: Any,
     ) -> None:
         self.degrees = ParallelConfig(tp=tp, ring=ring, ulysses=ulysses, dp=dp)
-        if ring * ulysses > 1:
-            raise UnsupportedError(
-                f"LLM with ring={ring}, ulysses={ulysses}: use tp and dp; it has no sharded cache yet"
-            )
         self.path = folder_path(path)
         self._loading = (str(self.path), parse_dtype(dtype), verify)
         self._progress = progress

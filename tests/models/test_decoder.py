@@ -73,6 +73,22 @@ def test_each_rank_reads_only_its_slices(run_on, oracle):
         assert 0.99 * file - 20_000 < sum(report.bytes_read for report in reports) < 1.3 * file
 
 
+@pytest.mark.parametrize(
+    "degrees", [{"ring": 2}, {"ring": 3}, {"ulysses": 2}, {"ring": 2, "ulysses": 2}, {"ring": 2, "tp": 2}], ids=str
+)
+def test_equal_with_the_cache_spread_over_a_sequence_axis(run_on, oracle, degrees):
+    """Prompts of 23, 1 and 9 tokens: split zigzag, shorter than the ranks, and padded; then decoded in turn."""
+    folders, prompts, expected = oracle
+    some = {name: folders[name] for name in ("llama-6-over-2", "mistral-5-over-1", "qwen3-9-over-3")}
+    for found in run_on(on_rank, some, prompts, **degrees):
+        for name in some:
+            whole, tokens = expected[name]
+            logits, singles, batched, _ = found[name]
+            torch.testing.assert_close(logits.double(), whole, rtol=0, atol=1e-5 * whole.abs().max().item(), msg=name)
+            assert singles == tokens, name
+            assert batched == tokens, name
+
+
 def bfloat16_logits(mesh, folder, prompt):
     model, _ = load(mesh, folder, torch.bfloat16)
     return logits(model, prompt)
@@ -114,10 +130,10 @@ def prefill_in_chunks(mesh, folder, prompt):
     return collectives.all_gather(local, mesh.tp, dim=-1, sizes=partition.split_sizes(1003, mesh.tp.size))
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-def test_a_prompt_may_come_in_chunks(run_on, oracle, tp):
+@pytest.mark.parametrize("degrees", [{"tp": 1}, {"tp": 2}, {"ring": 2}], ids=str)
+def test_a_prompt_may_come_in_chunks(run_on, oracle, degrees):
     folders, prompts, expected = oracle
     name = "llama-6-over-2"
     whole = expected[name][0]
-    for found in run_on(prefill_in_chunks, folders[name], prompts[name][0], tp=tp):
+    for found in run_on(prefill_in_chunks, folders[name], prompts[name][0], **degrees):
         torch.testing.assert_close(found.double(), whole, rtol=0, atol=1e-5 * whole.abs().max().item())

@@ -2,6 +2,7 @@
 
 Heads are split over the tensor-parallel axis with the key/value heads that they read, the MLP by rows, the vocabulary
 by ids: two all-reduces a layer and one for the embedding. Nothing here knows the degree; one rank is the plain model.
+Where keys and values are, and so how attention is computed, the cache knows.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from multicard.mesh import ParallelMesh
 from multicard.models.config import DecoderConfig
 from multicard.models.kv_cache import KVCache
 from multicard.models.rope import Rope, rotate
+from multicard.models.sequence_cache import SequenceKVCache
 
 Where = torch.device | str | None
+Cache = KVCache | SequenceKVCache
 
 
 class ParallelAttention(nn.Module):
@@ -71,7 +74,7 @@ class ParallelAttention(nn.Module):
         self.q_norm = RMSNorm(dim, config.norm_eps, dtype, device) if config.qk_norm else None
         self.k_norm = RMSNorm(dim, config.norm_eps, dtype, device) if config.qk_norm else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, layer: int) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache, layer: int) -> Tensor:
         """``(batch, tokens, hidden)``, the same on every rank, to the same."""
         batch, tokens, _ = x.shape
         q_heads, k_heads, _ = self.local
@@ -124,7 +127,7 @@ class ParallelTransformerLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden, config.norm_eps, dtype, device)
         self.mlp = ParallelMLP(config.hidden, config.intermediate, mesh, config.mlp_bias, dtype, device)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, layer: int) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache, layer: int) -> Tensor:
         """``(batch, tokens, hidden)``, the same on every rank, to the same."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -159,12 +162,15 @@ class ParallelTransformer(nn.Module):
         )
         self.rope = Rope(config.rope, config.head_dim, self.dtype, mesh.device)
 
-    def new_cache(self, capacity: int, starts: tuple[int, ...] = (0,)) -> KVCache:
-        """An empty cache for this rank's heads; see :class:`~multicard.models.kv_cache.KVCache`."""
+    def new_cache(self, capacity: int, starts: tuple[int, ...] = (0,)) -> Cache:
+        """An empty cache for this rank's heads: spread over the sequence axis where there is one.
+
+        See :class:`~multicard.models.kv_cache.KVCache`.
+        """
         heads = partition.split_heads(self.config.heads, self.config.kv_heads, self.mesh.tp.size)[self.mesh.tp.rank]
         return KVCache(self.config.layers, heads, self.config.head_dim, capacity, starts, self.dtype, self.mesh.device)
 
-    def forward(self, ids: Tensor, cache: KVCache, last_only: bool = True) -> Tensor:
+    def forward(self, ids: Tensor, cache: Cache, last_only: bool = True) -> Tensor:
         """Run the next tokens through the model.
 
         Args:
@@ -175,14 +181,12 @@ class ParallelTransformer(nn.Module):
         Returns:
             ``(batch, 1 or tokens, this rank's vocabulary)``.
         """
-        positions = cache.advance(ids.shape[1])
+        ids, positions = cache.advance(ids)
         cos, sin = self.rope(positions, cache.length)
         x = self.embed_tokens(ids)
         for number, layer in enumerate(self.layers):
             x = layer(x, cos, sin, cache, number)
-        if last_only:
-            x = x[:, -1:]
-        return self.lm_head(self.norm(x))
+        return self.lm_head(self.norm(cache.last(x) if last_only else cache.whole(x)))
 
 
 def _rows(heads: range, dim: int) -> range:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from multicard import collectives
 from multicard.errors import ConfigError, UnsupportedError
 from multicard.layers.head import GatherLastDim
 from multicard.models.config import DecoderConfig
@@ -78,6 +79,7 @@ def generate(model: ParallelTransformer, request: Request) -> Iterator[list[int 
         with torch.inference_mode():
             logits = model(ids, cache)[:, -1]
             ids = choose(logits, model.mesh.tp, vocabulary, request.sampling, rows, step)[:, None]
+            ids = collectives.broadcast(ids, model.mesh.sequence)  # they all know; this is so that they can't differ
         tokens = ids[:, 0].tolist()
         yield [token if alive else None for token, alive in zip(tokens, running, strict=True)]
         for row, token in enumerate(tokens):

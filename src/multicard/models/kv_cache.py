@@ -44,16 +44,17 @@ class KVCache:
         self._mask: Tensor | None = None
         self._new = range(0)
 
-    def advance(self, tokens: int) -> Tensor:
-        """Make room for the next ``tokens`` slots and return their positions, ``(batch or 1, tokens)``.
+    def advance(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Make room for the next tokens ``(batch, tokens)``: them, and their positions ``(batch or 1, tokens)``.
 
-        What is padding counts from 0 too; nothing attends to it.
+        What is padding is at 0 too; nothing attends to it.
         """
+        tokens = ids.shape[1]
         self._new = range(self.length, self.length + tokens)
         self.length += tokens
         slots = torch.arange(self._new.start, self._new.stop, device=self.starts.device)
         self._mask = self._causal_mask(slots)
-        return (slots - self.starts[:, None]).clamp(min=0) if self._padded else slots[None]
+        return ids, (slots - self.starts[:, None]).clamp(min=0) if self._padded else slots[None]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write ``k``, ``v``, attend with ``q``: each ``(batch, tokens, this rank's heads, head_dim)``, out like q."""
@@ -69,6 +70,14 @@ class KVCache:
             for qs, ks in self.heads.segments
         ]
         return torch.cat(outs, dim=2)
+
+    def last(self, x: Tensor) -> Tensor:
+        """The last token's row of ``(batch, tokens, hidden)``."""
+        return x[:, -1:]
+
+    def whole(self, x: Tensor) -> Tensor:
+        """All tokens' rows: they are here."""
+        return x
 
     def _kernel(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         batch, tokens, heads, dim = q.shape
