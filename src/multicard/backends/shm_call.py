@@ -13,6 +13,7 @@ from multicard.backends.shm_reduce import COMBINE
 
 ROOTED = ("broadcast", "reduce", "gather", "scatter")  # often called from different lines by root and others
 SYMMETRIC = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+SAME_SHAPE = ("all_reduce", "broadcast", "reduce")  # the others' shapes may differ between ranks
 CALLS = ("none", "barrier", *SYMMETRIC, *ROOTED)
 CODES = {name: code for code, name in enumerate(CALLS)}
 DTYPES = sorted({t for t in vars(torch).values() if isinstance(t, torch.dtype)}, key=str)

@@ -84,6 +84,10 @@ class Outbox(_Channel):
         self._cell = 0
         self.queue: collections.deque[Transfer] = collections.deque()
 
+    def post(self, message: Transfer) -> None:
+        """Send ``message`` after those that are under way."""
+        self.queue.append(message)
+
     def progress(self) -> None:
         """Send what fits."""
         queue, words, taken = self.queue, self.words, self.at + TAKEN

@@ -82,6 +82,7 @@ class Group:
             others = [r for r in range(self.size) if r != self.rank]
             self._outboxes = {r: Outbox(segment, self.rank, r, sync.fence) for r in others}
             self._inboxes = {r: Inbox(segment, self.rank, r, sync.fence, self._wrong_size) for r in others}
+            self._boxes: tuple[Outbox | Inbox, ...] = (*self._outboxes.values(), *self._inboxes.values())
             self._board = Board(segment, sync)
         self.sync = sync
         return sync
@@ -92,7 +93,10 @@ class Group:
         dtype = 0 if x is None else shm_call.DTYPE_CODES[x.dtype]
         sync.enter(shm_call.CODES[name], dtype, numel, detail)
         if self.checked:
-            sync.agree(*(shm_call.sites() if name in shm_call.SYMMETRIC else (0, "")))
+            site, line = shm_call.sites() if name in shm_call.SYMMETRIC else (0, "")
+            if x is not None and name in shm_call.SAME_SHAPE:
+                site, line = hash((site, *x.shape)), line and f"{line} with shape {tuple(x.shape)}"
+            sync.agree(site, line)
         return self._board
 
     # ---- collectives
@@ -110,11 +114,12 @@ class Group:
         shm_reduce.check(op, x.dtype)
         if self.size == 1:
             return
+        board = self._enter("all_reduce", x, x.numel(), shm_call.OP_CODES[op])
         if x.requires_grad or not x.is_contiguous():
             with Flat(x) as flat:
-                self.all_reduce(flat, op)
-            return
-        self._enter("all_reduce", x, x.numel(), shm_call.OP_CODES[op]).all_reduce(x, op)
+                board.all_reduce(flat, op)
+        else:
+            board.all_reduce(x, op)
 
     @_guarded
     def all_gather(self, outs: Sequence[Tensor], x: Tensor) -> None:
@@ -284,12 +289,16 @@ class Group:
                 f"all_to_all: rank {rank} of {self.size} sends {[x.numel() for x in ins]} elements by rank and takes "
                 f"{[x.numel() for x in outs]}: as many as there are ranks, and as many to itself as from itself"
             )
-        if any(x.dtype != outs[0].dtype for x in (*outs, *ins)):
-            raise ConfigError(f"all_to_all: all tensors must be {outs[0].dtype}")
+        dtype = outs[0].dtype
+        for x in (*outs, *ins):
+            if x.dtype != dtype:
+                raise ConfigError(f"all_to_all: all tensors must be {dtype}, not {x.dtype}")
         check_writable(*outs)
         if self.size > 1:
-            self._enter("all_to_all", outs[0])
+            sync = self.sync or self._attach()
+            sync.begin(shm_call.CODES["all_to_all"], shm_call.DTYPE_CODES[dtype], 0, 0)  # no step: messages are enough
             if self.checked:
+                sync.agree(*shm_call.sites())
                 self._compare_splits([x.numel() for x in ins], [x.numel() for x in outs])
         peers = [(rank + step) % self.size for step in range(1, self.size)]
         sends = [Transfer(r, ins[r], COLLECTIVE_TAG) for r in peers]
@@ -313,17 +322,15 @@ class Group:
 
     def _start(self, sends: Sequence[Transfer], receives: Sequence[Transfer], tensors: Sequence[Any]) -> ShmWork:
         """Send what fits, take what is there, and leave the rest to whoever waits next."""
-        for transfer in sends:
-            outbox = self._outboxes[transfer.peer]
-            outbox.queue.append(transfer)
-            outbox.progress()
-        for transfer in receives:
-            inbox = self._inboxes[transfer.peer]
-            inbox.post(transfer)
-            inbox.progress()
         transfers = (*sends, *receives)
-        if not all(transfer.complete for transfer in transfers):
-            pending.groups.add(self)
+        for transfer in transfers:
+            box = (self._inboxes if transfer.receives else self._outboxes)[transfer.peer]
+            box.post(transfer)
+            box.progress()
+        for transfer in transfers:
+            if not transfer.complete:
+                pending.groups.add(self)
+                break
         return ShmWork(tensors, self, transfers)
 
     def progress(self) -> None:
@@ -332,8 +339,7 @@ class Group:
             pending.groups.discard(self)
             return
         busy = False
-        boxes: tuple[Outbox | Inbox, ...] = (*self._outboxes.values(), *self._inboxes.values())
-        for box in boxes:
+        for box in self._boxes:
             if box.queue:
                 box.progress()
                 busy = busy or bool(box.queue)
@@ -343,15 +349,18 @@ class Group:
     @_guarded
     def drive(self, transfers: Sequence[Transfer]) -> None:
         """Wait until these messages have arrived."""
+        late = [transfer for transfer in transfers if not transfer.complete]
         for _ in range(POLLS):
-            if all(transfer.complete for transfer in transfers):
+            if not late:
                 return
             if self.sync is None or self.sync.error is not None:
                 raise self.again()
-            self.progress()
-        assert self.sync is not None
-        late = [transfer for transfer in transfers if not transfer.complete]
+            for transfer in late:
+                (self._inboxes if transfer.receives else self._outboxes)[transfer.peer].progress()
+            late = [transfer for transfer in late if not transfer.complete]
         if late:
+            assert self.sync is not None
+            pending.groups.add(self)
             self.sync.wait(lambda: sorted({t.peer for t in late if not t.complete}), _name(late[0]))
 
     def again(self) -> RankError:
@@ -377,7 +386,7 @@ class Group:
         if self.sync is not None:
             self.sync.leave("left the group")
             self.sync = None
-            del self._board, self._outboxes, self._inboxes
+            del self._board, self._outboxes, self._inboxes, self._boxes
         if self._invitation is not None:
             self._invitation.withdraw()
         self._closed = True

@@ -89,8 +89,8 @@ class Sync:
 
     # ---- steps
 
-    def enter(self, *call: int) -> None:
-        """Begin a collective: tell the others which, by CALL_WORDS numbers that all of them give alike.
+    def begin(self, *call: int) -> None:
+        """Begin a collective: CALL_WORDS numbers that all ranks give alike.
 
         Raises:
             RankError: the group has failed before.
@@ -100,13 +100,21 @@ class Sync:
         self.calls += 1
         self._words = call
         self._call = hash(call) & CALL_MASK  # a tuple of integers hashes alike in every process
+
+    def enter(self, *call: int) -> None:
+        """Begin a collective that takes steps: the others can read what it is from the first one on."""
+        self.begin(*call)
+        self._publish()
+
+    def _publish(self) -> None:
         at = self._row + CALL + (self.sequence + 1 & 1) * CALL_WORDS
-        for word in call:
+        for word in self._words:
             self.words[at] = word
             at += 1
 
     def agree(self, site: int, line: str) -> None:
         """A step of its own, before any data moves: everybody makes the same call, from the same place."""
+        self._publish()
         self._call = hash((self._call, site)) & CALL_MASK
         at = (self._row + SITE) * WORD + (self.sequence + 1 & 1) * LINE
         self._text[at : at + LINE] = line.encode()[-LINE:].ljust(LINE, b"\0")
