@@ -100,17 +100,18 @@ def init_mesh(
             f"init_mesh({config}) outside any job: start {config.world_size} ranks with `multicard run`, "
             f"`torchrun --nproc-per-node {config.world_size}` or mc.launch"
         )
+    timeout = process_group.pick_timeout(timeout)
     process_group.join(config.world_size, backend=backend, device=device, timeout=timeout)
     if config.world_size == 1:
         return single(process_group.rank_device(device))
     world = dist.distributed_c10d._get_default_group()
     known = _meshes.setdefault(world, {})
     if config not in known:
-        known[config] = _build(config, process_group.rank_device(device))
+        known[config] = _build(config, process_group.rank_device(device), timeout)
     return known[config]
 
 
-def _build(config: ParallelConfig, device: torch.device) -> ParallelMesh:
+def _build(config: ParallelConfig, device: torch.device, timeout: float) -> ParallelMesh:
     device_mesh = init_device_mesh(device.type, tuple(config.degrees.values()), mesh_dim_names=AXES)
     rank = dist.get_rank()
     place = config.coordinates(rank)
@@ -120,12 +121,15 @@ def _build(config: ParallelConfig, device: torch.device) -> ParallelMesh:
         return Axis(name, place[name], size, device_mesh.get_group(name) if size > 1 else None)
 
     axes = {name: axis(name) for name in AXES}
+    sequence = _sequence_axis(axes["ring"], axes["ulysses"], device_mesh)
+    for group in {axis.group for axis in (*axes.values(), sequence) if axis.group is not None}:
+        process_group.limit_waits(group, timeout)  # torch gives sub-groups its own default, half an hour
     return ParallelMesh(
         config=config,
         rank=rank,
         device=device,
         **axes,
-        sequence=_sequence_axis(axes["ring"], axes["ulysses"], device_mesh),
+        sequence=sequence,
         world=Axis("world", rank, config.world_size, dist.group.WORLD),
         device_mesh=device_mesh,
     )

@@ -145,6 +145,20 @@ def pick_backend(backend: str, device: torch.device, one_host: bool = True) -> s
     return known.get(backend.removeprefix("cpu:"), backend)
 
 
+def pick_timeout(timeout: float) -> float:
+    """What was asked for; where that is the default, what ``multicard run --timeout`` said."""
+    return timeout if timeout != DEFAULT_TIMEOUT else float(os.environ.get("MULTICARD_TIMEOUT", timeout))
+
+
+def limit_waits(group: dist.ProcessGroup, timeout: float) -> None:
+    """Let no collective of the group wait longer than ``timeout`` seconds."""
+    limit = datetime.timedelta(seconds=timeout)
+    if type(group) is dist.ProcessGroup:
+        dist.distributed_c10d._set_pg_timeout(limit, group)
+    else:
+        group.set_timeout(limit)
+
+
 def join(world_size: int, *, backend: str = "auto", device: str = "auto", timeout: float = DEFAULT_TIMEOUT) -> None:
     """Initialise torch.distributed from the environment unless it is already, and check its world size.
 
@@ -166,8 +180,6 @@ def join(world_size: int, *, backend: str = "auto", device: str = "auto", timeou
     name = pick_backend(backend, picked, here.one_host)
     _register(name)
     _confine(here)
-    if timeout == DEFAULT_TIMEOUT:
-        timeout = float(os.environ.get("MULTICARD_TIMEOUT", timeout))
     limit = datetime.timedelta(seconds=timeout)
     dist.init_process_group(name, store=_store(here), rank=here.rank, world_size=here.world_size, timeout=limit)
 

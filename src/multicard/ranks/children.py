@@ -76,6 +76,8 @@ class Children:
         self._open: dict[int, _Open] = {}
         self._later: collections.deque[tuple[str, int]] = collections.deque()
         self._stopped: dict[int, float] = {}
+        self._waiting: dict[int, tuple[Any, float]] = {}
+        self._looked = time.monotonic()
         self._memory_kills = failure.kills_for_memory()
         hosts = settings.hosts
         self._store, port = None, hosts.port
@@ -153,6 +155,7 @@ class Children:
         with self._turn:
             self._refuse_if_broken()
             self._calls += 1
+            self._looked = time.monotonic()
             self._open[self._calls] = _Open(label)
             self._send_all(dataclasses.replace(message, call=self._calls))
             return self._calls
@@ -228,6 +231,7 @@ class Children:
                 return [self._late(mine)]
             self._take_events(left)
             self._look_for_stopped(mine)
+            self._look_for_hung(mine)
             if self._neighbours is not None and (elsewhere := self._neighbours.failure) is not None:
                 self.end(str(elsewhere.error))
                 return [elsewhere]
@@ -321,6 +325,22 @@ class Children:
                 self._stopped.pop(rank, None)
             elif now - self._stopped.setdefault(rank, now) > self.settings.timeout + SETTLE:
                 opened.answers[rank] = hang.stopped(rank, self.settings)
+
+    def _look_for_hung(self, opened: _Open) -> None:
+        """A rank that has been in one and the same collective for too long, whatever limit its backend has for that.
+
+        Backends' own limits come first where they work; groups that scripts make have torch's, half an hour.
+        """
+        now, limit = time.monotonic(), self.settings.timeout
+        if now - self._looked < max(limit / 4, 1.0):
+            return
+        self._looked = now
+        for rank, activity in self._inspect().items():
+            state = (activity["call"], activity["numbers"])
+            if activity["call"] is None or self._waiting.get(rank, (None, 0.0))[0] != state:
+                self._waiting[rank] = (state, now)
+            elif now - self._waiting[rank][1] > limit + SETTLE and rank not in opened.answers:
+                opened.answers[rank] = hang.waited(rank, activity["call"])
 
     def _wake_stopped(self) -> set[int]:
         """Stopped ranks, which from here on run again: they are about to be ended, and have a stack to tell first."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from multicard.errors import CollectiveTimeout
 from multicard.ranks import failure
+from multicard.ranks.activity import Call
 from multicard.ranks.failure import Failure
 
 if TYPE_CHECKING:
@@ -58,6 +59,12 @@ def stopped(rank: int, wanted: Settings) -> Failure:
     """A rank that is stopped while the caller waits for nobody else."""
     error = CollectiveTimeout(f"rank {rank} has been stopped (SIGSTOP) for {wanted.timeout:g} s", rank=rank)
     return Failure(rank, failure.OWN, time.monotonic(), error)
+
+
+def waited(rank: int, call: Call) -> Failure:
+    """A rank that was seen in one collective for too long, from outside."""
+    error = CollectiveTimeout(f"rank {rank} waited too long in {call}", collective=call.collective)
+    return Failure(rank, failure.TIMEOUT, time.monotonic(), error, call)
 
 
 def _absent(waited: Failure, failures: Sequence[Failure], activities: Activities, size: int) -> list[int]:
