@@ -126,7 +126,9 @@ def promise_like(
 
 
 def unwrap(tree: Any) -> Any:
-    """``tree`` with real tensors for lazy ones; reads them."""
+    """``tree`` with real tensors for lazy ones; reads them. Without lazy ones it is ``tree`` itself."""
+    if not tree_any(lambda x: isinstance(x, LazyTensor), tree):
+        return tree  # not all containers can be built again from their parts
     return tree_map_only(LazyTensor, LazyTensor.value, tree)
 
 

@@ -115,12 +115,6 @@ SEQUENCE = {
         outputs={"pos_embed": {0: 1}},
         gather={"proj_out": 1},
     ),
-    "ChromaTransformer2DModel": SequencePlan(
-        _TWO_STREAMS,
-        inputs={"": {"hidden_states": 1, "img_ids": -2, **_CONTROL}},
-        gather={"proj_out": 1},
-        refused={"attention_mask": (None,)},
-    ),
 }
 """Sequence parallel, by class. Where the model has a ``_cp_plan``, splits and gathers are those plus these."""
 
@@ -131,7 +125,8 @@ TENSOR_STYLES = (
 
 attention: projections to heads by output, those from heads by input, norms over all heads with one sum over the ranks.
 feed_forward: diffusers' ``FeedForward``. column, row: a linear layer, evenly. gated: a column whose output is two
-halves that meet element by element. attention_mlp_row: a row whose input is the sibling ``attn``'s heads, then an even part.
+halves that meet element by element. attention_mlp_row: a row whose input is the sibling ``attn``'s heads, then an
+even part.
 attention_mlp: an attention whose projections are fused with an MLP's. head_columns: outputs over all heads side by
 side (rotary embeddings applied before heads are told apart).
 """

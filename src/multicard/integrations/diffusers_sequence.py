@@ -35,8 +35,8 @@ def sequence_plan(model: nn.Module) -> SequencePlan:
     name = type(model).__name__
     if name not in SEQUENCE:
         raise UnsupportedError(
-            f"{name} has no sequence-parallel plan here (ring and ulysses): known are {', '.join(SEQUENCE)}. "
-            "Use cfg or dp, or pass plan={'sequence': SequencePlan(...)}"
+            f"{name} has no sequence-parallel plan (ring, ulysses); docs/diffusion.md lists the {len(SEQUENCE)} models "
+            "that have. Use cfg or dp, or pass plan={'sequence': SequencePlan(...)}"
         )
     return _merged(SEQUENCE[name], getattr(model, "_cp_plan", None) or {})
 
@@ -226,6 +226,13 @@ class SequenceSplit:
             return out
         return torch.cat([out[1], out[0]] if first else [out[0], out[1]], 2)
 
+    def check_adapter(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> None:
+        if key.shape[2] == query.shape[2]:
+            raise UnsupportedError(
+                f"{self._name}: an attention module attends to the sequence twice (perturbed attention guidance?); "
+                "its sequence plan doesn't cover this; use cfg, tp or dp"
+            )
+
     def _masks(
         self, mask: Tensor | None, query: Tensor, sizes: tuple[int, int], first: bool
     ) -> tuple[Tensor | None, Tensor | None]:
@@ -245,16 +252,21 @@ class SequenceSplit:
 
 
 class _Attend(TorchFunctionMode):
-    """Answers the first ``scaled_dot_product_attention``; later ones (adapters) attend to whole keys of their own."""
+    """Answers the first ``scaled_dot_product_attention``; later ones (adapters) attend to whole keys of their own.
+
+    Raises UnsupportedError where a later one is over the sequence again (perturbed attention guidance).
+    """
 
     def __init__(self, sequence: SequenceSplit) -> None:
         super().__init__()
         self.sequence, self.attended = sequence, False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention and not self.attended:
-            self.attended = True
-            return self.sequence.attend(*args, **(kwargs or {}))
+        if func is F.scaled_dot_product_attention:
+            if not self.attended:
+                self.attended = True
+                return self.sequence.attend(*args, **(kwargs or {}))
+            self.sequence.check_adapter(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 

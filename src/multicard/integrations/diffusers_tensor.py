@@ -34,7 +34,7 @@ def tensor_plan(model: nn.Module) -> Mapping[str, str]:
         return _translate(own)
     if name not in TENSOR:
         raise UnsupportedError(
-            f"{name} has no tensor-parallel plan, neither its own nor here; known are {', '.join(TENSOR)}. "
+            f"{name} has no tensor-parallel plan, of its own or here; docs/diffusion.md lists the models that have. "
             "Use cfg or dp, or pass plan={'tensor': {pattern: style}}"
         )
     return TENSOR[name]
@@ -129,7 +129,7 @@ def _feed_forward(module: Any, axis: Axis, path: str) -> list[Change]:
     kind = type(net[0]).__name__ if isinstance(net, nn.ModuleList) else type(module).__name__
     if kind not in PLAIN_ACTIVATIONS + GATED_ACTIVATIONS or not isinstance(net, nn.ModuleList):
         raise UnsupportedError(f"{path}: tensor parallelism doesn't know the feed-forward {kind}")
-    linear = _linear(net[0].proj, f"{path}.net.0.proj")
+    linear = _linear(module.get_submodule("net.0.proj"), f"{path}.net.0.proj")
     shares = _halves(linear.out_features, axis) if kind in GATED_ACTIVATIONS else None
     return [_column(net[0], "proj", axis, shares), _row(module, "net.2", axis)]
 

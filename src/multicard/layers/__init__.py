@@ -1,5 +1,6 @@
 """Layers split over a mesh axis; each is exact at any degree and the plain layer on an axis of size 1."""
 
+from multicard.layers.conv import ColumnParallelConv2d, RowParallelConv2d
 from multicard.layers.embedding import VocabParallelEmbedding
 from multicard.layers.head import GatherLastDim, ParallelLMHead
 from multicard.layers.linear import ColumnParallelLinear, RowParallelLinear
@@ -7,11 +8,13 @@ from multicard.layers.norm import ParallelRMSNorm, RMSNorm
 from multicard.layers.shard import Shard, even_shares, shard_of
 
 __all__ = [
+    "ColumnParallelConv2d",
     "ColumnParallelLinear",
     "GatherLastDim",
     "ParallelLMHead",
     "ParallelRMSNorm",
     "RMSNorm",
+    "RowParallelConv2d",
     "RowParallelLinear",
     "Shard",
     "VocabParallelEmbedding",

@@ -1,0 +1,201 @@
+"""2-D convolutions split over a tensor-parallel axis by channels: by output (column) and by input (row).
+
+As with the linear layers, ``row(activation(column(x)))`` is one all-reduce. Grouped convolutions are split by whole
+groups: a group's outputs depend on its own inputs alone.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from multicard import collectives, partition
+from multicard.errors import ConfigError
+from multicard.layers.shard import Shard, sharded
+from multicard.mesh import Axis
+
+
+class _ParallelConv2d(nn.Module):
+    """What both have in common: the numbers of the whole convolution."""
+
+    def __init__(self, conv: nn.Conv2d, axis: Axis) -> None:
+        super().__init__()
+        if conv.padding_mode != "zeros":
+            raise ConfigError(f"padding_mode={conv.padding_mode!r}: parallel convolutions pad with zeros")
+        self.axis = axis
+        self.in_channels, self.out_channels, self.groups = conv.in_channels, conv.out_channels, conv.groups
+        self.kernel_size, self.stride = conv.kernel_size, conv.stride
+        self.padding, self.dilation = conv.padding, conv.dilation
+
+    def _spans(self, rank: int) -> tuple[range, range]:
+        """The whole groups of a rank, as input and as output channels."""
+        mine = partition.split(self.groups, self.axis.size)[rank]
+        ins, outs = self.in_channels // self.groups, self.out_channels // self.groups
+        return range(mine.start * ins, mine.stop * ins), range(mine.start * outs, mine.stop * outs)
+
+    def _convolve(self, x: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+        weight = self.weight
+        if weight.numel():
+            return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, groups)
+        # nothing here: the shape alone, from one channel that isn't computed
+        one = torch.empty(1, 1, *self.kernel_size, dtype=x.dtype, device="meta")
+        like = x.new_empty(x.shape[0], 1, *x.shape[2:], device="meta")
+        size = F.conv2d(like, one, None, self.stride, self.padding, self.dilation).shape[2:]
+        out = x.new_zeros(x.shape[0], weight.shape[0], *size)
+        return out if bias is None else out + bias[:, None, None]
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def _fill(self, conv: nn.Conv2d, dim: int, span: range, bias_span: range) -> None:
+        weight = Shard(tuple(conv.weight.shape), dim, (span,) if span else ())
+        self.weight = sharded(weight.take(conv.weight.detach()), weight)
+        self.bias = None
+        if conv.bias is not None:
+            bias = Shard(tuple(conv.bias.shape), 0, (bias_span,) if bias_span else ())
+            self.bias = sharded(bias.take(conv.bias.detach()), bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"groups={self.groups}, here={tuple(self.weight.shape[:2])}, "
+            f"{self.axis.name}={self.axis.rank}/{self.axis.size}"
+        )
+
+
+class ColumnParallelConv2d(_ParallelConv2d):
+    """A convolution where each rank computes some of the output channels, in order, the first ranks one more.
+
+    Args:
+        in_channels: channels of the input, whole on every rank.
+        out_channels: output channels in all.
+        kernel_size, stride, padding, dilation, groups: as ``torch.nn.Conv2d``; groups are split whole.
+        axis: the ranks that share the output channels.
+        bias: add one; each rank holds its own channels' part.
+        gather_output: return all channels on every rank (one all-gather) instead of this rank's.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | str | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        axis: Axis,
+        gather_output: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        whole = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, device="meta", dtype=dtype
+        )
+        self._setup(whole, axis, gather_output)
+        self.to_empty(device=device or "cpu")
+
+    def _setup(self, conv: nn.Conv2d, axis: Axis, gather_output: bool) -> None:
+        _ParallelConv2d.__init__(self, conv, axis)
+        self.gather_output = gather_output
+        self._fill(conv, 0, self.share(axis.rank), self.share(axis.rank))
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, axis: Axis, gather_output: bool = False) -> ColumnParallelConv2d:
+        """This rank's copy of its part of ``conv``."""
+        layer = cls.__new__(cls)
+        layer._setup(conv, axis, gather_output)
+        return layer
+
+    def share(self, rank: int) -> range:
+        """The output channels of ``rank``."""
+        if self.groups > 1:
+            return self._spans(rank)[1]
+        return partition.split(self.out_channels, self.axis.size)[rank]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, in_channels, H, W)`` to ``(N, this rank's channels, H', W')``, or all with ``gather_output``."""
+        groups = 1
+        if self.groups > 1:
+            mine = self._spans(self.axis.rank)[0]
+            x, groups = x[:, mine.start : mine.stop], len(partition.split(self.groups, self.axis.size)[self.axis.rank])
+        y = self._convolve(x, self.bias, groups)
+        if not self.gather_output:
+            return y
+        return collectives.all_gather(y, self.axis, 1, [len(self.share(rank)) for rank in range(self.axis.size)])
+
+
+class RowParallelConv2d(_ParallelConv2d):
+    """A convolution where each rank holds some of the input channels; their products are added up.
+
+    One all-reduce. The bias is whole on every rank and added once, after it.
+
+    Args:
+        in_channels: input channels in all.
+        out_channels: output channels, whole on every rank.
+        kernel_size, stride, padding, dilation, groups: as ``torch.nn.Conv2d``; groups are split whole.
+        axis: the ranks that share the input channels.
+        bias: add one.
+        input_is_parallel: the input is this rank's channels already (a column-parallel convolution's output); False: it
+            is whole and this layer takes its own.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | str | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        axis: Axis,
+        input_is_parallel: bool = True,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        whole = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, device="meta", dtype=dtype
+        )
+        self._setup(whole, axis, input_is_parallel)
+        self.to_empty(device=device or "cpu")
+
+    def _setup(self, conv: nn.Conv2d, axis: Axis, input_is_parallel: bool) -> None:
+        _ParallelConv2d.__init__(self, conv, axis)
+        self.input_is_parallel = input_is_parallel
+        whole = range(conv.out_channels)
+        if self.groups > 1:  # the weight's rows are output channels, each over its own group's inputs
+            self._fill(conv, 0, self._spans(axis.rank)[1], whole)
+        else:
+            self._fill(conv, 1, self.share(axis.rank), whole)
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, axis: Axis, input_is_parallel: bool = True) -> RowParallelConv2d:
+        """This rank's copy of its part of ``conv``."""
+        layer = cls.__new__(cls)
+        layer._setup(conv, axis, input_is_parallel)
+        return layer
+
+    def share(self, rank: int) -> range:
+        """The input channels of ``rank``."""
+        if self.groups > 1:
+            return self._spans(rank)[0]
+        return partition.split(self.in_channels, self.axis.size)[rank]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, this rank's channels, H, W)``, or all of them, to ``(N, out_channels, H', W')`` on every rank."""
+        if not self.input_is_parallel:
+            mine = self.share(self.axis.rank)
+            x = x[:, mine.start : mine.stop]
+        y = self._own_groups(x) if self.groups > 1 else collectives.all_reduce(self._convolve(x, None, 1), self.axis)
+        return y if self.bias is None else y + self.bias[:, None, None]
+
+    def _own_groups(self, x: Tensor) -> Tensor:
+        """Every rank's groups are outputs of their own: gathered, nothing to add up."""
+        y = self._convolve(x, None, len(partition.split(self.groups, self.axis.size)[self.axis.rank]))
+        return collectives.all_gather(y, self.axis, 1, [len(self._spans(rank)[1]) for rank in range(self.axis.size)])

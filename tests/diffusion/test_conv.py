@@ -1,0 +1,59 @@
+"""Parallel convolutions against torch's own in float64, on 2 and 3 ranks, whatever divides."""
+
+import pytest
+import torch
+from torch import nn
+
+from multicard.errors import ConfigError
+from multicard.layers.conv import ColumnParallelConv2d, RowParallelConv2d
+from multicard.mesh import single
+
+CASES = [
+    {"in_channels": 5, "out_channels": 7, "kernel_size": 3, "padding": 1},
+    {"in_channels": 4, "out_channels": 2, "kernel_size": (3, 2), "stride": 2, "padding": (0, 1), "bias": False},
+    {"in_channels": 1, "out_channels": 1, "kernel_size": 1},
+    {"in_channels": 6, "out_channels": 9, "kernel_size": 3, "groups": 3, "dilation": 2, "padding": 2},
+    {"in_channels": 8, "out_channels": 8, "kernel_size": 3, "groups": 8, "padding": "same"},
+    {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "groups": 2, "stride": (1, 2)},
+]
+
+
+def convolutions(mesh):
+    torch.manual_seed(0)
+    errors = {}
+    for i, case in enumerate(CASES):
+        whole = nn.Conv2d(**case, dtype=torch.float64).requires_grad_(False)
+        after = nn.Conv2d(whole.out_channels, 3, 3, padding=1, dtype=torch.float64).requires_grad_(False)
+        x = torch.randn(2, whole.in_channels, 9, 8, dtype=torch.float64)
+        expected = whole(x)
+        column = ColumnParallelConv2d.from_conv(whole, mesh.tp)
+        outputs = {
+            "column": (ColumnParallelConv2d.from_conv(whole, mesh.tp, gather_output=True)(x), expected),
+            "row": (RowParallelConv2d.from_conv(whole, mesh.tp, input_is_parallel=False)(x), expected),
+        }
+        row = RowParallelConv2d.from_conv(after, mesh.tp)
+        if column.share(mesh.tp.rank) == row.share(mesh.tp.rank):  # groups are dealt out whole, channels one by one
+            outputs["both"] = (row(column(x).relu()), after(expected.relu()))
+        for name, (got, wanted) in outputs.items():
+            errors[i, name] = float((got - wanted).abs().max()) if got.shape == wanted.shape else got.shape
+    return errors
+
+
+@pytest.mark.parametrize("tp", [2, 3])
+def test_exact_at_any_degree(run_on, tp):
+    for errors in run_on(convolutions, tp=tp):
+        assert {case: error for case, error in errors.items() if not error < 1e-12} == {}
+
+
+@pytest.mark.parametrize("cls", [ColumnParallelConv2d, RowParallelConv2d])
+def test_one_rank_is_the_plain_layer(cls):
+    layer = cls(3, 4, 3, padding=1, axis=single().tp, dtype=torch.float64)
+    plain = nn.Conv2d(3, 4, 3, padding=1, dtype=torch.float64)
+    layer.load_state_dict(plain.state_dict())
+    x = torch.randn(1, 3, 5, 5, dtype=torch.float64)
+    assert torch.equal(layer(x), plain(x))
+
+
+def test_other_paddings_are_refused():
+    with pytest.raises(ConfigError, match="reflect"):
+        ColumnParallelConv2d.from_conv(nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect"), single().tp)
