@@ -6,6 +6,8 @@ import multicard as mc
 from multicard import errors
 
 PUBLIC = {
+    "DiffusionOutput",
+    "DiffusionPipeline",
     "ParallelTransformerLayer",
     "ParallelTransformer",
     "ParallelMLP",

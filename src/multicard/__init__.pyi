@@ -6,6 +6,8 @@ from .attention import attention_forward as attention_forward
 from .attention import gather_sequence as gather_sequence
 from .attention import shard_sequence as shard_sequence
 from .config import ParallelConfig as ParallelConfig
+from .diffusion import DiffusionOutput as DiffusionOutput
+from .diffusion import DiffusionPipeline as DiffusionPipeline
 from .integrations.parallelize import parallelize as parallelize
 from .integrations.transformers import from_pretrained as from_pretrained
 from .launch import Kept as Kept

@@ -16,10 +16,11 @@ from typing import NoReturn
 import typer
 
 from multicard import errors
-from multicard.cli import generate, info, run
+from multicard.cli import generate, image, info, run
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command("generate")(generate.generate)
+app.command("image")(image.image)
 app.command("info")(info.info)
 app.command("run", context_settings=run.CONTEXT)(run.run)
 

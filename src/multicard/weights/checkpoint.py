@@ -58,7 +58,7 @@ class Checkpoint:
         self.files, weight_map = _files(self.folder)
         self.where = self.folder / (INDEX if weight_map else SINGLE)
         for path in self.files:
-            for entry in _read_header(path):
+            for entry in read_header(path):
                 if weight_map is None or weight_map.get(entry.name) == path.name:
                     self.tensors[entry.name] = entry
         for name, file in (weight_map or {}).items():
@@ -157,7 +157,8 @@ def _files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str] | N
     return [folder / name for name in names], weight_map
 
 
-def _read_header(path: pathlib.Path) -> list[Entry]:
+def read_header(path: pathlib.Path) -> list[Entry]:
+    """What a safetensors file says it holds, checked against its size. Raises CheckpointError."""
     descriptor = _open(path)
     try:
         size = os.fstat(descriptor).st_size

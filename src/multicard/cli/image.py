@@ -1,0 +1,147 @@
+"""``multicard image``: a diffusers pipeline draws."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import time
+from typing import Annotated, Any
+
+import typer
+
+from multicard.cli import options
+from multicard.errors import ConfigError, UnsupportedError
+
+Prompts = Annotated[list[str] | None, typer.Argument(help="What to draw; several are one batch.", show_default=False)]
+Negative = Annotated[str | None, typer.Option("--negative-prompt", help="What not to draw.")]
+Labels = Annotated[list[int] | None, typer.Option("--class-label", help="A class's number; several are one batch.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="NAME=VALUE, any further argument of the pipeline; VALUE as JSON.")
+]
+
+
+def image(
+    model: Annotated[str, typer.Option("--model", help="A diffusers pipeline folder.", show_default=False)],
+    prompts: Prompts = None,
+    cfg: options.Cfg = 1,
+    ring: options.Ring = 1,
+    ulysses: options.Ulysses = 1,
+    tp: options.Tp = 1,
+    dp: options.Dp = 1,
+    negative_prompt: Negative = None,
+    class_label: Labels = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps; default: the pipeline's.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Default: the pipeline's.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels; default: the pipeline's.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels; default: the pipeline's.")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Of a video; default: the pipeline's.")] = None,
+    set_: Set = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same picture at every degree.")] = 0,
+    output: Annotated[str, typer.Option("--output", "-o", help="The file; several are numbered.")] = "image.png",
+    variant: Annotated[str | None, typer.Option(help="Which of several weight files: fp16, say.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the folder's own code.")] = False,
+    dtype: options.Dtype = "auto",
+    timeout: options.Timeout = 60.0,
+    device: options.Device = "auto",
+    backend: options.Backend = "auto",
+    check: options.Check = False,
+    as_json: options.Json = False,
+) -> None:
+    """Draw PROMPTS with a diffusers pipeline, split over ranks; videos become animated pictures."""
+    from multicard import process_group
+    from multicard.diffusion import DiffusionPipeline
+
+    target = _target(output)
+    asked = {
+        "prompt": (prompts[0] if len(prompts) == 1 else prompts) if prompts else None,
+        "negative_prompt": [negative_prompt] * len(prompts)
+        if negative_prompt and len(prompts or ()) > 1
+        else negative_prompt,
+        "class_labels": class_label or None,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance_scale,
+        "height": height,
+        "width": width,
+        "num_frames": num_frames,
+        **_settings(set_ or []),
+    }
+    begin = time.perf_counter()
+    with DiffusionPipeline(
+        model,
+        cfg=cfg,
+        ring=ring,
+        ulysses=ulysses,
+        tp=tp,
+        dp=dp,
+        dtype=dtype,
+        variant=variant,
+        trust_remote_code=trust_remote_code,
+        timeout=timeout,
+        device=device,
+        backend=backend,
+        check=check,
+    ) as pipe:
+        loaded = time.perf_counter()
+        arguments = {name: value for name, value in asked.items() if value is not None}
+        if "output_type" in pipe.parameters:
+            arguments.setdefault("output_type", "pil")
+        found = pipe(**arguments, seed=seed)
+        drawn = time.perf_counter()
+        here = process_group.place()
+        if here is not None and here.rank:
+            return
+        files = _save(found, target)
+        if as_json:
+            timings = {"load": loaded - begin, "generate": drawn - loaded}
+            print(json.dumps({"files": files, "seed": seed, "mesh": pipe.degrees.degrees, "timings": timings}))
+        else:
+            print("\n".join(files))
+
+
+def _one_or_list(prompts: list[Any]) -> Any:
+    return prompts if len(prompts) > 1 and prompts[0] is not None else next(iter(prompts), None)
+
+
+def _target(output: str) -> pathlib.Path:
+    """The file to write. Raises ConfigError for a kind that can't be, before anything is drawn."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise ConfigError("pillow isn't installed: pip install 'multicard[diffusers]'") from None
+    path = pathlib.Path(output)
+    kinds = Image.registered_extensions()
+    if kinds.get(path.suffix.lower()) not in Image.SAVE:
+        raise ConfigError(f"--output {output}: pictures are written as .png, .jpg, .webp or .gif, say")
+    return path
+
+
+def _settings(given: list[str]) -> dict[str, Any]:
+    """Arguments out of NAME=VALUE; a VALUE that isn't JSON is text."""
+    found = {}
+    for setting in given:
+        name, equals, value = setting.partition("=")
+        if not equals or not name.isidentifier():
+            raise ConfigError(f"--set {setting}: must be NAME=VALUE")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def _save(found: Any, target: pathlib.Path) -> list[str]:
+    """Pictures, or videos as lists of pictures, each into a file; the files' names."""
+    pictures = getattr(found, "images", None)
+    pictures = pictures if pictures is not None else getattr(found, "frames", None)
+    if not isinstance(pictures, list) or not pictures:
+        raise UnsupportedError(
+            f"the pipeline gave {', '.join(vars(found))} and no pictures to save: call mc.DiffusionPipeline from Python"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    files = []
+    for i, picture in enumerate(pictures):
+        file = target if len(pictures) == 1 else target.with_stem(f"{target.stem}-{i}")
+        first, *rest = picture if isinstance(picture, list) else [picture]
+        first.save(file, **({"save_all": True, "append_images": rest} if rest else {}))
+        files.append(str(file))
+    return files

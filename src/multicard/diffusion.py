@@ -1,0 +1,234 @@
+"""``DiffusionPipeline``: a diffusers pipeline on several ranks behind one object."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import inspect
+import os
+import select
+import shutil
+import sys
+import tempfile
+import threading
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from multicard.config import ParallelConfig
+from multicard.errors import ConfigError
+from multicard.integrations.diffusers_batch import Batch
+from multicard.integrations.diffusers_folder import PipelineFolder
+from multicard.integrations.diffusers_output import join, pack, unpack
+from multicard.launch import Ranks
+from multicard.mesh import ParallelMesh
+from multicard.models.load import folder_path, parse_dtype
+
+OURS = {
+    "generator": "seed= gives every rank the same one",
+    "return_dict": "the output's fields are attributes",
+}
+"""Arguments of pipelines that this one sets itself, and what to use instead."""
+
+
+class DiffusionOutput(types.SimpleNamespace):
+    """A pipeline's output: its fields (``images``, ``frames``, ...) as attributes, on the CPU."""
+
+
+class DiffusionPipeline:
+    """Any diffusers pipeline folder on several ranks; a context manager.
+
+    Ranks are started, each loads the pipeline and splits it with :func:`multicard.parallelize`, and they wait for
+    requests until :meth:`close`. Text encoders and autoencoders are whole on every rank. A request that is refused
+    leaves the ranks as they are; should one die, the next request starts them again. Inside a job (torchrun,
+    ``multicard run``) the job's own ranks are used, and every rank makes every call.
+
+    Args:
+        path: a folder with model_index.json and safetensors weights.
+        cfg: ranks over guidance branches.
+        ring, ulysses: ranks that share image tokens.
+        tp: ranks that share every layer of the denoiser.
+        dp: copies, which share a list of prompts.
+        dtype: "auto" (as diffusers loads it), "float32", "bfloat16", "float16".
+        variant: the part of weight files' names that tells several sets apart, "fp16" say.
+        trust_remote_code: whether Python files in the folder may run; as in diffusers.
+        progress: show each request's steps on standard error; None: on a terminal.
+        options: those of :class:`multicard.Ranks`: timeout, start_timeout, threads_per_rank, backend, device, check.
+
+    Raises:
+        ConfigError, UnsupportedError, CheckpointError: before a rank starts where the folder and the degrees tell.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        cfg: int = 1,
+        ring: int = 1,
+        ulysses: int = 1,
+        tp: int = 1,
+        dp: int = 1,
+        dtype: str | torch.dtype = "auto",
+        variant: str | None = None,
+        trust_remote_code: bool = False,
+        progress: bool | None = None,
+        **options: Any,
+    ) -> None:
+        self.degrees = ParallelConfig(cfg=cfg, ring=ring, ulysses=ulysses, tp=tp, dp=dp)
+        self.path = folder_path(path)
+        self._progress = sys.stderr.isatty() if progress is None else progress
+        folder = PipelineFolder(self.path, parse_dtype(dtype), variant, trust_remote_code)
+        folder.check(self.degrees)
+        self._closed = False
+        self._ranks = Ranks(self.degrees, **options)
+        try:
+            self._pipe = self._ranks.keep(_load, folder)
+            self._parameters: list[str] = self._ranks.run(_parameters, self._pipe)[0]
+        except BaseException:
+            self.close()
+            raise
+
+    def __call__(self, *args: Any, seed: int = 0, **kwargs: Any) -> DiffusionOutput:
+        """Run the pipeline: its own arguments, but ``seed`` instead of a generator.
+
+        Args:
+            args, kwargs: the pipeline's. A list of prompts is shared out over the copies of dp; the pictures are the
+                same as with dp=1. Functions (``callback_on_step_end``) run on every rank, in a copy of their own: what
+                they return or change in the pipeline counts, rank 0 prints, and the caller's variables stay.
+            seed: the noise is that of ``generator=torch.Generator().manual_seed(seed)`` in one process, at all degrees.
+
+        Returns:
+            the output's fields, brought here from rank 0 (with dp, from each copy's first rank).
+
+        Raises:
+            ConfigError: an argument that the pipeline doesn't have, a seed that isn't one.
+            UnsupportedError: with dp, a list of prompts for a pipeline whose noise can't be shared out.
+            the pipeline's own exception for values that it refuses, or a callback's; the ranks live on.
+        """
+        ranks = self._alive()
+        arguments = self._named(args, kwargs)
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
+            raise ConfigError(f"seed={seed!r}: a whole number from 0 to 2^63-1, the same on every rank")
+        with _bar(self._progress and bool(ranks.pids)) as bar:
+            outputs = ranks.run(_generate, self._pipe, arguments, seed, bar or self._progress)
+        return DiffusionOutput(**join([unpack(output) for output in outputs if output is not None]))
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the arguments that a request may have, in the pipeline's order, beside ``seed``."""
+        return tuple(name for name in self._parameters if name not in OURS)
+
+    def close(self) -> None:
+        """End the ranks."""
+        self._closed = True
+        self._ranks.close()
+
+    def __enter__(self) -> DiffusionPipeline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _alive(self) -> Ranks:
+        if self._closed:
+            raise ConfigError("this DiffusionPipeline is closed: make another")
+        if not self._ranks.alive:
+            self._ranks.restart()
+        return self._ranks
+
+    def _named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        names = self.parameters
+        if len(args) > len(names):
+            raise ConfigError(f"{len(args)} arguments, and the pipeline takes {len(names)}: {', '.join(names)}")
+        named = dict(zip(names, args, strict=False))
+        for name in kwargs:
+            if name in OURS:
+                raise ConfigError(f"{name}: not here; {OURS[name]}")
+            if name not in names:
+                close = difflib.get_close_matches(name, names, n=1)
+                hint = f"; did you mean {close[0]}?" if close else f": it takes {', '.join(names)}"
+                raise ConfigError(f"the pipeline has no argument {name!r}{hint}")
+            if name in named:
+                raise ConfigError(f"{name} is given twice: by its place and by its name")
+        return named | dict(kwargs)
+
+
+def _load(mesh: ParallelMesh, folder: PipelineFolder) -> Any:
+    return folder.load(mesh)
+
+
+def _parameters(mesh: ParallelMesh, pipe: Any) -> list[str]:
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(type(pipe).__call__).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind not in kinds][1:]
+
+
+def _generate(
+    mesh: ParallelMesh, pipe: Any, arguments: Mapping[str, Any], seed: int, bar: str | bool
+) -> dict[str, Any] | None:
+    """This copy's share of a request; its output from the copy's first rank, None from others."""
+    batch = Batch(arguments, mesh.dp.size)
+    mine = batch.arguments(mesh.dp.rank)
+    if mine is None:
+        return None
+    mine = {name: value.to(mesh.device) if isinstance(value, torch.Tensor) else value for name, value in mine.items()}
+    if "generator" in _parameters(mesh, pipe):
+        mine["generator"] = torch.Generator().manual_seed(seed)
+    devices = [] if mesh.device.type == "cpu" else [mesh.device]
+    kind = {} if mesh.device.type == "cpu" else {"device_type": mesh.device.type}
+    with _steps_shown(pipe, mesh, bar), torch.random.fork_rng(devices, **kind):
+        torch.manual_seed(seed)
+        with torch.no_grad(), batch.noise(mesh.dp.rank):
+            output = pipe(**mine)
+    first = mesh.rank == mesh.dp.rank * (mesh.world_size // mesh.dp.size)
+    return pack(output) if first else None
+
+
+@contextlib.contextmanager
+def _steps_shown(pipe: Any, mesh: ParallelMesh, bar: str | bool) -> Iterator[None]:
+    """The pipeline's own progress bar on rank 0, written into the pipe ``bar``; True: on this rank's own terminal."""
+    if mesh.rank or not bar:
+        pipe.set_progress_bar_config(disable=True)
+        yield
+    elif bar is True:
+        pipe.set_progress_bar_config(disable=False)
+        yield
+    else:
+        path, columns = str(bar).split(":")
+        with open(path, "w", encoding="utf-8", buffering=1) as file:
+            pipe.set_progress_bar_config(disable=False, file=file, ncols=int(columns))
+            yield
+
+
+@contextlib.contextmanager
+def _bar(wanted: bool) -> Iterator[str | None]:
+    """A named pipe whose text is copied to standard error, with the terminal's width; None where it isn't wanted."""
+    if not wanted:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="multicard-") as folder:
+        path = os.path.join(folder, "steps")
+        os.mkfifo(path)
+        reader = os.open(path, os.O_RDWR | os.O_NONBLOCK)  # a writer of our own: no end of file between two others
+        done = threading.Event()
+        copier = threading.Thread(target=_copy, args=(reader, done), name="multicard-progress", daemon=True)
+        copier.start()
+        try:
+            yield f"{path}:{shutil.get_terminal_size().columns}"
+        finally:
+            done.set()
+            copier.join()
+            os.close(reader)
+
+
+def _copy(reader: int, done: threading.Event) -> None:
+    """What comes out of ``reader`` to standard error, until ``done`` and empty."""
+    while True:
+        last = done.is_set()
+        if select.select([reader], [], [], 0.0 if last else 0.05)[0]:
+            sys.stderr.write(os.read(reader, 1 << 16).decode(errors="replace"))
+            sys.stderr.flush()
+        elif last:
+            return

@@ -1,0 +1,193 @@
+"""A diffusers pipeline out of its folder: what is refused before anything is loaded, and the loading."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import pathlib
+import sys
+from typing import Any
+
+import torch
+
+from multicard.config import ParallelConfig
+from multicard.errors import CheckpointError, ConfigError, MulticardError, UnsupportedError
+from multicard.integrations.diffusers import parallelize
+from multicard.integrations.diffusers_guidance import DENOISER_NAMES
+from multicard.integrations.diffusers_sequence import check_sequence, sequence_plan
+from multicard.integrations.diffusers_tensor import tensor_changes, tensor_plan
+from multicard.mesh import Axis, ParallelMesh
+from multicard.weights import agree
+from multicard.weights.checkpoint import read_header
+
+INDEX = "model_index.json"
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+WITHOUT_WEIGHTS = ("Scheduler", "Tokenizer", "Processor", "Extractor")
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineFolder:
+    """A pipeline folder that has been looked through, and how to load it.
+
+    Attributes:
+        path: absolute.
+        dtype: of all weights; None: what diffusers makes of the files.
+        variant: which of several weight files a model has, "fp16" say.
+        trust_remote_code: whether Python files in the folder may run.
+    """
+
+    path: pathlib.Path
+    dtype: torch.dtype | None = None
+    variant: str | None = None
+    trust_remote_code: bool = False
+
+    def check(self, degrees: ParallelConfig) -> None:
+        """Everything that can be refused without starting a rank. Reads configs and the headers of weight files.
+
+        Raises:
+            ConfigError: diffusers isn't installed; no such folder.
+            CheckpointError: a file that is missing, cut or damaged; a class that this diffusers doesn't have.
+            UnsupportedError: pickled weights, code of its own, a model without a plan for these degrees.
+        """
+        if importlib.util.find_spec("diffusers") is None:
+            raise ConfigError("diffusers isn't installed: pip install 'multicard[diffusers]'")
+        index = self._index()
+        self._check_class(index.get("_class_name"))
+        for name, (library, cls) in components(index).items():
+            self._check_component(name, library, cls)
+        if degrees.tp > 1 or degrees.ring * degrees.ulysses > 1:
+            for name, (library, cls) in components(index).items():
+                if library == "diffusers" and DENOISER_NAMES.search(name):
+                    _check_plans(self.path / name, cls, degrees)
+
+    def load(self, mesh: ParallelMesh) -> Any:
+        """This rank's pipeline, split over ``mesh``. One all-gather, of whether everybody has it.
+
+        Raises:
+            CheckpointError: diffusers couldn't load it; the first rank's reason, on every rank.
+            UnsupportedError: see :func:`multicard.parallelize`.
+        """
+        import diffusers
+
+        _hide_bars(mesh.rank)
+        wanted = {"dtype" if _takes_dtype(diffusers) else "torch_dtype": self.dtype} if self.dtype else {}
+        failure: MulticardError | None = None
+        try:
+            pipe = diffusers.DiffusionPipeline.from_pretrained(
+                str(self.path),
+                use_safetensors=True,
+                local_files_only=True,
+                variant=self.variant,
+                trust_remote_code=self.trust_remote_code,
+                **wanted,
+            )
+        except MulticardError as error:
+            failure = error
+        except Exception as error:
+            failure = CheckpointError(f"{self.path}: diffusers can't load it ({type(error).__name__}: {_line(error)})")
+        agree(failure, mesh.world, mesh.device)
+        return parallelize(pipe, mesh).to(mesh.device)
+
+    def _index(self) -> dict[str, Any]:
+        if not self.path.is_dir():
+            raise CheckpointError(f"{self.path}: no such folder; download a pipeline first with `hf download NAME`")
+        file = self.path / INDEX
+        if not file.is_file():
+            raise CheckpointError(f"{self.path}: no {INDEX} there, so it isn't a diffusers pipeline")
+        return _json(file)
+
+    def _check_class(self, name: Any) -> None:
+        import diffusers
+
+        if isinstance(name, list) and len(name) == 2:
+            self._check_code(f"{name[0]}.py", f"{self.path / INDEX} asks for")
+        elif not isinstance(name, str) or name not in dir(diffusers):
+            close = difflib.get_close_matches(str(name), [n for n in dir(diffusers) if n.endswith("Pipeline")], n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise CheckpointError(f"{self.path / INDEX}: diffusers {diffusers.__version__} has no class {name!r}{hint}")
+
+    def _check_component(self, name: str, library: str, cls: str) -> None:
+        folder = self.path / name
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: no such folder, and {INDEX} names it as a {cls}")
+        if (folder / f"{library}.py").exists():
+            self._check_code(f"{name}/{library}.py", f"{cls} is defined in")
+        for file in sorted(folder.glob("*.index.json" if self.variant is None else f"*.index.{self.variant}.json")):
+            for shard in set(_json(file).get("weight_map", {}).values()):
+                if not (folder / str(shard)).is_file():
+                    raise CheckpointError(f"{folder / str(shard)}: no such file, and {file.name} names it")
+        weights = sorted(folder.glob("*.safetensors"))
+        for file in weights:
+            read_header(file)
+        if weights or not (folder / "config.json").is_file() or any(kind in cls for kind in WITHOUT_WEIGHTS):
+            return
+        if any(any(folder.glob(pattern)) for pattern in PICKLED):
+            raise UnsupportedError(f"{folder} holds pickled weights only, which can run code: convert to safetensors")
+        raise CheckpointError(f"{folder}: no safetensors weights there")
+
+    def _check_code(self, file: str, why: str) -> None:
+        if not self.trust_remote_code:
+            raise UnsupportedError(
+                f"{why} {file}, Python code of the folder's own: read it, and pass trust_remote_code=True to run it"
+            )
+
+
+def components(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """Library and class of a pipeline's components, by name; those left out are not there."""
+    pairs = {name: value for name, value in index.items() if isinstance(value, list) and not name.startswith("_")}
+    return {name: (value[0], value[1]) for name, value in pairs.items() if len(value) == 2 and value[0] is not None}
+
+
+def _check_plans(folder: pathlib.Path, name: str, degrees: ParallelConfig) -> None:
+    """Refuse a denoiser that can't be split so, on a model without memory."""
+    import diffusers
+
+    cls = getattr(diffusers, name, None)
+    if cls is None or not issubclass(cls, torch.nn.Module):
+        return
+    config = {key: value for key, value in _json(folder / "config.json").items() if key != "quantization_config"}
+    try:
+        with torch.device("meta"):
+            model = cls.from_config(config)
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {name} can't be built of it ({_line(error)})") from None
+    if degrees.tp > 1:
+        tp = Axis("tp", 0, degrees.tp)
+        tensor_changes(model, tp, tensor_plan(model))
+    if degrees.ring * degrees.ulysses > 1:
+        check_sequence(model, sequence_plan(model))
+
+
+def _json(file: pathlib.Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: no such file") from None
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file} is not a JSON object")
+    return found
+
+
+def _line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "")
+
+
+def _takes_dtype(diffusers: Any) -> bool:
+    """``torch_dtype`` is called ``dtype`` since diffusers 0.42."""
+    return tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42)
+
+
+def _hide_bars(rank: int) -> None:
+    """Loading bars are for rank 0's terminal."""
+    if rank == 0 and sys.stderr.isatty():
+        return
+    import diffusers
+
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
