@@ -121,7 +121,8 @@ class _Pickler(cloudpickle.Pickler):
     def reducer_override(self, obj: Any) -> Any:
         if _is_plain_tensor(obj):
             flat = obj.detach().cpu().contiguous().resolve_conj().resolve_neg().reshape(-1)
-            buffer = pickle.PickleBuffer(memoryview(flat.view(sys.modules["torch"].uint8).numpy()))
+            # of the array, not of a memoryview of it: collecting a cycle with that one crashes CPython 3.11
+            buffer = pickle.PickleBuffer(flat.view(sys.modules["torch"].uint8).numpy())
             return _tensor, (buffer, obj.dtype, tuple(obj.shape), obj.requires_grad)
         if isinstance(obj, types.ModuleType) and type(obj) is not types.ModuleType:
             return importlib.import_module, (obj.__name__,)  # lazy modules are of a class of their own
