@@ -1,12 +1,15 @@
 """The shm backend: every collective, on every dtype, size and sub-group, against gloo and against one process."""
 
+import datetime
+import gc
 import itertools
+import os
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from multicard.errors import ConfigError, MismatchError, RankError, UnsupportedError
+from multicard.errors import CollectiveTimeout, ConfigError, MismatchError, RankError, UnsupportedError
 
 SIZES = (0, 1, 7, 1000, 16385, 300_001)  # the last two: above the flat all-reduce, above a window
 GLOO_DTYPES = (torch.float32, torch.float64, torch.float16, torch.int8, torch.uint8, torch.int32, torch.int64)
@@ -411,8 +414,6 @@ def hold(mesh):
     dist.all_reduce(torch.ones(4), group=group)
     with open("/proc/self/maps") as file:
         maps = {line.split(maxsplit=5)[5].strip() for line in file if "multicard" in line and "memfd" in line}
-    import os
-
     stat = os.fstat(made) if made >= 0 else None
     return before is None, maps, (stat.st_mode & 0o777, stat.st_nlink, stat.st_blocks * 512) if stat else None
 
@@ -425,3 +426,54 @@ def test_memory_is_anonymous_private_and_as_large_as_used(run_on):
     mode, links, used = stat
     assert (mode, links, stat1) == (0o600, 0, None)
     assert used < 100_000
+
+
+def lives(mesh):
+    """Groups that are made, used and destroyed: what is left of them."""
+
+    def held():
+        gc.collect()
+        with open("/proc/self/maps") as file:
+            return sum("memfd:multicard" in line for line in file), len(os.listdir("/proc/self/fd"))
+
+    before = held()
+    for _ in range(5):
+        groups = [dist.new_group() for _ in range(4)]
+        for group in groups:
+            collectives_on(group, 10, torch.float32)
+        for group in groups:
+            dist.destroy_process_group(group)
+        del group, groups
+    dist.barrier()
+    return before, held()
+
+
+def test_destroyed_groups_leave_nothing(run_on):
+    for before, after in run_on(lives, dp=3):
+        assert after == before
+
+
+def lateness(mesh):
+    """A timeout that was set later, on a group in which the other ranks don't call."""
+    group, said = dist.new_group(), None
+    dist.barrier(group)
+    group.set_timeout(datetime.timedelta(seconds=0.2))
+    if dist.get_rank() == 0:
+        try:
+            dist.all_reduce(torch.ones(2), group=group)
+        except CollectiveTimeout as error:
+            said = (error.rank, error.collective, error.sequence_number, isinstance(error, TimeoutError), str(error))
+    dist.barrier()  # another group is as it was
+    if dist.get_rank() == 1:
+        try:
+            dist.all_reduce(torch.ones(2), group=group)
+        except RankError as error:
+            said = (error.rank, type(error).__name__)
+    return said
+
+
+def test_timeouts_are_set_by_group_and_name_who_is_late(run_on):
+    first, second, _ = run_on(lateness, dp=3)
+    assert first[:4] == (1, "all_reduce", 2, True)
+    assert "ranks 1, 2 did not arrive within 0.2 s" in first[4]
+    assert second == (2, "CollectiveTimeout")  # rank 0 had come before it gave up

@@ -2,8 +2,8 @@
 
 A sender copies a message into free cells when it is sent, so that ``isend`` returns at once and the message is there
 before the receiver asks (up to DEPTH · CELL bytes; the rest follows whenever either side waits for anything). There is
-no thread: whoever waits moves its own messages along. A channel that has run empty starts at its first cell again, so
-small messages stay in cache and memory is only used to the depth that a program needs.
+no thread: whoever waits moves its own messages along. The lowest free cell is taken, so short messages and long ones
+whose receiver keeps up stay in cache, and memory is only used to the depth that a program needs.
 
 Messages between two ranks match in order for each tag, as in MPI; one that comes before its receive, while another tag
 is waited for, is kept aside.
@@ -81,7 +81,8 @@ class Outbox(_Channel):
 
     def __init__(self, segment: Segment, rank: int, peer: int, fence: Callable[[], None]) -> None:
         super().__init__(segment, rank, peer, fence)
-        self._cell = 0
+        self._free = (1 << DEPTH) - 1  # a bit for every free cell
+        self._flying: collections.deque[int] = collections.deque()  # cells posted and not known to be taken
         self.queue: collections.deque[Transfer] = collections.deque()
 
     def post(self, message: Transfer) -> None:
@@ -90,17 +91,15 @@ class Outbox(_Channel):
 
     def progress(self) -> None:
         """Send what fits."""
-        queue, words, taken = self.queue, self.words, self.at + TAKEN
+        queue, words = self.queue, self.words
         while queue:
-            flying = self.count - words[taken]
-            if flying == DEPTH:
+            cell = self._take_cell()
+            if cell is None:
                 return
-            self.fence()  # the receiver has read the cell that is written now
-            self._cell = (self._cell + 1) % DEPTH if flying else 0
             message = queue[0]
-            self._write(message)
+            self._write(message, cell)
             entry = self.entry
-            words[entry], words[entry + 1], words[entry + 2] = self._cell, message.tag, message.nbytes
+            words[entry], words[entry + 1], words[entry + 2] = cell, message.tag, message.nbytes
             self.count += 1
             self.fence()  # cell and entry are there
             words[self.at + POSTED] = self.count
@@ -108,14 +107,28 @@ class Outbox(_Channel):
                 queue.popleft()
                 message.complete = True
 
-    def _write(self, message: Transfer) -> None:
+    def _take_cell(self) -> int | None:
+        """The lowest free cell: the least memory is touched, and it is the likeliest to be in cache."""
+        flying = self._flying
+        for _ in range(len(flying) - (self.count - self.words[self.at + TAKEN])):
+            self._free |= 1 << flying.popleft()
+        lowest = self._free & -self._free
+        if not lowest:
+            return None
+        self.fence()  # the receiver has read the cell that is written now
+        self._free ^= lowest
+        cell = lowest.bit_length() - 1
+        flying.append(cell)
+        return cell
+
+    def _write(self, message: Transfer, cell: int) -> None:
         tensor = message.tensor
         if not message.long:
-            self.view(self._cell, tensor.dtype, tensor.shape).copy_(tensor)
+            self.view(cell, tensor.dtype, tensor.shape).copy_(tensor)
             message.done = message.nbytes
             return
         piece = message.bytes[message.done : message.done + CELL]
-        self.cells[self._cell][: piece.numel()].copy_(piece)
+        self.cells[cell][: piece.numel()].copy_(piece)
         message.done += piece.numel()
 
 
