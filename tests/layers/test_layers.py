@@ -21,7 +21,7 @@ from multicard.layers import (
     VocabParallelEmbedding,
     shard_of,
 )
-from multicard.layers.packed import pack
+from multicard.layers.packed import pack, pack_tied
 from multicard.mesh import Axis
 
 DEGREES = [{"tp": 1}, {"tp": 2}, {"tp": 3}, {"tp": 2, "dp": 2}]
@@ -235,3 +235,29 @@ def test_a_reordered_weight_multiplies_the_same(dtype, keep_weight):
         assert not pack(layer, keep_weight)  # once is enough
         for x in (torch.randn(1, 1, n_in, dtype=dtype), torch.randn(2, 17, n_in, dtype=dtype)):
             near(layer(x), x.double() @ plain.weight.double().t() + plain.bias.double(), tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "columns"), [(1003, 48), (64, 57), (5, 3), (700, 576)])
+def test_an_embedding_reads_its_rows_out_of_the_heads_blocks(dtype, rows, columns):
+    torch.manual_seed(8)
+    table = nn.Embedding(rows, columns).to(dtype)
+    axis = Axis("tp", 0, 1)
+    embedding = VocabParallelEmbedding.from_embedding(table, axis)
+    head = ParallelLMHead(columns, rows, axis, weight=embedding.weight)
+    ids, x = torch.randint(rows, (2, 7)), torch.randn(1, 3, columns, dtype=dtype)
+    pack_tied(embedding, head)
+    assert head.weight is embedding.weight
+    assert torch.equal(embedding(ids), table(ids))
+    near(head(x), x.double() @ table.weight.double().t(), 1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_tied_blocks_that_are_not_as_expected_stay_in_rows(monkeypatch):
+    monkeypatch.setattr("multicard.layers.packed._blocks", lambda packed, weight: None)
+    table = nn.Embedding(100, 8)
+    axis = Axis("tp", 0, 1)
+    embedding = VocabParallelEmbedding.from_embedding(table, axis)
+    head = ParallelLMHead(8, 100, axis, weight=embedding.weight)
+    assert not pack_tied(embedding, head)
+    assert torch.equal(embedding(torch.arange(100)), table.weight)
+    near(head(torch.eye(8)), table.weight.double().t())

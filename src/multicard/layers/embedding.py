@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +24,8 @@ class VocabParallelEmbedding(nn.Module):
         embedding_dim: the vectors' length.
         axis: the ranks that share the vocabulary.
     """
+
+    lookup: Callable[[Tensor, Tensor], Tensor] = staticmethod(F.embedding)  # packing changes it
 
     def __init__(
         self,
@@ -54,12 +58,12 @@ class VocabParallelEmbedding(nn.Module):
         """
         self._check(ids)
         if self.axis.size == 1:
-            return F.embedding(ids, self.weight)
+            return self.lookup(ids, self.weight)
         if not self.vocabulary:
             return collectives.all_reduce(self.weight.new_zeros(*ids.shape, self.embedding_dim), self.axis)
         local = ids - self.vocabulary.start
         mine = (local >= 0) & (local < len(self.vocabulary))
-        rows = F.embedding(local * mine, self.weight)
+        rows = self.lookup(local * mine, self.weight)
         return collectives.all_reduce(rows.masked_fill_(~mine.unsqueeze(-1), 0), self.axis)
 
     def _check(self, ids: Tensor) -> None:

@@ -7,9 +7,12 @@ memory gives; reordered once into oneDNN's blocks it reads at nearly all of it, 
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor, nn
 
+from multicard.layers.embedding import VocabParallelEmbedding
 from multicard.layers.head import ParallelLMHead
 from multicard.layers.linear import ColumnParallelLinear, RowParallelLinear
 from multicard.layers.shard import shard_of, sharded
@@ -27,22 +30,79 @@ def pack(layer: nn.Module, keep_weight: bool = False) -> bool:
 
     Args:
         layer: its weight is reordered, so it can't be read afterwards.
-        keep_weight: leave the weight in rows (it is also an embedding): still faster than MKL, by less.
+        keep_weight: leave the weight in rows: still faster than MKL, by less.
 
     Returns:
         whether the weight was reordered, for which there were two of it for a moment.
     """
-    if not isinstance(layer, ColumnParallelLinear | RowParallelLinear | ParallelLMHead) or not available():
+    if not isinstance(layer, ColumnParallelLinear | RowParallelLinear | ParallelLMHead):
         return False
-    weight = layer.weight
-    plain = weight.device.type == "cpu" and weight.dtype in DTYPES and not weight.is_mkldnn
-    if not plain or not weight.numel():
+    if not _can_be_packed(layer.weight):
         return False
     layer.multiply = _multiply
     if not keep_weight:
-        shard = shard_of(weight)
-        layer.weight = sharded(torch.ops.mkldnn._reorder_linear_weight(weight.detach()), shard)
+        layer.weight = _reordered(layer.weight)
     return not keep_weight
+
+
+def pack_tied(embedding: VocabParallelEmbedding, head: ParallelLMHead) -> bool:
+    """The same for a head that shares its weight with the embedding, which then looks its rows up in the blocks.
+
+    oneDNN doesn't say how it orders them. What it did is compared with the likely order number by number; where it is
+    another, the weight stays in rows.
+
+    Returns:
+        whether the weight was reordered.
+    """
+    weight = head.weight
+    if weight is not embedding.weight or not _can_be_packed(weight):
+        return False
+    packed = _reordered(weight)
+    blocks = _blocks(packed, weight)
+    if blocks is None:
+        return pack(head, keep_weight=True)
+    head.multiply, head.weight = _multiply, packed
+    embedding.lookup, embedding.weight = BlockedRows(blocks, weight.shape[1]), packed
+    return True
+
+
+class BlockedRows:
+    """``F.embedding`` where rows are in blocks ``(rows / b, columns / v, b, v)``, columns perhaps padded."""
+
+    def __init__(self, blocks: Tensor, columns: int) -> None:
+        self.blocks, self.columns = blocks, columns
+
+    def __call__(self, ids: Tensor, weight: Tensor) -> Tensor:
+        """``weight`` is what the blocks are a view of: an argument so that the memory outlives them."""
+        height = self.blocks.shape[2]
+        rows = self.blocks[ids // height, :, ids % height]
+        return rows.flatten(-2)[..., : self.columns]
+
+
+def _blocks(packed: Tensor, weight: Tensor) -> Tensor | None:
+    size = torch.ops.mkldnn._nbytes(packed)
+    held = (ctypes.c_char * size).from_address(torch.ops.mkldnn.data_ptr(packed))
+    flat = torch.frombuffer(held, dtype=weight.dtype)
+    count, columns = weight.shape
+    deep = 1 if weight.dtype == torch.float32 else 2  # half types are multiplied in pairs
+    for height in (64, 48, 32, 16):
+        area = -(-count // height) * height * deep
+        if flat.numel() % area or flat.numel() // area * deep < columns:
+            continue
+        blocks = flat.view(-(-count // height), flat.numel() // area, height, deep)
+        rows = BlockedRows(blocks, columns)
+        if all(torch.equal(rows(ids, packed), weight[ids]) for ids in torch.arange(count).split(1024)):
+            return blocks
+    return None
+
+
+def _can_be_packed(weight: Tensor) -> bool:
+    plain = weight.device.type == "cpu" and weight.dtype in DTYPES and not weight.is_mkldnn
+    return plain and weight.numel() > 0 and available()
+
+
+def _reordered(weight: Tensor) -> nn.Parameter:
+    return sharded(torch.ops.mkldnn._reorder_linear_weight(weight.detach()), shard_of(weight))
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -83,8 +83,8 @@ class ParallelAttention(nn.Module):
             q, k, v = qkv.split(self.local, dim=2)
             q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         else:
-            turned = rotate(qkv[:, :, : q_heads + k_heads], cos, sin)
-            q, k, v = turned[:, :, :q_heads], turned[:, :, q_heads:], qkv[:, :, q_heads + k_heads :]
+            both, v = qkv.split((q_heads + k_heads, k_heads), dim=2)
+            q, k = rotate(both, cos, sin).split((q_heads, k_heads), dim=2)
         return self.o_proj(cache.attend(layer, q, k, v).reshape(batch, tokens, -1))
 
 

@@ -36,9 +36,9 @@ class KVCache:
         device: torch.device | str | None = None,
     ) -> None:
         self.heads, self.capacity, self.length = heads, capacity, 0
-        shape = (layers, len(starts), len(heads.kv), capacity, head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty_like(self.keys)
+        shape = (2, len(starts), len(heads.kv), capacity, head_dim)
+        self._dtype = dtype
+        self._layers = [tuple(torch.empty(shape, dtype=dtype, device=device)) for _ in range(layers)]
         self.starts = torch.tensor(starts, device=device)
         self._padded = any(starts)
         self._mask: Tensor | None = None
@@ -58,11 +58,11 @@ class KVCache:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write ``k``, ``v``, attend with ``q``: each ``(batch, tokens, this rank's heads, head_dim)``, out like q."""
-        keys, values = self.keys[layer], self.values[layer]
+        keys, values = self._layers[layer]
         start, stop = self._new.start, self._new.stop
-        keys[:, :, start:stop].copy_(k.transpose(1, 2))
-        values[:, :, start:stop].copy_(v.transpose(1, 2))
-        keys, values = keys[:, :, :stop], values[:, :, :stop]
+        keys.narrow(2, start, stop - start).copy_(k.transpose(1, 2))
+        values.narrow(2, start, stop - start).copy_(v.transpose(1, 2))
+        keys, values = keys.narrow(2, 0, stop), values.narrow(2, 0, stop)
         if self.heads.uniform:
             return self._kernel(q, keys, values)
         outs = [
@@ -104,5 +104,5 @@ class KVCache:
             keep = (keep & real) | (
                 columns == slots[:, None]
             )  # padding attends to itself: no row is empty, none is NaN
-        mask = torch.zeros(keep.shape, dtype=self.keys.dtype, device=slots.device)
+        mask = torch.zeros(keep.shape, dtype=self._dtype, device=slots.device)
         return mask.masked_fill_(~keep, float("-inf")).reshape(-1, 1, len(slots), self.length)

@@ -14,7 +14,7 @@ import torch
 from multicard import mesh as meshes
 from multicard.config import ParallelConfig
 from multicard.errors import ConfigError, MulticardError
-from multicard.layers.packed import pack
+from multicard.layers.packed import pack, pack_tied
 from multicard.mesh import Axis, ParallelMesh
 from multicard.models.config import DTYPES, DecoderConfig
 from multicard.models.decoder import ParallelTransformer
@@ -77,8 +77,17 @@ def load_decoder(
             fault = error
         agree(fault, mesh.world, mesh.device)
         needed = parameter_bytes(model)
-        for done in load(model, checkpoint, mesh.world, mesh.device, checkpoint_name, pack):
+        for done in load(model, checkpoint, mesh.world, mesh.device, checkpoint_name, lambda m: _reorder(m, model)):
             yield (model, done) if isinstance(done, LoadReport) else min(1.0, done / max(needed, 1))
+
+
+def _reorder(module: torch.nn.Module, model: ParallelTransformer) -> int:
+    """Reorder a module's weight for the CPU; a tied head's with the embedding's. Returns the bytes held twice."""
+    if module is model.lm_head and model.lm_head.weight is model.embed_tokens.weight:
+        size = model.lm_head.weight.nbytes
+        return size if pack_tied(model.embed_tokens, model.lm_head) else 0
+    pack(module)
+    return 0
 
 
 def _prepare(

@@ -21,7 +21,7 @@ from multicard.mesh import Axis
 from multicard.weights.checkpoint import Checkpoint
 
 Rename = Callable[[str], str]
-Finish = Callable[[nn.Module, bool], object]
+Finish = Callable[[nn.Module], int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,7 @@ def load(
     world: Axis,
     device: torch.device | str = "cpu",
     rename: Rename = str,
-    finish: Finish = lambda module, shared: None,
+    finish: Finish = lambda module: 0,
 ) -> Iterator[int | LoadReport]:
     """Give every parameter of ``model``, which may be on "meta", this rank's part of the checkpoint's tensor.
 
@@ -121,8 +121,8 @@ def load(
     Args:
         world: the ranks that load together.
         rename: the model's name of a parameter to the checkpoint's.
-        finish: called with each module whose parameters are there and whether it shares one with another module; it
-            may put others in their place.
+        finish: called with each module whose parameters are there; it may put others in their place. Returns the bytes
+            of which it held two for a moment, those of matrices that are read one at a time not counted.
 
     Raises:
         CheckpointError: a file that was cut, or can't be read, on some rank: on every rank, naming it.
@@ -137,7 +137,7 @@ def load(
                 failure = error
             yield reader.bytes_read
         if failure is None:
-            finish(module, reader.shares(module))
+            reader.held_twice(finish(module))
             reader.settle(module)
     agree(failure, world, device)
     yield reader.report(time.perf_counter() - begin)
@@ -175,22 +175,25 @@ class _Reader:
         self._checkpoint, self._device = checkpoint, device
         users = [p for module in model.modules() for p in module.parameters(recurse=False)]
         counts = collections.Counter(map(id, users))
-        self._shared = [p for p in users if counts[id(p)] > 1]  # held, so that their ids stay theirs
-        self._done: dict[int, nn.Parameter] = {}
+        self._shared = {id(p): p for p in users if counts[id(p)] > 1}  # held, so that their ids stay theirs
+        self._left = counts
+        self._placed: dict[int, nn.Parameter] = {}
         self._scratch: Tensor | None = None
         self.bytes_read = self._allocated = self._peak = self._shard_bytes = 0
 
     def place(self, module: nn.Module, leaf: str, name: str, declared: nn.Parameter) -> None:
         """Read one parameter and put it in its module; one that several modules share is read once."""
-        placed = self._done.get(id(declared))
+        key = id(declared)
+        placed = self._placed.pop(key, None)
         if placed is None:
             placed = self._read(name, declared)
-        if any(declared is shared for shared in self._shared):
-            self._done[id(declared)] = placed
+        self._left[key] -= 1
+        if self._left[key]:
+            self._placed[key] = placed
         setattr(module, leaf, placed)
 
-    def shares(self, module: nn.Module) -> bool:
-        return any(p is done for p in module.parameters(recurse=False) for done in self._done.values())
+    def held_twice(self, size: int) -> None:
+        self._peak = max(self._peak, self._allocated + size)
 
     def settle(self, module: nn.Module) -> None:
         """A weight that is still in the scratch buffer gets memory of its own."""
@@ -219,8 +222,7 @@ class _Reader:
         """On the CPU matrices of one size come into one buffer, out of which they are reordered: as many that are
         freed in turn would leave holes."""
         shape, dtype = declared.shape, declared.dtype
-        shared = any(declared is other for other in self._shared)
-        if self._device.type != "cpu" or len(shape) < 2 or shared:
+        if self._device.type != "cpu" or len(shape) < 2 or id(declared) in self._shared:
             return torch.empty(shape, dtype=dtype, device=self._device)
         if self._scratch is None or self._scratch.shape != shape or self._scratch.dtype != dtype:
             self._scratch = None
