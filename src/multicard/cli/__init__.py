@@ -24,6 +24,7 @@ app.command("image")(image.image)
 app.command("info")(info.info)
 app.command("run", context_settings=run.CONTEXT)(run.run)
 
+INTERRUPTED = 130
 BAD_INPUT = (errors.ConfigError, errors.UnsupportedError, errors.CheckpointError)
 
 
@@ -37,9 +38,9 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is imported; ranks do the same
     signal.signal(signal.SIGTERM, _interrupt)  # ranks and files are cleaned up after, as on Ctrl-C
     try:
-        sys.exit(app(args=args, prog_name="multicard", standalone_mode=False) or 0)
+        code = app(args=args, prog_name="multicard", standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted", 130)
+        _fail("interrupted", INTERRUPTED)
     except BAD_INPUT as error:
         _fail(str(error), 2, error)
     except errors.MulticardError as error:
@@ -49,6 +50,9 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         if usage is not None:
             _fail(f"{usage()} See `multicard --help`.", 2)
         _fail(_describe(error), 1, error)
+    if code == INTERRUPTED:  # typer has caught Ctrl-C itself
+        _fail("interrupted", INTERRUPTED)
+    sys.exit(code)
 
 
 def _interrupt(*_: object) -> None:

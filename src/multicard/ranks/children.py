@@ -184,7 +184,7 @@ class Children:
         """This host's first failure, or the one on another host that it follows from; others are told."""
         if self._neighbours is None:
             return first
-        if first.kind != failure.OWN and (elsewhere := self._neighbours.await_failure(2 * POLL)) is not None:
+        if first.kind != failure.OWN and (elsewhere := self._neighbours.await_failure(8 * POLL)) is not None:
             return elsewhere
         self._neighbours.tell(first.error)
         return first

@@ -15,7 +15,7 @@ from typing import Any
 from multicard.errors import RankError
 from multicard.ranks.failure import OWN, Failure
 
-POLL = 0.5
+POLL = 0.25
 """Seconds between two looks at the store."""
 
 _FAILED, _DONE = "multicard/failed", "multicard/done"
@@ -57,7 +57,7 @@ class Neighbours:
         self._heard = time.monotonic()
         self._told: dict[str, Any] | None = None
         self._news: dict[str, Any] | None = None
-        self._finished, self._all_done, self._left = (threading.Event() for _ in range(3))
+        self._finished, self._all_done, self._left, self._wake = (threading.Event() for _ in range(4))
         threading.Thread(target=self._watch, name="multicard-hosts", daemon=True).start()
 
     @property
@@ -77,9 +77,10 @@ class Neighbours:
         """Tell the others that this host has failed; not waited for longer than a moment."""
         message = (str(error).strip() or type(error).__name__).splitlines()[0]
         self._news = {"message": message, "rank": getattr(error, "rank", None), "host": self._hosts.index}
-        self._left.wait(2 * POLL)
+        self._wake.set()
+        self._left.wait(4 * POLL)
         if self._hosts.index == 0:  # the store ends with this process: let the others read it first
-            time.sleep(2 * POLL)
+            time.sleep(4 * POLL)
 
     def await_failure(self, seconds: float) -> Failure | None:
         """What went wrong elsewhere, once it is known or ``seconds`` have passed."""
@@ -91,6 +92,7 @@ class Neighbours:
     def finish(self) -> Failure | None:
         """Wait until every host is done; returns what went wrong elsewhere meanwhile."""
         self._finished.set()
+        self._wake.set()
         while not self._all_done.wait(POLL):
             if (failure := self.failure) is not None:
                 return failure
@@ -122,7 +124,9 @@ class Neighbours:
                 if said and store.add(_DONE, 0) == self._hosts.count:
                     self._all_done.set()
                 self._heard, self._patience = time.monotonic(), self._next_patience
-                self._finished.wait(POLL) if not said else time.sleep(POLL / 5)
+                self._wake.wait(POLL)
+                if said:
+                    time.sleep(POLL / 5)
         except Exception:  # the connection is gone: silence says it, once it has lasted
             if self._finished.is_set():  # host 0 closes the store when all are done
                 self._all_done.set()
