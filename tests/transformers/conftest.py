@@ -36,7 +36,7 @@ def oracles():
 
 @pytest.fixture(scope="session")
 def measured(pools, oracles):
-    """``measured(**degrees)``: for every architecture by rank (error, tokens equal, share of parameters) or a refusal."""
+    """``measured(**degrees)``: by architecture and rank (error, tokens equal, share of parameters) or a refusal."""
     done = {}
 
     def get(**degrees):

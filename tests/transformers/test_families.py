@@ -47,7 +47,7 @@ def test_a_family_without_a_plan_is_refused_before_anything_is_split(run_on):
         import transformers as hf
 
         model = hf.MambaForCausalLM(hf.MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1))
-        with pytest.raises(mc.errors.UnsupportedError, match="MambaForCausalLM.*no tensor-parallel plan"):
+        with pytest.raises(mc.errors.UnsupportedError, match=r"MambaForCausalLM.*no tensor-parallel plan"):
             mc.parallelize(model, mesh)
         return type(model.backbone.layers[0].mixer.in_proj).__name__
 

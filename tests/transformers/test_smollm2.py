@@ -1,4 +1,4 @@
-"""SmolLM2 through transformers: greedy tokens equal to one process's, whatever its 9 heads and 3 key/value heads divide by."""
+"""SmolLM2 through transformers: greedy tokens equal to one process's, though its 9 heads over 3 divide by little."""
 
 import pathlib
 
@@ -50,7 +50,7 @@ def compare(run_on, meshes, length, new_tokens):
 
 
 def test_greedy_tokens_are_those_of_one_process(run_on):
-    compare(run_on, ({"tp": 2}, {"tp": 3}, {"ring": 2}), 150, 12)
+    compare(run_on, ({"tp": 2}, {"tp": 3}, {"ring": 2}), 100, 8)
 
 
 @pytest.mark.soak

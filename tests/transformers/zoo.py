@@ -12,8 +12,9 @@ MHA = {**SIZES, **IDS, "num_attention_heads": 6, "intermediate_size": 85}
 MOE = {**LLAMA, "num_experts_per_tok": 2, "intermediate_size": 44}
 MLA = {
     **SIZES, **IDS, "num_attention_heads": 6, "num_key_value_heads": 6, "q_lora_rank": 24, "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12, "intermediate_size": 85, "moe_intermediate_size": 20,
-    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1,
+    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12, "intermediate_size": 85,
+    "moe_intermediate_size": 20, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1,
+    "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1,
 }  # fmt: skip
 GPT2 = {"vocab_size": 131, "n_embd": 60, "n_layer": 2, "n_head": 5, "n_positions": 128, "n_inner": 85, **IDS}
 
