@@ -63,9 +63,22 @@ def ring_attention(
     Returns:
         ``(B, rows, H, Dv)``, and the joint queries' ``(B, Sj, H, Dv)`` or None.
     """
+    if axis.size == 1:
+        return _around(q, k, v, axis, visible, segments, scale, joint)
+    return _around_uncompiled(q, k.contiguous(), v.contiguous(), axis, visible, segments, scale, joint)
+
+
+def _around(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    axis: Axis,
+    visible: Visibility,
+    segments: Segments,
+    scale: float,
+    joint: Joint | None,
+) -> tuple[Tensor, Tensor | None]:
     total, joint_part = Accumulator(q.shape[1], q.shape[2]), None
-    if axis.size > 1:
-        k, v = k.contiguous(), v.contiguous()
     shift = collectives.RingShift(axis)
     for step in range(axis.size):
         block = (axis.rank - step) % axis.size
@@ -87,6 +100,9 @@ def ring_attention(
     if joint is None or joint_part is None:
         return out, None
     return out, merge_ranks(*joint_part.result(joint.q, v.shape[3]), joint.axis).to(out.dtype)
+
+
+_around_uncompiled = torch.compiler.disable(_around, reason="point to point")  # one graph break for all the messages
 
 
 def _attend(
