@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,14 +47,21 @@ def op_name(op: dist.ReduceOp) -> str:
     return name
 
 
+@functools.cache
 def check(name: str, dtype: torch.dtype) -> None:
-    """Refuse what has no meaning, or none in torch."""
-    bad = (
+    """Refuse what has no meaning, or none in torch: everywhere alike, and before any data moves."""
+    meaningless = (
         (name == "avg" and not (dtype.is_floating_point or dtype.is_complex))
         or (name in ("min", "max") and (dtype.is_complex or dtype in SIGNED))
         or (name in ("band", "bor", "bxor") and (dtype.is_complex or dtype.is_floating_point))
     )
-    if bad:
+    try:
+        if not meaningless:
+            one = torch.zeros(1, dtype=torch.uint8).expand(dtype.itemsize).contiguous().view(dtype)
+            reduce_into(one, [one.clone(), one.clone()], name)
+    except (RuntimeError, TypeError):  # torch lacks the kernel
+        meaningless = True
+    if meaningless:
         raise UnsupportedError(f"backend shm can't reduce {dtype} by {name}: convert to another dtype first")
 
 

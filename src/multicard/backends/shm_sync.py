@@ -29,6 +29,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+import torch.distributed as dist
+
 from multicard.backends.shm_call import describe
 from multicard.backends.shm_segment import CALL, CALL_WORDS, FAILED, LINE, SITE, WAITING, WORD, Process, Segment
 from multicard.errors import CollectiveTimeout, MismatchError, RankError
@@ -70,7 +72,8 @@ class Sync:
         self._rows = [segment.row(r) for r in range(self.size)]
         self._row = self._rows[rank]
         self._others = [(r, row) for r, row in enumerate(self._rows) if r != rank]
-        crowded = self.size > len(os.sched_getaffinity(0))
+        processes = dist.get_world_size() if dist.is_initialized() else self.size
+        crowded = processes > len(os.sched_getaffinity(0))
         self._spins = 20 if crowded else 2000  # about a microsecond, or a hundred of them
         self.sequence = 0  # steps posted
         self.settled = 0  # every peer is known to have posted this step

@@ -16,9 +16,9 @@ VIEWS = 256
 def check(*tensors: Tensor) -> None:
     """Refuse what isn't dense and on the CPU."""
     for x in tensors:
-        if not x.is_cpu or x.layout != torch.strided:
+        if not x.is_cpu or x.layout != torch.strided or x.is_quantized:
             raise UnsupportedError(
-                f"backend shm is for dense CPU tensors, not {x.layout} on {x.device}: "
+                f"backend shm is for dense CPU tensors, not {x.layout} {x.dtype} on {x.device}: "
                 "give such tensors a group of their own device's backend"
             )
 
