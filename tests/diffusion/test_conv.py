@@ -1,4 +1,4 @@
-"""Parallel convolutions against torch's own in float64, on 2 and 3 ranks, whatever divides."""
+"""Parallel convolutions against torch's own in float64, on 2, 3 and 4 ranks, whatever divides."""
 
 import pytest
 import torch
@@ -15,6 +15,9 @@ CASES = [
     {"in_channels": 6, "out_channels": 9, "kernel_size": 3, "groups": 3, "dilation": 2, "padding": 2},
     {"in_channels": 8, "out_channels": 8, "kernel_size": 3, "groups": 8, "padding": "same"},
     {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "groups": 2, "stride": (1, 2)},
+    {"in_channels": 3, "out_channels": 5, "kernel_size": (3, 2), "padding": (2, 1), "padding_mode": "reflect"},
+    {"in_channels": 5, "out_channels": 3, "kernel_size": 4, "padding": "same", "padding_mode": "replicate"},
+    {"in_channels": 2, "out_channels": 4, "kernel_size": 3, "padding": 1, "groups": 2, "padding_mode": "circular"},
 ]
 
 
@@ -32,14 +35,14 @@ def convolutions(mesh):
             "row": (RowParallelConv2d.from_conv(whole, mesh.tp, input_is_parallel=False)(x), expected),
         }
         row = RowParallelConv2d.from_conv(after, mesh.tp)
-        if column.share(mesh.tp.rank) == row.share(mesh.tp.rank):  # groups are dealt out whole, channels one by one
+        if all(column.share(rank) == row.share(rank) for rank in range(mesh.tp.size)):  # with groups they may not
             outputs["both"] = (row(column(x).relu()), after(expected.relu()))
         for name, (got, wanted) in outputs.items():
             errors[i, name] = float((got - wanted).abs().max()) if got.shape == wanted.shape else got.shape
     return errors
 
 
-@pytest.mark.parametrize("tp", [2, 3])
+@pytest.mark.parametrize("tp", [2, 3, 4])
 def test_exact_at_any_degree(run_on, tp):
     for errors in run_on(convolutions, tp=tp):
         assert {case: error for case, error in errors.items() if not error < 1e-12} == {}
@@ -54,6 +57,14 @@ def test_one_rank_is_the_plain_layer(cls):
     assert torch.equal(layer(x), plain(x))
 
 
-def test_other_paddings_are_refused():
-    with pytest.raises(ConfigError, match="reflect"):
-        ColumnParallelConv2d.from_conv(nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect"), single().tp)
+def test_parameters_keep_their_shard_rule():
+    for cls in (ColumnParallelConv2d, RowParallelConv2d):
+        built, copied = cls(4, 6, 3, axis=single().tp), cls.from_conv(nn.Conv2d(4, 6, 3), single().tp)
+        for name, parameter in copied.named_parameters():
+            assert getattr(built, name).shard == parameter.shard
+            assert not getattr(built, name).requires_grad
+
+
+def test_other_convolutions_are_refused():
+    with pytest.raises(ConfigError, match="ConvTranspose2d"):
+        RowParallelConv2d.from_conv(nn.ConvTranspose2d(1, 1, 3), single().tp)

@@ -53,10 +53,8 @@ def image(
 
     target = _target(output)
     asked = {
-        "prompt": (prompts[0] if len(prompts) == 1 else prompts) if prompts else None,
-        "negative_prompt": [negative_prompt] * len(prompts)
-        if negative_prompt and len(prompts or ()) > 1
-        else negative_prompt,
+        "prompt": _one_or_list(prompts or []),
+        "negative_prompt": _one_or_list([negative_prompt] * max(1, len(prompts or []))),
         "class_labels": class_label or None,
         "num_inference_steps": steps,
         "guidance_scale": guidance_scale,

@@ -6,14 +6,18 @@ groups: a group's outputs depend on its own inputs alone.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multicard import collectives, partition
 from multicard.errors import ConfigError
-from multicard.layers.shard import Shard, sharded
+from multicard.layers.shard import Shard, shard_of, sharded
 from multicard.mesh import Axis
+
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
 class _ParallelConv2d(nn.Module):
@@ -21,12 +25,14 @@ class _ParallelConv2d(nn.Module):
 
     def __init__(self, conv: nn.Conv2d, axis: Axis) -> None:
         super().__init__()
-        if conv.padding_mode != "zeros":
-            raise ConfigError(f"padding_mode={conv.padding_mode!r}: parallel convolutions pad with zeros")
+        if type(conv) is not nn.Conv2d:
+            raise ConfigError(f"{type(conv).__name__} isn't torch.nn.Conv2d: parallel convolutions compute no other")
         self.axis = axis
         self.in_channels, self.out_channels, self.groups = conv.in_channels, conv.out_channels, conv.groups
         self.kernel_size, self.stride = conv.kernel_size, conv.stride
-        self.padding, self.dilation = conv.padding, conv.dilation
+        self.padding, self.dilation, self.padding_mode = conv.padding, conv.dilation, conv.padding_mode
+        # reflect, replicate and circular padding: before, with the amounts as torch.nn.Conv2d gives them to F.pad
+        self._pad = None if conv.padding_mode == "zeros" else list(conv._reversed_padding_repeated_twice)
 
     def _spans(self, rank: int) -> tuple[range, range]:
         """The whole groups of a rank, as input and as output channels."""
@@ -35,13 +41,16 @@ class _ParallelConv2d(nn.Module):
         return range(mine.start * ins, mine.stop * ins), range(mine.start * outs, mine.stop * outs)
 
     def _convolve(self, x: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-        weight = self.weight
+        weight, padding = self.weight, self.padding
+        if self._pad is not None:
+            x = F.pad(x, self._pad, mode=self.padding_mode) if x.shape[1] else _grow(x, self._pad)
+            padding = (0, 0)
         if weight.numel():
-            return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, groups)
+            return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, groups)
         # nothing here: the shape alone, from one channel that isn't computed
         one = torch.empty(1, 1, *self.kernel_size, dtype=x.dtype, device="meta")
         like = x.new_empty(x.shape[0], 1, *x.shape[2:], device="meta")
-        size = F.conv2d(like, one, None, self.stride, self.padding, self.dilation).shape[2:]
+        size = F.conv2d(like, one, None, self.stride, padding, self.dilation).shape[2:]
         out = x.new_zeros(x.shape[0], weight.shape[0], *size)
         return out if bias is None else out + bias[:, None, None]
 
@@ -55,6 +64,12 @@ class _ParallelConv2d(nn.Module):
         if conv.bias is not None:
             bias = Shard(tuple(conv.bias.shape), 0, (bias_span,) if bias_span else ())
             self.bias = sharded(bias.take(conv.bias.detach()), bias)
+
+    def _allocate(self, device: torch.device | str | None) -> None:
+        """Memory for parameters on the meta device, whose shard rules stay."""
+        for name, parameter in list(self.named_parameters()):
+            data = torch.empty_like(parameter, device=device or torch.get_default_device())
+            setattr(self, name, sharded(data, shard_of(parameter)))
 
     def extra_repr(self) -> str:
         return (
@@ -70,7 +85,7 @@ class ColumnParallelConv2d(_ParallelConv2d):
     Args:
         in_channels: channels of the input, whole on every rank.
         out_channels: output channels in all.
-        kernel_size, stride, padding, dilation, groups: as ``torch.nn.Conv2d``; groups are split whole.
+        kernel_size, stride, padding, dilation, groups, padding_mode: as ``torch.nn.Conv2d``; groups are split whole.
         axis: the ranks that share the output channels.
         bias: add one; each rank holds its own channels' part.
         gather_output: return all channels on every rank (one all-gather) instead of this rank's.
@@ -86,6 +101,7 @@ class ColumnParallelConv2d(_ParallelConv2d):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
         *,
         axis: Axis,
         gather_output: bool = False,
@@ -93,10 +109,10 @@ class ColumnParallelConv2d(_ParallelConv2d):
         device: torch.device | str | None = None,
     ) -> None:
         whole = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, device="meta", dtype=dtype
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, "meta", dtype
         )
         self._setup(whole, axis, gather_output)
-        self.to_empty(device=device or "cpu")
+        self._allocate(device)
 
     def _setup(self, conv: nn.Conv2d, axis: Axis, gather_output: bool) -> None:
         _ParallelConv2d.__init__(self, conv, axis)
@@ -136,7 +152,7 @@ class RowParallelConv2d(_ParallelConv2d):
     Args:
         in_channels: input channels in all.
         out_channels: output channels, whole on every rank.
-        kernel_size, stride, padding, dilation, groups: as ``torch.nn.Conv2d``; groups are split whole.
+        kernel_size, stride, padding, dilation, groups, padding_mode: as ``torch.nn.Conv2d``; groups are split whole.
         axis: the ranks that share the input channels.
         bias: add one.
         input_is_parallel: the input is this rank's channels already (a column-parallel convolution's output); False: it
@@ -153,6 +169,7 @@ class RowParallelConv2d(_ParallelConv2d):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
         *,
         axis: Axis,
         input_is_parallel: bool = True,
@@ -160,10 +177,10 @@ class RowParallelConv2d(_ParallelConv2d):
         device: torch.device | str | None = None,
     ) -> None:
         whole = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, device="meta", dtype=dtype
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, "meta", dtype
         )
         self._setup(whole, axis, input_is_parallel)
-        self.to_empty(device=device or "cpu")
+        self._allocate(device)
 
     def _setup(self, conv: nn.Conv2d, axis: Axis, input_is_parallel: bool) -> None:
         _ParallelConv2d.__init__(self, conv, axis)
@@ -189,6 +206,8 @@ class RowParallelConv2d(_ParallelConv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, this rank's channels, H, W)``, or all of them, to ``(N, out_channels, H', W')`` on every rank."""
+        if self.axis.size == 1:
+            return self._convolve(x, self.bias, self.groups)
         if not self.input_is_parallel:
             mine = self.share(self.axis.rank)
             x = x[:, mine.start : mine.stop]
@@ -199,3 +218,8 @@ class RowParallelConv2d(_ParallelConv2d):
         """Every rank's groups are outputs of their own: gathered, nothing to add up."""
         y = self._convolve(x, None, len(partition.split(self.groups, self.axis.size)[self.axis.rank]))
         return collectives.all_gather(y, self.axis, 1, [len(self._spans(rank)[1]) for rank in range(self.axis.size)])
+
+
+def _grow(x: Tensor, pad: list[int]) -> Tensor:
+    """No channels of the padded size: ``F.pad`` takes none in other modes than zeros."""
+    return x.new_empty(*x.shape[:2], x.shape[2] + pad[2] + pad[3], x.shape[3] + pad[0] + pad[1])
