@@ -198,7 +198,8 @@ class Children:
         """End all ranks; ``why`` is what later calls are told."""
         self.broken = self.broken or why
         self._supervisor.end(grace)
-        self._store = None
+        if self._neighbours is None:  # other hosts have yet to read there why
+            self._store = None
 
     def _refuse_if_broken(self) -> None:
         if self.broken is None and self._supervisor.dead:
