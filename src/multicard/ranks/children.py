@@ -66,8 +66,9 @@ class _Open:
 class Children:
     """A job's ranks. Calls from several threads take turns."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, settle: float = SETTLE) -> None:
         self.settings = settings
+        self._settle_time = settle
         self.broken: str | None = None
         self._ranks = settings.ranks
         self._size = len(self._ranks)
@@ -276,7 +277,7 @@ class Children:
         """
         opened.settled = True
         first = failure.first_real(opened.failures)
-        patience = REFUSED_SETTLE if isinstance(first.error, REFUSED) else SETTLE
+        patience = REFUSED_SETTLE if isinstance(first.error, REFUSED) else self._settle_time
         deadline = time.monotonic() + patience
         while len(opened.answers) < self._size and (left := deadline - time.monotonic()) > 0:
             self._take_events(left)

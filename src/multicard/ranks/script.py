@@ -20,7 +20,7 @@ def run_script(path: str, args: Sequence[str], settings: Settings) -> None:
         what :func:`multicard.launch` raises.
     """
     _check(path, settings)
-    children = Children(settings)
+    children = Children(settings, settle=0.1)  # a script is over at its first failure: nothing to save
     done = False
     try:
         children.start()
