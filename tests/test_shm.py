@@ -289,6 +289,24 @@ def test_messages(run_on, ranks):
     assert run_on(messages, dp=ranks) == [[]] * ranks
 
 
+def splits(mesh):
+    """An all_to_all that looks even to one rank, uneven to another, too long for a window to a third."""
+    rank, wrong = dist.get_rank(), []
+    for width, long in itertools.product((1, 60_000), (2, 3, 9)):
+        sizes = [[2, long, 2], [2, 2, 2], [2, 2, 2]]  # by source, then destination
+        data = [torch.randn(sum(row), width, generator=torch.Generator().manual_seed(r)) for r, row in enumerate(sizes)]
+        takes = [row[rank] for row in sizes]
+        out = torch.empty(sum(takes), width)
+        dist.all_to_all_single(out, data[rank], takes, sizes[rank])
+        if not torch.equal(out, torch.cat([x.split(row)[rank] for x, row in zip(data, sizes, strict=True)])):
+            wrong.append((width, long))
+    return wrong
+
+
+def test_an_exchange_that_looks_even_to_some_ranks(run_on):
+    assert run_on(splits, dp=3) == [[]] * 3
+
+
 def refused(mesh):
     """What is refused, by name, before anything was said: the group goes on."""
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -310,6 +328,8 @@ def refused(mesh):
         "scatter": lambda: dist.reduce_scatter_single(torch.ones(3), x),
         "exchange": lambda: shm.all_to_all([x] * (size + 1), [x] * size),
         "exchange own": lambda: shm.all_to_all([x] * size, [x[: rank + 1]] * size),
+        "exchange rows": lambda: shm.all_to_all_single(x, x, [3, 2], [2, 2]),
+        "exchange dtype": lambda: shm.all_to_all_single(x.double(), x),
         "root": lambda: shm.broadcast(x, size),
         "peer": lambda: shm.send([x], rank),
     }.items():
@@ -340,6 +360,8 @@ def test_what_it_does_not_have_is_refused_by_name(run_on):
             "scatter": "4",
             "exchange": "all_to_all",
             "exchange own": "itself",
+            "exchange rows": "[3, 2]",
+            "exchange dtype": "torch.float64",
             "root": "group rank 2",
             "peer": "group rank",
         }

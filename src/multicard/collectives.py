@@ -150,7 +150,7 @@ def all_to_all(
     out = x.new_empty(sum(receive), *x.shape[1:])
     shm = _shm(axis)
     if shm is not None:
-        shm.all_to_all(out.split_with_sizes(receive), x.split_with_sizes(send)).wait()
+        shm.all_to_all_single(out, x, receive, send).wait()
     else:
         dist.all_to_all_single(out, x.contiguous(), receive, send, group=axis.group)
     return out

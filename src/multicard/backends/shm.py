@@ -127,8 +127,7 @@ class ShmProcessGroup(dist.ProcessGroup):
     def all_to_all_single(
         self, out: Tensor, x: Tensor, out_splits: Sequence[int], in_splits: Sequence[int], opts: Any = None
     ) -> ShmWork:
-        size = self.shm.size
-        return self.shm.all_to_all(_rows(out, out_splits, size), _rows(x, in_splits, size), (out,))
+        return self.shm.all_to_all_single(out, x, out_splits, in_splits)
 
     alltoall_base = all_to_all_single
 
@@ -223,14 +222,6 @@ def _op(opts: Any) -> str:
 
 def _root(opts: Any) -> int:
     return opts if isinstance(opts, int) else int(opts.rootRank)
-
-
-def _rows(x: Tensor, sizes: Sequence[int], parts: int) -> Sequence[Tensor]:
-    """Slices by rank along dim 0; None given: equal ones."""
-    sizes = list(sizes) or [x.shape[0] // parts] * parts
-    if sum(sizes) != x.shape[0] or len(sizes) != parts:
-        raise ConfigError(f"all_to_all: slices of {sizes} over {parts} ranks don't make {x.shape[0]} rows")
-    return x.split(sizes)
 
 
 def _create(options: Any, _: object) -> ShmProcessGroup:

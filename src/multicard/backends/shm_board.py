@@ -14,9 +14,10 @@ from torch import Tensor
 
 from multicard import partition
 from multicard.backends.shm_reduce import reduce_into
-from multicard.backends.shm_segment import WINDOW, Segment
+from multicard.backends.shm_segment import LINE, WINDOW, Segment
 from multicard.backends.shm_sync import Sync
 from multicard.backends.shm_tensor import VIEWS
+from multicard.errors import MismatchError
 
 FLAT = 1 << 16
 """Up to this many bytes every rank adds up everything (one wait); above, each adds up its slice (two waits)."""
@@ -34,6 +35,8 @@ class Board:
         self._windows, self._sync = segment.windows, sync
         self.rank, self.size = sync.rank, sync.size
         self._views = functools.lru_cache(VIEWS)(self._make_views)
+        self._part = functools.lru_cache(VIEWS)(self._make_part)
+        self._columns = functools.lru_cache(VIEWS)(self._make_columns)
 
     def _make_views(self, half: int, dtype: torch.dtype, shape: torch.Size) -> tuple[list[Tensor], Tensor]:
         size = shape.numel() * dtype.itemsize
@@ -155,6 +158,86 @@ class Board:
                 reduce_into(result, [own if r == rank else slots[r][at] for r in range(self.size)], op)
                 if result is not mine:
                     mine.copy_(result)
+
+    # ---- everybody gets something else
+
+    def write_parts(self, parts: Sequence[Tensor]) -> list[int]:
+        """Post this rank's ``parts`` by rank, one of which is its own. Gives the ranks whose parts found no room."""
+        sync, rank = self._sync, self.rank
+        sync.settle()
+        step, at, left = sync.sequence + 1, 0, []
+        for to, part in enumerate(parts):
+            if to == rank:
+                continue
+            size = part.numel() * part.itemsize
+            fits = at + size <= WINDOW
+            self._say_part(to, step, at if fits else None, size)
+            if fits:
+                self._part(step & 1, rank, at, part.dtype, part.shape).copy_(part)
+                at += -(-size // LINE) * LINE
+            else:
+                left.append(to)
+        sync.post()
+        return left
+
+    def read_parts(self, parts: Sequence[Tensor]) -> list[int]:
+        """Wait for everybody's parts for this rank, into ``parts``. Gives the ranks whose parts come another way."""
+        sync, left = self._sync, []
+        sync.await_all()
+        for source, part in enumerate(parts):
+            if source == self.rank:
+                continue
+            at = self._find_part(source, part.numel() * part.itemsize)
+            if at is None:
+                left.append(source)
+            else:
+                part.copy_(self._part(sync.sequence & 1, source, at, part.dtype, part.shape))
+        return left
+
+    def write_even_parts(self, x: Tensor) -> None:
+        """The same for equal parts of a contiguous tensor that fits a window: one copy for all of them."""
+        sync = self._sync
+        sync.settle()
+        step, size = sync.sequence + 1, x.numel() // self.size * x.itemsize
+        self._slots(x.dtype, x.shape)[self.rank].copy_(x)
+        for to in range(self.size):
+            self._say_part(to, step, to * size, size)
+        sync.post()
+
+    def read_even_parts(self, out: Tensor) -> bool:
+        """Wait for everybody's parts, and read them in one copy; False if some peer has laid its own out otherwise."""
+        sync, numel = self._sync, out.numel() // self.size
+        sync.await_all()
+        size = numel * out.itemsize
+        at = self.rank * size
+        for source in range(self.size):
+            if self._find_part(source, size) != at:
+                return False
+        out.view(self.size, numel).copy_(self._columns(sync.sequence & 1, out.dtype, at, numel))
+        return True
+
+    def _say_part(self, to: int, step: int, at: int | None, size: int) -> None:
+        word = self._sync.part(self.rank, to, step)
+        self._sync.words[word] = 0 if at is None else at + 1
+        self._sync.words[word + 1] = size
+
+    def _find_part(self, source: int, size: int) -> int | None:
+        """Where in its window ``source`` has put its part for this rank; None if it comes another way."""
+        sync = self._sync
+        word = sync.part(source, self.rank, sync.sequence)
+        at, sent = sync.words[word], sync.words[word + 1]
+        if sent != size:
+            told = f"rank {sync.ranks[source]} sends {sent} bytes to rank {sync.ranks[self.rank]}, which takes {size}"
+            raise sync.fail(sync.make_error(MismatchError, source, f"ranks disagree: {told}"))
+        return at - 1 if at else None
+
+    def _make_part(self, half: int, rank: int, at: int, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+        with torch.inference_mode(False):
+            return self._windows[half, rank, at : at + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+
+    def _make_columns(self, half: int, dtype: torch.dtype, at: int, numel: int) -> Tensor:
+        with torch.inference_mode(False):
+            return self._windows[half, :, at : at + numel * dtype.itemsize].view(dtype)
 
     # ---- one rank gives, or gets
 

@@ -260,11 +260,9 @@ class Group:
                 raise UnsupportedError(f"group rank {self.rank} of {self.size} can't talk to group rank {peer}")
         if (self.sync or self._attach()).error is not None:
             raise self.again()
-        return self._start(
-            [Transfer(to, x, tag) for x in sends],
-            [Transfer(source, x, tag, receives=True) for x in receives],
-            receives or sends,
-        )
+        transfers = [Transfer(to, x, tag) for x in sends]
+        transfers += [Transfer(source, x, tag, receives=True) for x in receives]
+        return ShmWork(receives or sends, self, self._start(transfers))
 
     @_guarded
     def recv_from_any(self, tensors: Sequence[Tensor], tag: int = 0) -> ShmWork:
@@ -281,7 +279,10 @@ class Group:
 
     @_guarded
     def all_to_all(self, outs: Sequence[Tensor], ins: Sequence[Tensor], tensors: Sequence[Tensor] = ()) -> ShmWork:
-        """``ins`` by destination, ``outs`` by source; sizes may differ. A work's future gives ``tensors``."""
+        """``ins`` by destination, ``outs`` by source; sizes may differ. A work's future gives ``tensors``.
+
+        Waits until every rank has called; what doesn't fit a window goes on after that.
+        """
         check(*outs, *ins)
         rank = self.rank
         if len(outs) != self.size or len(ins) != self.size or outs[rank].numel() != ins[rank].numel():
@@ -294,19 +295,46 @@ class Group:
             if x.dtype != dtype:
                 raise ConfigError(f"all_to_all: all tensors must be {dtype}, not {x.dtype}")
         check_writable(*outs)
-        if self.size > 1:
-            sync = self.sync or self._attach()
-            sync.begin(shm_call.CODES["all_to_all"], shm_call.DTYPE_CODES[dtype], 0, 0)  # no step: messages are enough
-            if self.checked:
-                sync.agree(*shm_call.sites())
-                self._compare_splits([x.numel() for x in ins], [x.numel() for x in outs])
-        peers = [(rank + step) % self.size for step in range(1, self.size)]
-        sends = [Transfer(r, ins[r], COLLECTIVE_TAG) for r in peers]
-        receives = [Transfer(r, outs[r], COLLECTIVE_TAG, receives=True) for r in peers]
-        work = self._start(sends, receives, tensors or outs)
-        own, source = plain(outs[rank]), plain(ins[rank])
-        own.copy_(source if source.shape == own.shape else source.reshape(own.shape))
-        return work
+        ins, outs = [plain(x) for x in ins], [plain(out) for out in outs]
+        own, source = outs[rank], ins[rank]
+        if self.size == 1:
+            own.copy_(source.reshape(own.shape))
+            return ShmWork(tensors or outs)
+        board = self._enter("all_to_all", own)
+        if self.checked:
+            self._compare_splits([x.numel() for x in ins], [x.numel() for x in outs])
+        sends = self._start([Transfer(r, ins[r], COLLECTIVE_TAG) for r in board.write_parts(ins)])
+        return self._take_parts(board, outs, ins[rank], sends, tensors or outs)
+
+    def _take_parts(
+        self, board: Board, outs: Sequence[Tensor], own: Tensor, sends: list[Transfer], tensors: Sequence[Any]
+    ) -> ShmWork:
+        mine = outs[self.rank]
+        mine.copy_(own if own.shape == mine.shape else own.reshape(mine.shape))
+        receives = [Transfer(r, outs[r], COLLECTIVE_TAG, receives=True) for r in board.read_parts(outs)]
+        return ShmWork(tensors, self, sends + self._start(receives))
+
+    @_guarded
+    def all_to_all_single(
+        self, out: Tensor, x: Tensor, receive: Sequence[int] = (), send: Sequence[int] = ()
+    ) -> ShmWork:
+        """Slices of ``x`` along dim 0, ``send`` rows each, by rank; they arrive in rank order, ``receive`` rows each.
+
+        Neither given: equal ones.
+        """
+        check(out, x)
+        size = self.size
+        even = len({*send, *receive}) <= 1 and len(send) in (0, size) and len(receive) in (0, size)
+        even = even and out.shape == x.shape and out.dtype == x.dtype and _fits(x, size) and _fits(out, size)
+        if not even or self.checked or size == 1:
+            return self.all_to_all(_rows(out, receive, size), _rows(x, send, size), (out,))
+        out, x = plain(out), plain(x)
+        board = self._enter("all_to_all", x)
+        board.write_even_parts(x)
+        if board.read_even_parts(out):
+            return ShmWork((out,))
+        outs = _rows(out, receive, size)
+        return self._take_parts(board, outs, _rows(x, send, size)[self.rank], [], (out,))
 
     def _compare_splits(self, sent: Sequence[int], received: Sequence[int]) -> None:
         """What rank i sends to j must be what j takes from i."""
@@ -320,9 +348,8 @@ class Group:
             told += f"takes {splits[to, 1, source]}"
             raise self.sync.fail(self.sync.make_error(MismatchError, source, f"ranks disagree: {told}"))
 
-    def _start(self, sends: Sequence[Transfer], receives: Sequence[Transfer], tensors: Sequence[Any]) -> ShmWork:
+    def _start(self, transfers: list[Transfer]) -> list[Transfer]:
         """Send what fits, take what is there, and leave the rest to whoever waits next."""
-        transfers = (*sends, *receives)
         for transfer in transfers:
             box = (self._inboxes if transfer.receives else self._outboxes)[transfer.peer]
             box.post(transfer)
@@ -331,7 +358,7 @@ class Group:
             if not transfer.complete:
                 pending.groups.add(self)
                 break
-        return ShmWork(tensors, self, transfers)
+        return transfers
 
     def progress(self) -> None:
         """Move messages along, as far as that goes without waiting."""
@@ -396,3 +423,16 @@ def _name(transfer: Transfer) -> str:
     if transfer.tag == COLLECTIVE_TAG:
         return ""
     return f"{'recv' if transfer.receives else 'send'}({transfer.nbytes} bytes)"
+
+
+def _fits(x: Tensor, parts: int) -> bool:
+    """Whether a tensor's rows divide, lie in order and fit a window."""
+    return x.ndim > 0 and x.shape[0] % parts == 0 and x.numel() * x.itemsize <= WINDOW and x.is_contiguous()
+
+
+def _rows(x: Tensor, sizes: Sequence[int], parts: int) -> Sequence[Tensor]:
+    """Slices by rank along dim 0; no sizes given: equal ones."""
+    sizes = list(sizes) or [x.shape[0] // parts] * parts
+    if sum(sizes) != x.shape[0] or len(sizes) != parts:
+        raise ConfigError(f"all_to_all: slices of {sizes} over {parts} ranks don't make {x.shape[0]} rows")
+    return x.split_with_sizes(sizes)

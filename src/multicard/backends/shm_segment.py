@@ -40,7 +40,7 @@ DEPTH = 32
 # sites, for even and odd steps
 PID, FAILED, WAITING, CALL, SITE = (LINE // WORD + i for i in (0, 1, 2, 4, LINE // WORD))
 CALL_WORDS = 4
-ROW = 4 * LINE // WORD
+PARTS = 4 * LINE // WORD  # and where in its window the parts for every rank are, for even and odd steps
 POSTED, TAKEN, TABLE = 0, LINE // WORD, 2 * LINE // WORD  # a channel's words
 ENTRY = 4
 CHANNEL = TABLE + DEPTH * ENTRY
@@ -179,8 +179,13 @@ class Invitation:
             self._close()
 
 
+def _row_words(size: int) -> int:
+    line = LINE // WORD
+    return PARTS + -(-4 * size // line) * line
+
+
 def _header_words(size: int) -> int:
-    return ROWS + size * ROW + size * size * CHANNEL
+    return ROWS + size * _row_words(size) + size * size * CHANNEL
 
 
 def _windows_at(size: int) -> int:
@@ -219,8 +224,8 @@ class Segment:
 
     def row(self, rank: int) -> int:
         """The first word of a rank's row."""
-        return ROWS + rank * ROW
+        return ROWS + rank * _row_words(self.size)
 
     def channel(self, source: int, to: int) -> int:
         """The first word of a channel."""
-        return ROWS + self.size * ROW + (source * self.size + to) * CHANNEL
+        return self.row(self.size) + (source * self.size + to) * CHANNEL

@@ -32,7 +32,7 @@ from collections.abc import Callable, Sequence
 import torch.distributed as dist
 
 from multicard.backends.shm_call import describe
-from multicard.backends.shm_segment import CALL, CALL_WORDS, FAILED, LINE, SITE, WAITING, WORD, Process, Segment
+from multicard.backends.shm_segment import CALL, CALL_WORDS, FAILED, LINE, PARTS, SITE, WAITING, WORD, Process, Segment
 from multicard.errors import CollectiveTimeout, MismatchError, RankError
 
 CALL_BITS = 24
@@ -92,8 +92,8 @@ class Sync:
 
     # ---- steps
 
-    def begin(self, *call: int) -> None:
-        """Begin a collective: CALL_WORDS numbers that all ranks give alike.
+    def enter(self, *call: int) -> None:
+        """Begin a collective: tell the others which, by CALL_WORDS numbers that all of them give alike.
 
         Raises:
             RankError: the group has failed before.
@@ -103,26 +103,22 @@ class Sync:
         self.calls += 1
         self._words = call
         self._call = hash(call) & CALL_MASK  # a tuple of integers hashes alike in every process
-
-    def enter(self, *call: int) -> None:
-        """Begin a collective that takes steps: the others can read what it is from the first one on."""
-        self.begin(*call)
-        self._publish()
-
-    def _publish(self) -> None:
         at = self._row + CALL + (self.sequence + 1 & 1) * CALL_WORDS
-        for word in self._words:
+        for word in call:
             self.words[at] = word
             at += 1
 
     def agree(self, site: int, line: str) -> None:
         """A step of its own, before any data moves: everybody makes the same call, from the same place."""
-        self._publish()
         self._call = hash((self._call, site)) & CALL_MASK
         at = (self._row + SITE) * WORD + (self.sequence + 1 & 1) * LINE
         self._text[at : at + LINE] = line.encode()[-LINE:].ljust(LINE, b"\0")
         self.post()
         self.await_all()
+
+    def part(self, source: int, to: int, step: int) -> int:
+        """The first of two words in which ``source`` says where in its window its part for ``to`` is, and its bytes."""
+        return self._rows[source] + PARTS + 2 * ((step & 1) * self.size + to)
 
     def settle(self) -> None:
         """Wait until everybody has posted this rank's latest step: what was written one before may be overwritten.
