@@ -179,3 +179,48 @@ def mochi():
         "prompt_attention_mask": mask(9, 7, dtype=torch.bool), "negative_prompt_embeds": NEGATIVE,
         "negative_prompt_attention_mask": mask(9, 3, dtype=torch.bool), "guidance_scale": 3.0,
     }  # fmt: skip
+
+
+def hunyuan_image(guider):
+    """Branches by a guider: a loop of calls with hooks put on and taken off around each."""
+    transformer = diffusers.HunyuanImageTransformer2DModel(
+        in_channels=4, out_channels=4, num_attention_heads=3, attention_head_dim=8, num_layers=2, num_single_layers=1,
+        num_refiner_layers=1, patch_size=(1, 1), text_embed_dim=32, text_embed_2_dim=24, rope_axes_dim=(4, 4),
+    )  # fmt: skip
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0)
+    pipe = diffusers.HunyuanImagePipeline(scheduler, None, None, None, None, None, transformer, guider, guider)
+    return pipe, {
+        "prompt_embeds": embeds(1, 9, 32), "prompt_embeds_mask": mask(9, 7), "prompt_embeds_2": embeds(1, 5, 24),
+        "prompt_embeds_mask_2": mask(5, 4), "negative_prompt_embeds": NEGATIVE, "height": 320, "width": 192,
+        "negative_prompt_embeds_mask": mask(9, 3), "negative_prompt_embeds_2": embeds(1, 5, 24, seed=2),
+        "negative_prompt_embeds_mask_2": mask(5, 2), "num_inference_steps": 5, "output_type": "latent",
+    }  # fmt: skip
+
+
+@family
+def guider_cfg():
+    return hunyuan_image(diffusers.ClassifierFreeGuidance(guidance_scale=3.0, start=0.1, stop=0.7))
+
+
+@family
+def guider_apg():
+    guider = diffusers.AdaptiveProjectedGuidance(guidance_scale=3.0, adaptive_projected_guidance_momentum=0.5)
+    return hunyuan_image(guider)
+
+
+@family
+def guider_slg():
+    """Three branches, the third without a block."""
+    skipped = diffusers.LayerSkipConfig(indices=[1], fqn="transformer_blocks")
+    return hunyuan_image(
+        diffusers.SkipLayerGuidance(
+            guidance_scale=3.0, skip_layer_guidance_scale=2.0, skip_layer_config=skipped, skip_layer_guidance_stop=0.5
+        )
+    )
+
+
+@family
+def guider_auto():
+    """Two branches, the second by a model without some of its layers."""
+    weaker = diffusers.LayerSkipConfig(indices=[0], fqn="transformer_blocks")
+    return hunyuan_image(diffusers.AutoGuidance(guidance_scale=2.0, auto_guidance_config=weaker))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from multicard.collectives import all_reduce
+from multicard import collectives
 from multicard.errors import UnsupportedError
 from multicard.guidance.batch import BatchPlan, NotSplittableError, merge_outputs, take_output
 from multicard.guidance.exchange import Status, agree, exchange, fingerprint, pack, size_of, tensors_of, unpack
@@ -262,7 +262,7 @@ class Branches:
             return  # to be learned once more, with a trial
         if untried:
             passed = torch.tensor([self._try(made[i], shares[i][self.axis.rank]) for i in untried], device=self._device)
-            passed = all_reduce(passed.float(), self.axis, "min").cpu()
+            passed = collectives.all_reduce(passed.float(), self.axis, "min").cpu()
             self._may_split.update({kinds[i].key: bool(ok) for i, ok in zip(untried, passed, strict=True)})
             shares = deal(kinds, self._may_split, self.axis.size)
         self._remembered += 1

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multicard.collectives import all_gather
+from multicard import collectives
 from multicard.errors import MismatchError, RankError
 from multicard.mesh import Axis
 
@@ -42,7 +42,7 @@ def agree(axis: Axis, device: torch.device, status: Status, facts: Sequence[floa
         MismatchError: ranks are in different steps, or their inputs differ.
     """
     head = torch.tensor([status, *facts], dtype=torch.float32, device=device)
-    everybody = all_gather(torch.cat([head, fingerprint.to(device)])[None], axis).cpu()
+    everybody = collectives.all_gather(torch.cat([head, fingerprint.to(device)])[None], axis).cpu()
     statuses, said = everybody[:, 0], everybody[:, 1 : 1 + len(facts)]
     if status == Status.RAISED:
         return statuses
@@ -113,7 +113,7 @@ def exchange(axis: Axis, mine: Sequence[Tensor], sizes: Sequence[int], device: t
         sizes: every rank's number of bytes.
     """
     buffer = torch.cat(list(mine)) if mine else torch.empty(0, dtype=torch.uint8, device=device)
-    return all_gather(buffer, axis, sizes=sizes).split(list(sizes))
+    return collectives.all_gather(buffer, axis, sizes=sizes).split(list(sizes))
 
 
 def tensors_of(tree: Any) -> list[Tensor]:

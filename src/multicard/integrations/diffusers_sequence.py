@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from multicard import collectives
 from multicard.attention import attend
-from multicard.collectives import all_gather
 from multicard.errors import ConfigError, UnsupportedError
 from multicard.integrations.diffusers_plans import SEQUENCE, SequencePlan
 from multicard.integrations.plan import Rule
@@ -159,7 +159,7 @@ class SequenceSplit:
         return value.narrow(dim, mine.start, len(mine))
 
     def _gather(self, dim: int, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return all_gather(output, self.mesh.sequence, dim, [len(share) for share in self._shares()])
+        return collectives.all_gather(output, self.mesh.sequence, dim, [len(share) for share in self._shares()])
 
     def _shares(self) -> tuple[range, ...]:
         assert self._length is not None
