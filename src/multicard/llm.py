@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
+import pathlib
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,11 +13,11 @@ from typing import Any
 
 import torch
 
-from multicard import collectives, partition, process_group
+from multicard import collectives, partition
 from multicard.config import ParallelConfig
-from multicard.errors import ConfigError
+from multicard.errors import ConfigError, UnsupportedError
 from multicard.launch import Ranks
-from multicard.mesh import ParallelMesh, init_mesh
+from multicard.mesh import ParallelMesh
 from multicard.models import generate as decoding
 from multicard.models.decoder import ParallelTransformer
 from multicard.models.generate import Request
@@ -47,7 +49,9 @@ class Generation:
 
 
 class LLM:
-    """A Llama, Mistral, Qwen2 or Qwen3 checkpoint on several ranks; a context manager.
+    """A checkpoint's decoder on several ranks; a context manager.
+
+    Llama, Mistral, Qwen2 and Qwen3 run on our own decoder, others by ``transformers``; ``engine`` says which.
 
     Ranks are started, each reads its own part of the checkpoint, and they wait for requests until :meth:`close`. A
     request that is refused leaves them as they are; should a rank die, the next request starts them again. Inside a
@@ -83,17 +87,13 @@ class LLM:
     ) -> None:
         self.degrees = ParallelConfig(tp=tp, ring=ring, ulysses=ulysses, dp=dp)
         self.path = folder_path(path)
-        self._loading = (str(self.path), parse_dtype(dtype), verify)
+        loading = (str(self.path), parse_dtype(dtype), verify)
         self._progress = progress
-        self.config = check_folder(self.path, self.degrees)
+        self.config, self.engine = _check_folder(self.path, self.degrees)
+        self._loading = (self.engine, *loading)
         self.tokenizer = Tokenizer.from_folder(self.path)
         self._closed = False
-        self._ranks: Ranks | _JoinedRanks
-        if process_group.in_job():
-            known = {key: options[key] for key in ("backend", "device", "timeout") if key in options}
-            self._ranks = _JoinedRanks(init_mesh(self.degrees, **known))
-        else:
-            self._ranks = Ranks(self.degrees, **options)
+        self._ranks = Ranks(self.degrees, **options)
         try:
             self._load()
         except BaseException:
@@ -192,7 +192,7 @@ class LLM:
         request.check(self.config)
         return request
 
-    def _alive(self) -> Ranks | _JoinedRanks:
+    def _alive(self) -> Ranks:
         if self._closed:
             raise ConfigError("this LLM is closed: make another")
         if not self._ranks.alive:
@@ -206,7 +206,7 @@ class LLM:
         with _bar(self._progress, f"loading {self.path.name} on {self.degrees}") as show:
             for share in steps:
                 show(share)
-        self.load_reports: list[LoadReport] = self._ranks.run(_report, self._model)
+        self.load_reports = [LoadReport(**report) for report in self._ranks.run(_report, self._model)]
 
 
 class _Slot:
@@ -220,40 +220,36 @@ class _Slot:
         return cls()
 
 
-class _JoinedRanks:
-    """The ranks of the job that this process is one of, each of which makes the same calls: this one's part."""
+def _check_folder(path: pathlib.Path, degrees: ParallelConfig) -> tuple[Any, str]:
+    """The decoder's config and whose decoder it is: ours or, for architectures that ours isn't, transformers'."""
+    try:
+        return check_folder(path, degrees), "multicard"
+    except UnsupportedError as refusal:
+        if importlib.util.find_spec("transformers") is None:
+            raise
+        from multicard.integrations import transformers_llm as fallback
 
-    alive = True
-
-    def __init__(self, mesh: ParallelMesh) -> None:
-        self.mesh = mesh
-
-    def run(self, fn: Any, *args: Any) -> list[Any]:
-        return [fn(self.mesh, *args)]
-
-    def keep(self, fn: Any, *args: Any) -> Any:
-        return fn(self.mesh, *args)
-
-    def stream(self, fn: Any, *args: Any) -> Iterator[Any]:
-        return fn(self.mesh, *args)
-
-    def restart(self) -> None:
-        raise AssertionError("a job's ranks end together")
-
-    def close(self) -> None:
-        """The job's ranks end with the job."""
+        try:
+            return fallback.check_folder(path, degrees), "transformers"
+        except UnsupportedError as other:
+            raise other from refusal
 
 
-def _load(mesh: ParallelMesh, slot: _Slot, path: str, dtype: torch.dtype | None, verify: bool) -> Iterator[float]:
-    for step in load_decoder(mesh, path, dtype, verify):
+def _load(
+    mesh: ParallelMesh, slot: _Slot, engine: str, path: str, dtype: torch.dtype | None, verify: bool
+) -> Iterator[float]:
+    load: Any = load_decoder
+    if engine == "transformers":
+        from multicard.integrations.transformers_llm import load_decoder as load
+    for step in load(mesh, path, dtype, verify):
         if isinstance(step, float):
             yield step
         else:
             slot.model, slot.report = step
 
 
-def _report(mesh: ParallelMesh, slot: _Slot) -> LoadReport:
-    return slot.report
+def _report(mesh: ParallelMesh, slot: _Slot) -> dict[str, Any]:
+    return dataclasses.asdict(slot.report)
 
 
 def _generate(mesh: ParallelMesh, slot: _Slot, request: Request) -> tuple[list[list[int]], dict[str, float]]:

@@ -87,6 +87,16 @@ CLASSES = {
 }
 
 
+NO_SEQUENCE = {
+    "bloom", "deepseek_v2", "deepseek_v3", "falcon", "falcon-40b", "falcon-alibi", "gemma2", "gpt_bigcode", "gpt_neo",
+    "gpt_oss", "gptj", "mpt", "opt", *ENCODERS,
+}  # fmt: skip
+"""Architectures whose sequence isn't split: refused by name."""
+
+WHOLE_ATTENTION = {"olmo2"}
+"""Whose norm spans all heads: every rank computes their attention, so a larger share of the parameters stays."""
+
+
 def build(name):
     """The same random model in every process: weights large enough for every part to matter."""
     torch.manual_seed(0)

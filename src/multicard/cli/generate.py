@@ -58,6 +58,10 @@ def generate(
         backend=backend,
         check=check,
     ) as llm:
+        if llm.engine != "multicard":
+            print(
+                f"{model}: an architecture that multicard's decoder isn't; running it by {llm.engine}", file=sys.stderr
+            )
         if len(prompts) == 1 and sys.stdout.isatty() and not as_json and llm.tokenizer is not None:
             for piece in llm.stream(prompts[0], **asked):
                 print(piece, end="", flush=True)
@@ -77,5 +81,5 @@ def _described(llm: Any, answers: list[Any]) -> dict[str, Any]:
         for answer in answers
     ]
     loading = max(report.seconds for report in llm.load_reports)
-    shared = {"mesh": llm.degrees.degrees, "timings": {"load": loading, **answers[0].timings}}
+    shared = {"engine": llm.engine, "mesh": llm.degrees.degrees, "timings": {"load": loading, **answers[0].timings}}
     return {**(each[0] if len(each) == 1 else {"answers": each}), **shared}

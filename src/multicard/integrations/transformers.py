@@ -17,6 +17,7 @@ from multicard.integrations.transformers_generate import guard
 from multicard.integrations.transformers_heads import Heads, localize, read_heads
 from multicard.integrations.transformers_plans import FUSED, HEAD_STYLES, ResolvedPlan, resolve_plan
 from multicard.mesh import Axis, ParallelMesh
+from multicard.weights import LoadReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,12 +81,25 @@ def from_pretrained(
         CheckpointError: files or tensors are missing, damaged or of another shape; the same on every rank.
         UnsupportedError, ConfigError: as for :func:`parallelize`.
     """
+    return load_model(path, mesh, model_class, dtype, plan, **overrides)[0]
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    mesh: ParallelMesh,
+    model_class: type[PreTrainedModel] | None = None,
+    dtype: torch.dtype | None = None,
+    plan: Mapping[str, str] | None = None,
+    checksums: bool = False,
+    **overrides: Any,
+) -> tuple[PreTrainedModel, LoadReport]:
+    """:func:`from_pretrained`, and what the loading took."""
     model = loading.build(path, model_class, dtype, **overrides)
     sources = loading.Sources(model)
     _split(model, mesh, plan)
-    loading.load(model, path, mesh, sources)
+    report = loading.load(model, path, mesh, sources, checksums)
     _finish(model, mesh)
-    return model
+    return model, report
 
 
 def split_tensors(model: PreTrainedModel, axis: Axis, plan: Mapping[str, str] | None = None) -> None:

@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import os
 import pathlib
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from multicard.errors import CheckpointError, UnsupportedError
 from multicard.layers.shard import Shard, shard_of
 from multicard.mesh import ParallelMesh
-from multicard.weights import Checkpoint, agree
+from multicard.weights import Checkpoint, LoadReport, agree, verify
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -84,16 +85,26 @@ def _model_class(config: PreTrainedConfig, model_class: type[PreTrainedModel] | 
     )
 
 
-def load(model: PreTrainedModel, path: str | os.PathLike[str], mesh: ParallelMesh, plans: Sources) -> None:
+def load(
+    model: PreTrainedModel, path: str | os.PathLike[str], mesh: ParallelMesh, sources: Sources, checksums: bool = False
+) -> LoadReport:
     """Read this rank's part of every parameter of a split model, and compute its buffers. One all-gather.
+
+    Args:
+        sources: made before the model was split.
+        checksums: compare the files with the folder's SHA256SUMS first; ranks share the files.
 
     Raises:
         CheckpointError: a tensor is missing, of another shape, or damaged; the same on every rank.
     """
-    failure = None
+    failure, begin, bytes_read = None, time.perf_counter(), 0
     try:
         with Checkpoint(path) as checkpoint:
-            _Loader(model, checkpoint, mesh.device, plans.find(checkpoint)).run()
+            if checksums:
+                verify(checkpoint, mesh.world.rank, mesh.world.size)
+            loader = _Loader(model, checkpoint, mesh.device, sources.find(checkpoint))
+            loader.run()
+            bytes_read = loader.bytes_read
     except CheckpointError as error:
         failure = error
     agree(failure, mesh.world)
@@ -102,6 +113,8 @@ def load(model: PreTrainedModel, path: str | os.PathLike[str], mesh: ParallelMes
     for tensor in (*model.parameters(), *dict(_persistent_buffers(model)).values()):
         tensor._is_hf_initialized = True  # type: ignore[attr-defined]
     model.initialize_weights()
+    held = sum(p.numel() * p.element_size() for p in model.parameters())
+    return LoadReport(bytes_read, bytes_read, held, held, time.perf_counter() - begin)
 
 
 def _persistent_buffers(model: PreTrainedModel) -> list[tuple[str, Tensor]]:
@@ -163,6 +176,7 @@ class _Loader:
         for name, buffer in _persistent_buffers(model):
             self.places[id(buffer)], self.declared[name] = [name], buffer
         self.done: set[str] = set()
+        self.bytes_read = 0
 
     def run(self) -> None:
         for name in list(self.declared):
@@ -211,9 +225,9 @@ class _Loader:
         """Spans of a tensor, one after the other, into ``out`` from ``start`` on; returns where they end."""
         if not out.dim():
             self.scalar(key)
-            self.checkpoint.read(key, 0, range(1), out.view(1))
+            self.bytes_read += self.checkpoint.read(key, 0, range(1), out.view(1))[0]
         for span in spans if out.dim() else ():
-            self.checkpoint.read(key, dim, span, out.narrow(dim, start, len(span)))
+            self.bytes_read += self.checkpoint.read(key, dim, span, out.narrow(dim, start, len(span)))[0]
             start += len(span)
         return start
 

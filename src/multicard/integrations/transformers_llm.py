@@ -1,0 +1,132 @@
+"""``transformers`` models called as our own decoder is: what ``LLM`` falls back to for other architectures."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from multicard import mesh as meshes
+from multicard.config import ParallelConfig
+from multicard.errors import UnsupportedError
+from multicard.integrations import transformers_load as loading
+from multicard.integrations.transformers import load_model, parallelize
+from multicard.mesh import Axis, ParallelMesh
+from multicard.weights import Checkpoint, LoadReport
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """What a request is checked against.
+
+    Attributes:
+        vocab_size: token ids are below it.
+        context: positions that the model knows.
+        eos: ids that end an answer.
+        window: None: windows are the model's own business here.
+    """
+
+    vocab_size: int
+    context: int
+    eos: tuple[int, ...]
+    window: None = None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> ModelConfig:
+        text = model.config.get_text_config(decoder=True)
+        eos = model.generation_config.eos_token_id if model.can_generate() else None
+        ids = (eos,) if isinstance(eos, int) else tuple(eos or ())
+        return cls(text.vocab_size, getattr(text, "max_position_embeddings", 1 << 20), ids)
+
+
+def check_folder(path: str | os.PathLike[str], degrees: ParallelConfig) -> ModelConfig:
+    """Everything that can be refused without starting a rank: a dry run of the split, on the meta device.
+
+    Raises:
+        CheckpointError: no config there, or none that transformers knows.
+        UnsupportedError: the architecture can't be split over these degrees, or doesn't generate text.
+    """
+    model = loading.build(path, None, None)
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise UnsupportedError(f"{type(model).__name__} doesn't go on from a prompt: use mc.from_pretrained")
+    Checkpoint(path).close()
+    config = ModelConfig.of(model)
+    parallelize(model, _outline(degrees))
+    return config
+
+
+def _outline(degrees: ParallelConfig) -> ParallelMesh:
+    """The first rank's mesh, without groups: nothing can be sent on it."""
+    axes: dict[str, Any] = {name: Axis(name, 0, degree) for name, degree in degrees.degrees.items()}
+    sequence = Axis("sequence", 0, degrees.ring * degrees.ulysses)
+    world = Axis("world", 0, degrees.world_size)
+    return dataclasses.replace(meshes.single(), config=degrees, sequence=sequence, world=world, **axes)
+
+
+@dataclasses.dataclass
+class Cache:
+    """The tokens so far.
+
+    Attributes:
+        starts: for every prompt how many padding tokens stand before it.
+        length: tokens so far, padding included.
+        past: transformers' own cache, once there is one.
+    """
+
+    starts: tuple[int, ...]
+    length: int = 0
+    past: Any = None
+
+
+class TransformersDecoder:
+    """A split ``transformers`` model, called as our own decoder is: token ids and a cache in, logits out.
+
+    Every rank gets all logits, so towards sampling it stands on a mesh of one.
+    """
+
+    def __init__(self, model: PreTrainedModel, mesh: ParallelMesh) -> None:
+        self.model, self.config = model, ModelConfig.of(model)
+        self.takes = inspect.signature(model.forward).parameters
+        self.mesh = meshes.single(mesh.device)
+        self.vocabulary = range(self.config.vocab_size)
+
+    @property
+    def lm_head(self) -> TransformersDecoder:
+        """Whose ``vocabulary`` the logits are of."""
+        return self
+
+    def new_cache(self, capacity: int, starts: Sequence[int] = (0,)) -> Cache:
+        """An empty cache for prompts padded in front; it grows by itself."""
+        return Cache(tuple(starts))
+
+    def __call__(self, ids: Tensor, cache: Cache, last_only: bool = True) -> Tensor:
+        """``(batch, tokens)`` to float logits ``(batch, 1 or tokens, vocabulary)``, the same on every rank."""
+        stop = cache.length + ids.shape[1]
+        starts = torch.tensor(cache.starts, device=ids.device)[:, None]
+        slots = torch.arange(stop, device=ids.device)[None]
+        given: dict[str, Any] = {"input_ids": ids, "past_key_values": cache.past, "use_cache": True}
+        if any(cache.starts):
+            given["attention_mask"] = (slots >= starts).long()
+        if "position_ids" in self.takes:
+            given["position_ids"] = (slots[:, cache.length :] - starts).clamp(min=0)
+        if last_only and "logits_to_keep" in self.takes:
+            given["logits_to_keep"] = 1
+        out = self.model(**given)
+        cache.past, cache.length = out.past_key_values, stop
+        return out.logits[:, -1:] if last_only else out.logits
+
+
+def load_decoder(
+    mesh: ParallelMesh, folder: str | os.PathLike[str], dtype: torch.dtype | None = None, checksums: bool = False
+) -> Iterator[float | tuple[TransformersDecoder, LoadReport]]:
+    """The decoder in ``folder``, called as :func:`multicard.models.load.load_decoder` is."""
+    model, report = load_model(folder, mesh, dtype=dtype, checksums=checksums)
+    yield TransformersDecoder(model, mesh), report
