@@ -16,6 +16,7 @@ from multicard.config import ParallelConfig
 from multicard.errors import CheckpointError, ConfigError, MulticardError, UnsupportedError
 from multicard.integrations.diffusers import parallelize
 from multicard.integrations.diffusers_guidance import DENOISER_NAMES
+from multicard.integrations.diffusers_load import load_slices
 from multicard.integrations.diffusers_sequence import check_sequence, sequence_plan
 from multicard.integrations.diffusers_tensor import tensor_changes, tensor_plan
 from multicard.mesh import Axis, ParallelMesh
@@ -72,7 +73,9 @@ class PipelineFolder:
         import diffusers
 
         _hide_bars(mesh.rank)
-        wanted = {"dtype" if _takes_dtype(diffusers) else "torch_dtype": self.dtype} if self.dtype else {}
+        wanted: dict[str, Any] = dict.fromkeys(_left_out(self._index()))  # diffusers wants to be told again
+        if self.dtype is not None:
+            wanted["dtype" if _takes_dtype(diffusers) else "torch_dtype"] = self.dtype
         failure: MulticardError | None = None
         try:
             pipe = diffusers.DiffusionPipeline.from_pretrained(
@@ -82,6 +85,7 @@ class PipelineFolder:
                 variant=self.variant,
                 trust_remote_code=self.trust_remote_code,
                 **wanted,
+                **self._split_denoisers(mesh),
             )
         except MulticardError as error:
             failure = error
@@ -89,6 +93,17 @@ class PipelineFolder:
             failure = CheckpointError(f"{self.path}: diffusers can't load it ({type(error).__name__}: {_line(error)})")
         agree(failure, mesh.world, mesh.device)
         return parallelize(pipe, mesh).to(mesh.device)
+
+    def _split_denoisers(self, mesh: ParallelMesh) -> dict[str, Any]:
+        """With tensor parallelism, the denoisers of which this rank can read its own slices alone."""
+        import diffusers
+
+        found = {}
+        for name, (library, cls) in components(self._index()).items() if mesh.tp.size > 1 else ():
+            if library == "diffusers" and DENOISER_NAMES.search(name) and self.variant is None:
+                loaded = load_slices(getattr(diffusers, cls), self.path / name, mesh, self.dtype)
+                found |= {name: loaded[0]} if loaded else {}
+        return found
 
     def _index(self) -> dict[str, Any]:
         if not self.path.is_dir():
@@ -136,8 +151,21 @@ class PipelineFolder:
 
 def components(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
     """Library and class of a pipeline's components, by name; those left out are not there."""
-    pairs = {name: value for name, value in index.items() if isinstance(value, list) and not name.startswith("_")}
-    return {name: (value[0], value[1]) for name, value in pairs.items() if len(value) == 2 and value[0] is not None}
+    return {name: (value[0], value[1]) for name, value in _pairs(index).items() if value[0] is not None}
+
+
+def _left_out(index: dict[str, Any]) -> list[str]:
+    return [name for name, value in _pairs(index).items() if value[0] is None]
+
+
+def _pairs(index: dict[str, Any]) -> dict[str, list[Any]]:
+    """The entries that are components; a pipeline's own class may be a pair too, of a file and a class in it."""
+    index = {name: value for name, value in index.items() if not name.startswith("_")}
+    return {
+        name: value
+        for name, value in index.items()
+        if isinstance(value, list) and [type(part) for part in value] in ([str, str], [type(None)] * 2)
+    }
 
 
 def _check_plans(folder: pathlib.Path, name: str, degrees: ParallelConfig) -> None:
