@@ -9,6 +9,7 @@ from torch import nn
 
 from multicard.errors import ConfigError
 from multicard.integrations.diffusers_guidance import denoisers, guide_model, guide_pipeline
+from multicard.integrations.diffusers_load import is_split
 from multicard.integrations.diffusers_plans import BATCH
 from multicard.integrations.diffusers_sequence import SequenceSplit, check_sequence, sequence_plan
 from multicard.integrations.diffusers_tensor import tensor_changes, tensor_plan
@@ -38,7 +39,7 @@ def parallelize(target: Any, mesh: ParallelMesh, plan: Mapping[str, Any] | None 
     models = {"": target} if isinstance(target, nn.Module) else denoisers(target)
     changes = []
     if mesh.tp.size > 1:
-        for model in models.values():
+        for model in (model for model in models.values() if not is_split(model)):
             changes += tensor_changes(model, mesh.tp, plan.get("tensor") or tensor_plan(model))
     sequences = {}
     if mesh.sequence.size > 1:

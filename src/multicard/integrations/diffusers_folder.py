@@ -98,7 +98,7 @@ class PipelineFolder:
         """With tensor parallelism, the denoisers of which this rank can read its own slices alone."""
         import diffusers
 
-        found = {}
+        found: dict[str, Any] = {}
         for name, (library, cls) in components(self._index()).items() if mesh.tp.size > 1 else ():
             if library == "diffusers" and DENOISER_NAMES.search(name) and self.variant is None:
                 loaded = load_slices(getattr(diffusers, cls), self.path / name, mesh, self.dtype)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from multicard import collectives
-from multicard.attention import attend
+from multicard.attention.attend import attend
 from multicard.errors import ConfigError, UnsupportedError
 from multicard.integrations.diffusers_plans import SEQUENCE, SequencePlan
 from multicard.integrations.plan import Rule

@@ -21,7 +21,7 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 WIDTHS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 LARGEST_HEADER = 100_000_000
 STAGING = 8 << 20
-SINGLE, INDEX, SUMS = "model.safetensors", "model.safetensors.index.json", "SHA256SUMS"
+SINGLE, INDEX, SUMS = "{}.safetensors", "{}.safetensors.index.json", "SHA256SUMS"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,17 +46,20 @@ class Entry:
 class Checkpoint:
     """All tensors of a folder: one safetensors file, or an index of several. A context manager.
 
+    Args:
+        stem: what the names of the files begin with.
+
     Raises:
         CheckpointError: a file is missing, truncated, damaged or isn't safetensors; tensors overlap; the index names
             what isn't there.
         UnsupportedError: only pickled weights are there.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], stem: str = "model") -> None:
         self.folder = pathlib.Path(folder)
         self.tensors: dict[str, Entry] = {}
-        self.files, weight_map = _files(self.folder)
-        self.where = self.folder / (INDEX if weight_map else SINGLE)
+        self.files, weight_map = _files(self.folder, stem)
+        self.where = self.folder / (INDEX if weight_map else SINGLE).format(stem)
         for path in self.files:
             for entry in read_header(path):
                 if weight_map is None or weight_map.get(entry.name) == path.name:
@@ -139,10 +142,10 @@ def verify(checkpoint: Checkpoint, rank: int, size: int) -> None:
             raise CheckpointError(f"{path} is damaged: its SHA-256 is {digest}, and {SUMS} says {known[path.name]}")
 
 
-def _files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str] | None]:
-    index = folder / INDEX
+def _files(folder: pathlib.Path, stem: str) -> tuple[list[pathlib.Path], dict[str, str] | None]:
+    index = folder / INDEX.format(stem)
     if not index.is_file():
-        single = folder / SINGLE
+        single = folder / SINGLE.format(stem)
         if not single.is_file() and any(folder.glob("*.bin")):
             raise UnsupportedError(f"{folder} holds pickled weights only, which can run code: convert to safetensors")
         return [single], None

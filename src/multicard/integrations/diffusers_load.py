@@ -1,0 +1,80 @@
+"""Denoisers read slice by slice: with tensor parallelism a rank reads only its own part of the weights."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from multicard.integrations.diffusers_tensor import tensor_changes, tensor_plan
+from multicard.mesh import ParallelMesh
+from multicard.weights import LoadReport
+from multicard.weights.checkpoint import DTYPES, Checkpoint
+from multicard.weights.load import load
+
+STEM = "diffusion_pytorch_model"
+HALF = (torch.float16, torch.bfloat16)
+
+
+def load_slices(
+    cls: type[Any], folder: pathlib.Path, mesh: ParallelMesh, dtype: torch.dtype | None = None
+) -> tuple[nn.Module, LoadReport] | None:
+    """A denoiser of class ``cls`` out of its folder, its weights split over ``mesh.tp``, and what was read.
+
+    None where diffusers has to load it: without accelerate, a quantized one, files whose names it changes on loading.
+
+    Args:
+        dtype: of the weights; modules that the class keeps in float32 stay so. None: float32, as diffusers loads them.
+
+    Raises:
+        CheckpointError: a file that is cut or can't be read, on some rank: on every rank.
+        UnsupportedError: no tensor plan for the class.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    whole = not any(folder.glob(f"{STEM}.safetensors*"))  # a variant's files
+    if whole or importlib.util.find_spec("accelerate") is None or "quantization_config" in config:
+        return None
+    with Checkpoint(folder, STEM) as checkpoint:
+        with _parameters_on_meta():
+            model: nn.Module = cls.from_config(config).eval().requires_grad_(False)
+        if set(checkpoint.tensors) != set(model.state_dict()) or any(
+            entry.dtype not in DTYPES for entry in checkpoint.tensors.values()
+        ):
+            return None
+        _set_dtype(model, dtype or torch.float32)
+        for change in tensor_changes(model, mesh.tp, tensor_plan(model)):
+            change()
+        for name, buffer in model.named_buffers():
+            if name in checkpoint.tensors and buffer.dim():
+                checkpoint.read(name, 0, range(buffer.shape[0]), buffer)
+        *_, report = load(model, checkpoint, mesh.world, mesh.device)
+    assert isinstance(report, LoadReport)
+    return model, report
+
+
+def is_split(model: nn.Module) -> bool:
+    """Whether its weights are split already."""
+    return any(hasattr(parameter, "shard") for parameter in model.parameters())
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules made here have parameters without memory; buffers are computed."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        yield
+
+
+def _set_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    nn.Module.to(model, dtype)
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ()) if dtype in HALF else set()
+    for name, module in model.named_modules():
+        if kept & set(name.split(".")):
+            nn.Module.to(module, torch.float32)
