@@ -59,12 +59,13 @@ class VocabParallelEmbedding(nn.Module):
         self._check(ids)
         if self.axis.size == 1:
             return self.lookup(ids, self.weight)
-        if not self.vocabulary:
-            return collectives.all_reduce(self.weight.new_zeros(*ids.shape, self.embedding_dim), self.axis)
-        local = ids - self.vocabulary.start
-        mine = (local >= 0) & (local < len(self.vocabulary))
-        rows = self.lookup(local * mine, self.weight)
-        return collectives.all_reduce(rows.masked_fill_(~mine.unsqueeze(-1), 0), self.axis)
+        if self.vocabulary:
+            local = ids - self.vocabulary.start
+            mine = (local >= 0) & (local < len(self.vocabulary))
+            rows = self.lookup(local * mine, self.weight).masked_fill_(~mine.unsqueeze(-1), 0)
+        else:
+            rows = self.weight.new_zeros(*ids.shape, self.embedding_dim)
+        return collectives.all_reduce(rows, self.axis)
 
     def _check(self, ids: Tensor) -> None:
         if not ids.numel():
