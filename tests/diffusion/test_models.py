@@ -79,12 +79,12 @@ def test_the_page_shows_this_table(matrix):
     rows = [f"| {name} | " + " | ".join(matrix.get((name, label), "–") for label in MESHES) + " |" for name in FAMILIES]
     table = "\n".join([f"| | {' | '.join(MESHES)} |", f"|---{'|---' * len(MESHES)}|", *rows])
     page = PAGE.read_text()
-    shown = re.search(r"<!-- matrix -->\n(.*?)\n<!-- end -->", page, re.S)
+    shown = re.search(r"<!-- matrix -->\n(.*?)<!-- end -->", page, re.S)
     assert shown, "docs/diffusion.md has no <!-- matrix --> ... <!-- end -->"
     if os.environ.get("UPDATE_DOCS"):
-        PAGE.write_text(page[: shown.start(1)] + table + page[shown.end(1) :])
+        PAGE.write_text(page[: shown.start(1)] + table + "\n" + page[shown.end(1) :])
     else:
-        assert shown[1] == table, "run UPDATE_DOCS=1 pytest tests/diffusion/test_models.py"
+        assert shown[1] == table + "\n", "run UPDATE_DOCS=1 pytest tests/diffusion/test_models.py"
 
 
 def scales(mesh, name):
