@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -167,7 +168,9 @@ def why_not(mesh: mc.ParallelMesh, call: Call, takes_whole: bool) -> str | None:
 # --- the contest ------------------------------------------------------------------------------------------------------
 
 
-def contest(seq_len: int, dtype: str, rounds: int, backend: str, peers: bool) -> list[dict[str, Any]]:
+def contest(
+    seq_len: int, dtype: str, rounds: int, backend: str, peers: bool, kinds: Sequence[str], statistic: Callable
+) -> list[dict[str, Any]]:
     with contextlib.ExitStack() as stack:
         start = functools.partial(mc.Ranks, timeout=120.0)
         one = stack.enter_context(start(mc.ParallelConfig(), threads_per_rank=1))
@@ -175,13 +178,11 @@ def contest(seq_len: int, dtype: str, rounds: int, backend: str, peers: bool) ->
         two = stack.enter_context(start(mc.ParallelConfig(ulysses=2), threads_per_rank=1, backend=backend))
         contestants: dict[str, Callable[[], object]] = {}
 
-        def enter(
-            name: str, ranks: mc.Ranks, call: Call, order: str = "contiguous", whole: bool = False, **options: Any
-        ) -> None:
-            tensors = ranks.keep(make_inputs, seq_len, dtype, order, whole)
+        def enter(name: str, ranks: mc.Ranks, call: Call, whole: bool = False, **options: Any) -> None:
+            tensors = ranks.keep(make_inputs, seq_len, dtype, options.get("order", "contiguous"), whole)
             contestants[name] = functools.partial(ranks.run, once, call, tensors, options)
 
-        for causal, suffix in ((False, ""), (True, " causal")):
+        for causal, suffix in ((kind == "causal", " causal" if kind == "causal" else "") for kind in kinds):
             enter(f"1 rank of 1 thread{suffix}", one, sdpa, causal=causal)
             enter(f"1 process of 2 threads{suffix}", wide, sdpa, causal=causal)
             rings = {"ring": "contiguous"} if not causal else {"ring zigzag": "zigzag", "ring contiguous": "contiguous"}
@@ -190,13 +191,13 @@ def contest(seq_len: int, dtype: str, rounds: int, backend: str, peers: bool) ->
                 enter(f"{name}{suffix}", two, ours, **options)
                 enter(f"{name}{suffix} bound", two, bound, **options)
         refused = {}
-        for name, call in PEERS.items() if peers else ():
+        for name, call in PEERS.items() if peers and "full" in kinds else ():
             reasons = two.run(why_not, call, name in TAKES_WHOLE)
             if reasons[0] is None:
                 enter(name, two, call, whole=name in TAKES_WHOLE)
             else:
                 refused[name] = reasons[0]
-        times = alternate(contestants, rounds)
+        times = alternate(contestants, rounds, statistic=statistic)
     rows = [row(name, times, seq_len, dtype) for name in times if not name.endswith("bound")]
     blank = dict.fromkeys(rows[0], "")
     return rows + [{**blank, "contestant": name, "note": reason} for name, reason in refused.items()]
@@ -224,15 +225,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--no-peers", dest="peers", action="store_false")
+    parser.add_argument("--kind", nargs="+", choices=["full", "causal"], default=["full", "causal"])
+    parser.add_argument(
+        "--fastest", action="store_true", help="the fastest round instead of the median: noisy machines"
+    )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    statistic = min if args.fastest else statistics.median
     rows = [
         row
         for seq_len in args.seq_len
         for dtype in args.dtype
-        for row in contest(seq_len, dtype, args.rounds, args.backend, args.peers)
+        for row in contest(seq_len, dtype, args.rounds, args.backend, args.peers, args.kind, statistic)
     ]
-    report(rows, args.json, heads=HEADS, head_dim=HEAD_DIM, rounds=args.rounds, backend=args.backend)
+    report(rows, args.json, heads=HEADS, head_dim=HEAD_DIM, rounds=args.rounds, figure=statistic.__name__)
 
 
 if __name__ == "__main__":

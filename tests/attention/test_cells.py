@@ -19,10 +19,11 @@ def test_random_cells_on_real_ranks(run_on, config):
     assert_exact(run_on(check, cells, ring=config.ring, ulysses=config.ulysses), cells)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.integers(1, 8).flatmap(lambda n: st.sampled_from(mesh_sizes(n))), st.randoms(use_true_random=False))
-def test_random_cells_on_up_to_eight_threads(config, rng):
-    cells = [random_cell(rng, config.world_size)]
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.integers(1, 8).flatmap(lambda n: st.sampled_from(mesh_sizes(n))), st.integers(0, 1 << 30))
+def test_random_cells_on_up_to_eight_threads(config, seed):
+    rng = random.Random(seed)
+    cells = [random_cell(rng, config.world_size) for _ in range(4)]
     assert_exact(run_threads(check, cells, ring=config.ring, ulysses=config.ulysses), cells)
 
 
