@@ -21,6 +21,9 @@ from torch import Tensor
 from multicard.backends.shm_segment import CELL, DEPTH, ENTRY, POSTED, TABLE, TAKEN, Segment
 from multicard.backends.shm_tensor import VIEWS, Flat, check_writable, plain
 
+BURST = 2
+"""Cells that one end moves in a row: where both ranks send and receive, what is sent is taken while it is in cache."""
+
 
 class Transfer:
     """A message on its way: a tensor that is sent, or that receives.
@@ -89,13 +92,13 @@ class Outbox(_Channel):
         """Send ``message`` after those that are under way."""
         self.queue.append(message)
 
-    def progress(self) -> None:
-        """Send what fits."""
+    def progress(self) -> bool:
+        """Send a burst of what fits; whether anything was."""
         queue, words = self.queue, self.words
-        while queue:
-            cell = self._take_cell()
+        for burst in range(BURST):
+            cell = self._take_cell() if queue else None
             if cell is None:
-                return
+                return burst > 0
             message = queue[0]
             self._write(message, cell)
             entry = self.entry
@@ -106,6 +109,7 @@ class Outbox(_Channel):
             if message.done == message.nbytes:
                 queue.popleft()
                 message.complete = True
+        return True
 
     def _take_cell(self) -> int | None:
         """The lowest free cell: the least memory is touched, and it is the likeliest to be in cache."""
@@ -176,10 +180,12 @@ class Inbox(_Channel):
         self.fence()
         return self.words[self.entry + 1] == tag
 
-    def progress(self) -> None:
-        """Take what has come, while some receive is open."""
+    def progress(self) -> bool:
+        """Take a burst of what has come, while some receive is open; whether anything was."""
         queue, words = self.queue, self.words
-        while queue and words[self.at + POSTED] != self.count:
+        for burst in range(BURST):
+            if not queue or words[self.at + POSTED] == self.count:
+                return burst > 0
             self.fence()  # cell and entry are there
             entry = self.entry
             message = self._current or self._start(words[entry + 1], words[entry + 2])
@@ -193,6 +199,7 @@ class Inbox(_Channel):
                 message.finish()
                 if message in queue:
                     queue.remove(message)
+        return True
 
     def _read(self, message: Transfer, cell: int) -> None:
         tensor = message.tensor

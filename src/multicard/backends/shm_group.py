@@ -350,15 +350,20 @@ class Group:
 
     def _start(self, transfers: list[Transfer]) -> list[Transfer]:
         """Send what fits, take what is there, and leave the rest to whoever waits next."""
+        boxes = []
         for transfer in transfers:
-            box = (self._inboxes if transfer.receives else self._outboxes)[transfer.peer]
-            box.post(transfer)
-            box.progress()
+            boxes.append(self._box(transfer))
+            boxes[-1].post(transfer)
+        while sum(box.progress() for box in boxes if box.queue):  # all of them, in turn
+            pass
         for transfer in transfers:
             if not transfer.complete:
                 pending.groups.add(self)
                 break
         return transfers
+
+    def _box(self, transfer: Transfer) -> Outbox | Inbox:
+        return (self._inboxes if transfer.receives else self._outboxes)[transfer.peer]
 
     def progress(self) -> None:
         """Move messages along, as far as that goes without waiting."""
@@ -383,7 +388,7 @@ class Group:
             if self.sync is None or self.sync.error is not None:
                 raise self.again()
             for transfer in late:
-                (self._inboxes if transfer.receives else self._outboxes)[transfer.peer].progress()
+                self._box(transfer).progress()
             late = [transfer for transfer in late if not transfer.complete]
         if late:
             assert self.sync is not None
