@@ -123,6 +123,22 @@ class CheckedGloo(dist.ProcessGroup):
 
     _reduce_scatter_base = reduce_scatter_single
 
+    def all_gather_single_coalesced(
+        self, outs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = None
+    ) -> dist.Work:
+        works = [self.all_gather_single(out, x) for out, x in zip(outs, inputs, strict=True)]
+        return _Done(lambda: [work.wait() for work in works])
+
+    allgather_into_tensor_coalesced = all_gather_single_coalesced
+
+    def reduce_scatter_single_coalesced(
+        self, outs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = None
+    ) -> dist.Work:
+        works = [self.reduce_scatter_single(out, x, opts) for out, x in zip(outs, inputs, strict=True)]
+        return _Done(lambda: [work.wait() for work in works])
+
+    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
+
     def gather(self, outs: Any, inputs: Any, opts: Any, timeout: Any = None) -> dist.Work:
         self._agree(f"gather({_about(inputs)}, root {opts.rootRank})")
         return self._inner.gather(outs, inputs, opts)

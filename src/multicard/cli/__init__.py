@@ -36,7 +36,7 @@ def multicard() -> None:
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command in ``args`` (None: the process's own) and exit with its code."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is imported; ranks do the same
-    signal.signal(signal.SIGTERM, _interrupt)  # ranks and files are cleaned up after, as on Ctrl-C
+    before = signal.signal(signal.SIGTERM, _interrupt)  # ranks and files are cleaned up after, as on Ctrl-C
     try:
         code = app(args=args, prog_name="multicard", standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
@@ -50,6 +50,8 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         if usage is not None:
             _fail(f"{usage()} See `multicard --help`.", 2)
         _fail(_describe(error), 1, error)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if code == INTERRUPTED:  # typer has caught Ctrl-C itself
         _fail("interrupted", INTERRUPTED)
     sys.exit(code)
