@@ -88,16 +88,9 @@ def check_masks(
     kv_positions: Tensor | None,
 ) -> None:
     if mask is not None:
-        wanted = ((1, q.shape[0]), (1, q.shape[2]), (q.shape[1],), (kv_seq_len,))
-        if mask.ndim != 4 or any(n not in allowed for n, allowed in zip(mask.shape, wanted, strict=True)):
-            raise ConfigError(
-                f"mask has shape {tuple(mask.shape)}: must be (batch|1, heads|1, local rows, all keys), here "
-                f"({q.shape[0]}|1, {q.shape[2]}|1, {q.shape[1]}, {kv_seq_len})"
-            )
-        if mask.dtype != torch.bool and not mask.is_floating_point():
-            raise ConfigError(f"mask is {mask.dtype}: must be bool (True = keep) or floating (added to the scores)")
+        check_mask("mask", mask, q, kv_seq_len, "(batch|1, heads|1, local rows, all keys)", shared_rows=False)
     if key_mask is not None:
-        _check_key_mask("key_mask", key_mask, k)
+        check_key_mask("key_mask", key_mask, k)
     for name, positions, rows in (("q_positions", q_positions, q.shape[1]), ("kv_positions", kv_positions, k.shape[1])):
         if positions is None:
             continue
@@ -132,10 +125,21 @@ def check_joint(
                 f"{own.dtype}: only the rows may differ"
             )
     if joint_key_mask is not None:
-        _check_key_mask("joint_key_mask", joint_key_mask, joint[1])
+        check_key_mask("joint_key_mask", joint_key_mask, joint[1])
 
 
-def _check_key_mask(name: str, key_mask: Tensor, k: Tensor) -> None:
+def check_mask(name: str, mask: Tensor, q: Tensor, keys: int, words: str, shared_rows: bool = True) -> None:
+    """``(B|1, H|1, rows, keys)``, with ``shared_rows`` also one row for all; bool or floating."""
+    batch, rows, heads, _ = q.shape
+    wanted = ((1, batch), (1, heads), (1, rows) if shared_rows else (rows,), (keys,))
+    if mask.ndim != 4 or any(n not in allowed for n, allowed in zip(mask.shape, wanted, strict=True)):
+        here = f"({batch}|1, {heads}|1, {rows}{'|1' if shared_rows else ''}, {keys})"
+        raise ConfigError(f"{name} has shape {tuple(mask.shape)}: must be {words}, here {here}")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ConfigError(f"{name} is {mask.dtype}: must be bool (True = keep) or floating (added to the scores)")
+
+
+def check_key_mask(name: str, key_mask: Tensor, k: Tensor) -> None:
     if key_mask.dtype != torch.bool or key_mask.shape != k.shape[:2]:
         raise ConfigError(
             f"{name} has shape {tuple(key_mask.shape)} and dtype {key_mask.dtype}: must be bool {tuple(k.shape[:2])}, "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from multicard.attention.checks import check_tensors
+from multicard.attention.checks import check_key_mask, check_mask, check_tensors
 from multicard.attention.inference import inference_only
 from multicard.attention.kernels import block_attention
 from multicard.attention.merge import merge_ranks
@@ -37,7 +37,7 @@ def attend_decode(
         k, v: ``(B, n, Hkv, D)`` and ``(B, n, Hkv, Dv)``, this rank's part; n any, zero included.
         kv_lengths: ``(B,)`` integers: only so many of this rank's keys are in use; None: all.
         key_mask: ``(B, n)`` bool, True = may be attended to.
-        mask: ``(B|1, H|1, T, n)`` bool or additive, for what differs between the new tokens (causality among them).
+        mask: ``(B|1, H|1, T|1, n)`` bool or additive, for what differs between the new tokens (causality among them).
         scale: None means ``1/√D``.
 
     Returns:
@@ -47,7 +47,12 @@ def attend_decode(
         ConfigError: shapes or dtypes that don't fit together.
     """
     check_tensors(q, k, v)
-    _check(q, k, kv_lengths, key_mask, mask)
+    if kv_lengths is not None and (kv_lengths.shape != q.shape[:1] or kv_lengths.is_floating_point()):
+        raise ConfigError(f"kv_lengths has shape {tuple(kv_lengths.shape)}: must be integers ({q.shape[0]},)")
+    if key_mask is not None:
+        check_key_mask("key_mask", key_mask, k)
+    if mask is not None:
+        check_mask("mask", mask, q, k.shape[1], "(batch|1, heads|1, new tokens|1, this rank's keys)")
     keep = None if key_mask is None else key_mask[:, None, None, :]
     if kv_lengths is not None:
         used = torch.arange(k.shape[1], device=k.device) < kv_lengths.to(k.device)[:, None]
@@ -55,17 +60,3 @@ def attend_decode(
     scale = q.shape[3] ** -0.5 if scale is None else scale
     out, lse = block_attention(q, k, v, scale=scale, mask=both(mask, keep))
     return merge_ranks(out, lse, axis).to(q.dtype)
-
-
-def _check(q: Tensor, k: Tensor, kv_lengths: Tensor | None, key_mask: Tensor | None, mask: Tensor | None) -> None:
-    if kv_lengths is not None and (kv_lengths.shape != q.shape[:1] or kv_lengths.is_floating_point()):
-        raise ConfigError(f"kv_lengths has shape {tuple(kv_lengths.shape)}: must be integers ({q.shape[0]},)")
-    if key_mask is not None and (key_mask.shape != k.shape[:2] or key_mask.dtype != torch.bool):
-        raise ConfigError(f"key_mask has shape {tuple(key_mask.shape)}: must be bool {tuple(k.shape[:2])}")
-    if mask is not None:
-        wanted = ((1, q.shape[0]), (1, q.shape[2]), (1, q.shape[1]), (k.shape[1],))
-        if mask.ndim != 4 or any(n not in allowed for n, allowed in zip(mask.shape, wanted, strict=True)):
-            raise ConfigError(
-                f"mask has shape {tuple(mask.shape)}: must be (batch|1, heads|1, new tokens, this rank's keys), here "
-                f"({q.shape[0]}|1, {q.shape[2]}|1, {q.shape[1]}, {k.shape[1]})"
-            )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from multicard.attention.checks import check_tensors
+from multicard.attention.checks import check_mask, check_tensors
 from multicard.attention.inference import inference_only
 from multicard.attention.kernels import block_attention, reference
 from multicard.errors import ConfigError
@@ -34,7 +34,7 @@ def attention_forward(
 
     Args:
         q: ``(B, Sq, H, D)``; with ``head_first`` ``(B, H, Sq, D)``; k and v alike, H a multiple of their heads.
-        attn_mask: broadcastable to ``(B, H, Sq, Sk)``; bool (True = keep) or added to the scores.
+        attn_mask: ``(B|1, H|1, Sq|1, Sk)``; bool (True = keep) or added to the scores.
         scale: None means ``1/√D``.
         fused: False computes by the formula, in plain torch.
         layout: the operator's layout, "BNSD", "BSND" or "BSH"; it does not describe q, k, v.
@@ -56,17 +56,8 @@ def attention_forward(
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     check_tensors(q, k, v)
     if attn_mask is not None:
-        _check_mask(attn_mask, q, k)
+        check_mask("attn_mask", attn_mask, q, k.shape[1], "(batch|1, heads|1, rows|1, keys)")
     scale = q.shape[3] ** -0.5 if scale is None else scale
     kernel = None if fused else reference.KERNEL
     out = block_attention(q, k, v, scale=scale, mask=attn_mask, kernel=kernel)[0].to(q.dtype)
     return out.transpose(1, 2) if head_first else out
-
-
-def _check_mask(mask: Tensor, q: Tensor, k: Tensor) -> None:
-    wanted = ((1, q.shape[0]), (1, q.shape[2]), (1, q.shape[1]), (k.shape[1],))
-    if mask.ndim != 4 or any(n not in allowed for n, allowed in zip(mask.shape, wanted, strict=True)):
-        raise ConfigError(
-            f"attn_mask has shape {tuple(mask.shape)}: must be (batch|1, heads|1, rows|1, keys), here "
-            f"({q.shape[0]}|1, {q.shape[2]}|1, {q.shape[1]}|1, {k.shape[1]})"
-        )
