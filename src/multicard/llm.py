@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
 import pathlib
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from multicard import collectives, partition
 from multicard.config import ParallelConfig
-from multicard.errors import ConfigError, UnsupportedError
+from multicard.errors import ConfigError, MulticardError, UnsupportedError
 from multicard.launch import Ranks
 from multicard.mesh import ParallelMesh
 from multicard.models import generate as decoding
@@ -227,12 +226,27 @@ def _check_folder(path: pathlib.Path, degrees: ParallelConfig) -> tuple[Any, str
     except UnsupportedError as refusal:
         if importlib.util.find_spec("transformers") is None:
             raise
-        from multicard.integrations import transformers_llm as fallback
-
         try:
-            return fallback.check_folder(path, degrees), "transformers"
-        except UnsupportedError as other:
+            return _check_with_transformers(path, degrees), "transformers"
+        except MulticardError as other:
             raise other from refusal
+        except Exception as other:  # what transformers says of a config that it can't make a model of
+            said = f"{type(other).__name__} {other}".splitlines()[0]
+            raise UnsupportedError(f"{refusal}; transformers makes no model of it: {said}") from other
+
+
+def _check_with_transformers(path: pathlib.Path, degrees: ParallelConfig) -> Any:
+    """Its warnings are held back: where it fails, the error says why."""
+    from transformers.utils import logging
+
+    from multicard.integrations import transformers_llm
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        return transformers_llm.check_folder(path, degrees)
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _load(
@@ -253,38 +267,12 @@ def _report(mesh: ParallelMesh, slot: _Slot) -> dict[str, Any]:
 
 
 def _generate(mesh: ParallelMesh, slot: _Slot, request: Request) -> tuple[list[list[int]], dict[str, float]]:
-    """Every prompt's new tokens, on every rank: each data-parallel copy answers its share of them."""
-    mine = partition.split(len(request.prompts), mesh.dp.size)[mesh.dp.rank]
-    part = dataclasses.replace(request, prompts=request.prompts[mine.start : mine.stop], first=mine.start)
-    begin = time.perf_counter()
-    first, steps, tokens = begin, 0, [[] for _ in mine]  # type: ignore[var-annotated]
-    for step in decoding.generate(slot.model, part):
-        steps += 1
-        if steps == 1:
-            first = time.perf_counter()
-        for row, token in enumerate(step):
-            if token is not None:
-                tokens[row].append(token)
-    decode = time.perf_counter() - first
-    rate = (steps - 1) / decode if steps > 1 else 0.0
-    timings = {"prefill": first - begin, "decode": decode, "tokens_per_second": rate}
-    return _gather_tokens(tokens, mesh, len(request.prompts), request.max_new_tokens), timings
-
-
-def _gather_tokens(tokens: list[list[int]], mesh: ParallelMesh, prompts: int, width: int) -> list[list[int]]:
-    """Every copy's answers on every rank. One all-gather on ``dp``."""
-    if mesh.dp.size == 1:
-        return tokens
-    table = torch.tensor([row + [-1] * (width - len(row)) for row in tokens], device=mesh.device, dtype=torch.int64)
-    sizes = partition.split_sizes(prompts, mesh.dp.size)
-    whole = collectives.all_gather(table.reshape(-1, width), mesh.dp, sizes=sizes)
-    return [[token for token in row if token >= 0] for row in whole.tolist()]
+    return decoding.answer(slot.model, mesh, request)
 
 
 def _stream(mesh: ParallelMesh, slot: _Slot, request: Request) -> Iterator[int]:
-    for step in decoding.generate(
-        slot.model, request
-    ):  # on every data-parallel copy: the others have nothing else to do
+    # Every data-parallel copy computes it: the others have nothing else to do.
+    for step in decoding.generate(slot.model, request):
         yield step[0]  # type: ignore[misc]
 
 
@@ -297,24 +285,15 @@ def _is_list(prompts: Any) -> bool:
     return not isinstance(prompts, str) and not all(isinstance(part, int | Mapping) for part in prompts)
 
 
-class _bar:  # noqa: N801  used as a function
-    """A progress bar on standard error; nothing where it isn't a terminal."""
+@contextlib.contextmanager
+def _bar(wanted: bool | None, label: str) -> Iterator[Callable[[float], None]]:
+    """A progress bar on standard error, moved by calling what this gives; nothing where that isn't a terminal."""
+    if not (sys.stderr.isatty() if wanted is None else wanted):
+        yield lambda share: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
 
-    def __init__(self, wanted: bool | None, label: str) -> None:
-        self._shown = sys.stderr.isatty() if wanted is None else wanted
-        self._label = label
-
-    def __enter__(self) -> Any:
-        if not self._shown:
-            return lambda share: None
-        from rich.console import Console
-        from rich.progress import Progress
-
-        self._bar = Progress(console=Console(stderr=True), transient=True)
-        self._bar.start()
-        task = self._bar.add_task(self._label, total=1.0)
-        return lambda share: self._bar.update(task, completed=share)
-
-    def __exit__(self, *_: object) -> None:
-        if self._shown:
-            self._bar.stop()
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(label, total=1.0)
+        yield lambda share: progress.update(task, completed=share)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterator, Sequence
 
 import torch
 
-from multicard import collectives
+from multicard import collectives, partition
 from multicard.errors import ConfigError, UnsupportedError
 from multicard.layers.head import GatherLastDim
+from multicard.mesh import ParallelMesh
 from multicard.models.config import DecoderConfig
 from multicard.models.decoder import ParallelTransformer
 from multicard.models.sampling import Sampling, choose
@@ -86,6 +88,38 @@ def generate(model: ParallelTransformer, request: Request) -> Iterator[list[int 
             running[row] = running[row] and token not in request.stop and step + 1 < room[row]
         if not any(running):
             return
+
+
+def answer(
+    model: ParallelTransformer, mesh: ParallelMesh, request: Request
+) -> tuple[list[list[int]], dict[str, float]]:
+    """Every prompt's new tokens, on every rank, and seconds; each data-parallel copy answers its share of them."""
+    mine = partition.split(len(request.prompts), mesh.dp.size)[mesh.dp.rank]
+    part = dataclasses.replace(request, prompts=request.prompts[mine.start : mine.stop], first=mine.start)
+    tokens: list[list[int]] = [[] for _ in mine]
+    begin = time.perf_counter()
+    first, steps = begin, 0
+    for step in generate(model, part):
+        steps += 1
+        if steps == 1:
+            first = time.perf_counter()
+        for row, token in enumerate(step):
+            if token is not None:
+                tokens[row].append(token)
+    decode = time.perf_counter() - first
+    rate = (steps - 1) / decode if steps > 1 else 0.0
+    timings = {"prefill": first - begin, "decode": decode, "tokens_per_second": rate}
+    return _gather_tokens(tokens, mesh, len(request.prompts), request.max_new_tokens), timings
+
+
+def _gather_tokens(tokens: list[list[int]], mesh: ParallelMesh, prompts: int, width: int) -> list[list[int]]:
+    """Every copy's answers on every rank. One all-gather on ``dp``."""
+    if mesh.dp.size == 1:
+        return tokens
+    table = torch.tensor([row + [-1] * (width - len(row)) for row in tokens], device=mesh.device, dtype=torch.int64)
+    sizes = partition.split_sizes(prompts, mesh.dp.size)
+    whole = collectives.all_gather(table.reshape(-1, width), mesh.dp, sizes=sizes)
+    return [[token for token in row if token >= 0] for row in whole.tolist()]
 
 
 def logits(model: ParallelTransformer, ids: Sequence[int]) -> torch.Tensor:

@@ -76,18 +76,16 @@ def choose(
     Raises:
         MulticardError: logits that aren't numbers.
     """
-    ids = torch.arange(vocabulary.start, vocabulary.stop, device=logits.device)
     if sampling.temperature == 0:
-        scores, found = _best(logits.float(), ids)
-        return _winner(*_exchange(scores[:, None], found[:, None], axis))
+        return _winner(*_exchange(*_best(logits.float(), vocabulary), axis))
+    ids = torch.arange(vocabulary.start, vocabulary.stop, device=logits.device)
     scores = logits.double() / sampling.temperature
     keys = [noise_key(sampling.seed, prompt, step) for prompt in prompts]
     if sampling.top_k is not None:
         return _choose_of_top_k(scores, ids, axis, sampling, keys)
     if sampling.top_p is not None and sampling.top_p < 1:
         scores = scores.masked_fill(~nucleus(scores, axis, sampling.top_p), -math.inf)
-    noisy, found = _best(scores + gumbel(keys, ids), ids)
-    return _winner(*_exchange(noisy[:, None], found[:, None], axis))
+    return _winner(*_exchange(*_best(scores + gumbel(keys, ids), vocabulary), axis))
 
 
 def _choose_of_top_k(scores: Tensor, ids: Tensor, axis: Axis, sampling: Sampling, keys: list[int]) -> Tensor:
@@ -115,7 +113,8 @@ def nucleus(scores: Tensor, axis: Axis, p: float) -> Tensor:
         scores: ``(batch, this rank's vocabulary)`` float64.
     """
     batch = scores.shape[0]
-    top = _gather_columns(_best(scores, torch.zeros(scores.shape[1], device=scores.device))[0], axis).amax(1)[:, None]
+    best, _ = _best(scores, range(scores.shape[1]))
+    top = collectives.all_gather(best, axis, dim=1).amax(1, keepdim=True)
     below = scores - top
     ordered = below.sort(dim=-1).values
     masses = torch.cat([ordered.exp().flip(-1).cumsum(-1).flip(-1), ordered.new_zeros(batch, 1)], dim=1)
@@ -172,11 +171,13 @@ def _from_bits(x: Tensor) -> Tensor:
     return -x.int().view(torch.float32).double()
 
 
-def _best(scores: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    if not scores.shape[1]:  # a rank without vocabulary
-        return scores.new_full((scores.shape[0],), -math.inf), ids.new_zeros(scores.shape[0])
-    best, index = scores.max(dim=-1)
-    return best, ids[index]
+def _best(scores: Tensor, vocabulary: range) -> tuple[Tensor, Tensor]:
+    """The largest score of each row and its id, ``(batch, 1)`` each; of equal ones the lowest id."""
+    if not vocabulary:
+        none = scores.new_full((scores.shape[0], 1), -math.inf)
+        return none, none.new_zeros(none.shape, dtype=torch.int64)
+    best, index = scores.max(dim=-1, keepdim=True)
+    return best, index + vocabulary.start
 
 
 def _exchange(scores: Tensor, ids: Tensor, axis: Axis, width: int = 1) -> tuple[Tensor, Tensor]:
