@@ -119,7 +119,7 @@ def test_callbacks_run_on_every_rank_and_fail_alone(sd3):
     kwargs = {"callback_on_step_end": halve, "callback_on_step_end_tensor_inputs": ["latents"]}
     generator = torch.Generator().manual_seed(SEED)
     changed = plain(**arguments, **kwargs, generator=generator).images
-    with mc.DiffusionPipeline(folder, cfg=2, timeout=30) as pipe:
+    with mc.DiffusionPipeline(folder, cfg=2, tp=2, timeout=30) as pipe:
         torch.testing.assert_close(pipe(**arguments, **kwargs, seed=SEED).images, changed, rtol=0, atol=1e-4)
         with pytest.raises(FloatingPointError, match="had enough"):
             pipe(**arguments, callback_on_step_end=raises)
