@@ -15,9 +15,10 @@ from typing import Any
 from multicard import process_group
 from multicard.config import ParallelConfig
 from multicard.errors import UnsupportedError
-from multicard.ranks.children import Children, Settings
+from multicard.ranks.children import Children
 from multicard.ranks.joined import Joined
 from multicard.ranks.kept import Kept
+from multicard.ranks.settings import Settings
 from multicard.ranks.supervisor import GRACE
 
 

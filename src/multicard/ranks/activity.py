@@ -14,7 +14,7 @@ from typing import Any
 
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _C10D = os.path.join("torch", "distributed", "distributed_c10d.py")
-_TORCH_DISTRIBUTED = os.path.join("torch", "distributed", "")
+_AROUND_IT = ("c10d_logger.py", "_functional_collectives.py", "typing_extensions.py")  # the last wraps deprecated calls
 _OURS = (os.path.join(_HERE, "collectives.py"), os.path.join(_HERE, "backends"))
 
 
@@ -52,7 +52,7 @@ class Call:
 def is_communication(frame: FrameType) -> bool:
     """Whether the frame belongs to collectives themselves and not to code that calls them."""
     path = frame.f_code.co_filename
-    return path.startswith(_OURS) or _TORCH_DISTRIBUTED in path or path.endswith("typing_extensions.py")
+    return path.startswith(_OURS) or path.endswith((_C10D, *_AROUND_IT))
 
 
 def call_in(frames: Sequence[FrameType]) -> Call | None:

@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from multicard.config import ParallelConfig
 from multicard.errors import CheckpointError, ConfigError, RankError, UnsupportedError
 from multicard.ranks import environment, failure, hang, wire
 from multicard.ranks.failure import Failure
-from multicard.ranks.hosts import POLL, Hosts, Neighbours
+from multicard.ranks.hosts import POLL, Neighbours
 from multicard.ranks.logs import Logs
+from multicard.ranks.settings import Settings
 from multicard.ranks.supervisor import Supervisor
 
 SETTLE = 0.5
@@ -24,29 +24,6 @@ SETTLE = 0.5
 REFUSED = (ConfigError, UnsupportedError, CheckpointError)
 REFUSED_SETTLE = 5.0
 """The same where a rank refused its input: all do, and a busy machine is no reason to lose a loaded model."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What a job is started with; :class:`multicard.launch.Ranks` describes the fields."""
-
-    config: ParallelConfig
-    timeout: float = 60.0
-    start_timeout: float = 300.0
-    threads_per_rank: int | None = None
-    backend: str = "auto"
-    device: str = "auto"
-    check: bool = False
-    log_dir: str | None = None
-    console: str = "rank0"
-    env: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    hosts: Hosts = dataclasses.field(default_factory=Hosts)
-
-    @property
-    def ranks(self) -> range:
-        """Those on this host."""
-        here = self.config.world_size // self.hosts.count
-        return range(self.hosts.index * here, (self.hosts.index + 1) * here)
 
 
 @dataclasses.dataclass

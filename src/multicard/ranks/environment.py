@@ -9,14 +9,12 @@ import os
 import pathlib
 import socket
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 
 from multicard.errors import ConfigError
-
-if TYPE_CHECKING:
-    from multicard.ranks.children import Settings
+from multicard.ranks.settings import Settings
 
 
 def host_store(timeout: float, address: str = "127.0.0.1", port: int = 0) -> tuple[Any, int]:

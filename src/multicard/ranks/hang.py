@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from multicard.errors import CollectiveTimeout
 from multicard.ranks import failure
 from multicard.ranks.activity import Call
 from multicard.ranks.failure import Failure
-
-if TYPE_CHECKING:
-    from multicard.ranks.children import Settings
+from multicard.ranks.settings import Settings
 
 Activities = Mapping[int, Mapping[str, Any]]
 

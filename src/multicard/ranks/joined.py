@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -12,9 +12,7 @@ from multicard import collectives
 from multicard.errors import UnsupportedError
 from multicard.mesh import ParallelMesh, init_mesh
 from multicard.ranks.kept import Shelf
-
-if TYPE_CHECKING:
-    from multicard.ranks.children import Settings
+from multicard.ranks.settings import Settings
 
 
 class Joined:

@@ -6,7 +6,8 @@ import os
 from collections.abc import Sequence
 
 from multicard.errors import ConfigError
-from multicard.ranks.children import Children, Settings
+from multicard.ranks.children import Children
+from multicard.ranks.settings import Settings
 
 EXIT_GRACE = 10.0
 """Seconds for a script's own exit handlers, once it has ended well on every rank."""
