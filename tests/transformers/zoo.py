@@ -21,6 +21,7 @@ GPT2 = {"vocab_size": 131, "n_embd": 60, "n_layer": 2, "n_head": 5, "n_positions
 DECODERS = {
     "bloom": lambda: hf.BloomConfig(vocab_size=131, hidden_size=60, n_layer=2, n_head=5, **IDS),
     "cohere": lambda: hf.CohereConfig(**{**LLAMA, "use_qk_norm": True}),
+    "cohere2": lambda: hf.Cohere2Config(**LLAMA, sliding_window=7),
     "deepseek_v2": lambda: hf.DeepseekV2Config(**MLA, topk_method="greedy"),
     "deepseek_v3": lambda: hf.DeepseekV3Config(**MLA),
     "falcon": lambda: hf.FalconConfig(**MHA, new_decoder_architecture=False, multi_query=True),
@@ -29,6 +30,7 @@ DECODERS = {
     "gemma": lambda: hf.GemmaConfig(**LLAMA),
     "gemma2": lambda: hf.Gemma2Config(**LLAMA, sliding_window=7, query_pre_attn_scalar=8),
     "gemma3": lambda: hf.Gemma3TextConfig(**LLAMA, sliding_window=7, query_pre_attn_scalar=8),
+    "glm": lambda: hf.GlmConfig(**LLAMA),
     "glm4": lambda: hf.Glm4Config(**LLAMA),
     "gpt2": lambda: hf.GPT2Config(**GPT2),
     "gpt_bigcode": lambda: hf.GPTBigCodeConfig(**GPT2, multi_query=True),
@@ -40,25 +42,32 @@ DECODERS = {
     "gpt_oss": lambda: hf.GptOssConfig(**{**MOE, "num_local_experts": 4, "sliding_window": 7}),
     "gptj": lambda: hf.GPTJConfig(**GPT2, rotary_dim=4),
     "granite": lambda: hf.GraniteConfig(**LLAMA),
+    "helium": lambda: hf.HeliumConfig(**LLAMA),
     "llama": lambda: hf.LlamaConfig(**LLAMA),
     "llama-tied": lambda: hf.LlamaConfig(**LLAMA, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
+    "ministral": lambda: hf.MinistralConfig(**LLAMA, sliding_window=7),
     "mistral": lambda: hf.MistralConfig(**LLAMA, sliding_window=7),
     "mixtral": lambda: hf.MixtralConfig(**MOE, num_local_experts=4),
     "mpt": lambda: hf.MptConfig(vocab_size=131, d_model=60, n_layers=2, n_heads=5, max_seq_len=128, **IDS),
     "nemotron": lambda: hf.NemotronConfig(**LLAMA),
+    "olmo": lambda: hf.OlmoConfig(**LLAMA),
     "olmo2": lambda: hf.Olmo2Config(**LLAMA),
+    "olmo3": lambda: hf.Olmo3Config(**LLAMA, sliding_window=7),
+    "olmoe": lambda: hf.OlmoeConfig(**MOE, num_experts=4),
     "opt": lambda: hf.OPTConfig(
         vocab_size=131, hidden_size=60, num_hidden_layers=2, num_attention_heads=5, ffn_dim=85,
         max_position_embeddings=128, word_embed_proj_dim=60, **IDS,
     ),
     "phi": lambda: hf.PhiConfig(**{**MHA, "num_key_value_heads": 3}),
     "phi3": lambda: hf.Phi3Config(**LLAMA, original_max_position_embeddings=128),
+    "phimoe": lambda: hf.PhimoeConfig(**MOE, num_local_experts=4),
     "qwen2": lambda: hf.Qwen2Config(**LLAMA),
     "qwen2_moe": lambda: hf.Qwen2MoeConfig(
         **MOE, num_experts=4, moe_intermediate_size=20, shared_expert_intermediate_size=30, decoder_sparse_step=1
     ),
     "qwen3": lambda: hf.Qwen3Config(**LLAMA),
     "qwen3_moe": lambda: hf.Qwen3MoeConfig(**MOE, num_experts=4, moe_intermediate_size=20, decoder_sparse_step=1),
+    "seed_oss": lambda: hf.SeedOssConfig(**LLAMA),
     "smollm3": lambda: hf.SmolLM3Config(**LLAMA),
     "stablelm": lambda: hf.StableLmConfig(**{**LLAMA, "use_qkv_bias": True}),
     "starcoder2": lambda: hf.Starcoder2Config(**LLAMA),
@@ -93,7 +102,7 @@ NO_SEQUENCE = {
 }  # fmt: skip
 """Architectures whose sequence isn't split: refused by name."""
 
-WHOLE_ATTENTION = {"olmo2"}
+WHOLE_ATTENTION = {"olmo2", "olmo3"}
 """Whose norm spans all heads: every rank computes their attention, so a larger share of the parameters stays."""
 
 
