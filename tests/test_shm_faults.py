@@ -50,9 +50,10 @@ def rank_main(rank: int, size: int, path: str, timeout: float, names: list[str],
     import multicard.backends.shm  # noqa: F401  registers itself
 
     torch.set_num_threads(1)
-    limit = datetime.timedelta(seconds=timeout)
+    limit = datetime.timedelta(seconds=60)
     dist.init_process_group("cpu:shm", init_method=f"file://{path}/store", rank=rank, world_size=size, timeout=limit)
     dist.barrier()
+    dist.group.WORLD.set_timeout(datetime.timedelta(seconds=timeout))
     pipe.send("ready")
     try:
         while True:

@@ -365,18 +365,15 @@ class Group:
     def _box(self, transfer: Transfer) -> Outbox | Inbox:
         return (self._inboxes if transfer.receives else self._outboxes)[transfer.peer]
 
-    def progress(self) -> None:
-        """Move messages along, as far as that goes without waiting."""
+    def progress(self) -> bool:
+        """Move messages along, as far as that goes without waiting; whether any moved."""
         if self.sync is None or self.sync.error is not None:
             pending.groups.discard(self)
-            return
-        busy = False
-        for box in self._boxes:
-            if box.queue:
-                box.progress()
-                busy = busy or bool(box.queue)
-        if not busy:
+            return False
+        moved = sum(box.progress() for box in self._boxes if box.queue)
+        if not any(box.queue for box in self._boxes):
             pending.groups.discard(self)
+        return moved > 0
 
     @_guarded
     def drive(self, transfers: Sequence[Transfer]) -> None:

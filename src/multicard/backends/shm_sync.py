@@ -52,8 +52,8 @@ class Sync:
         rank: this rank within the group.
         peers: every rank's process, by rank within the group.
         ranks: every rank's global rank, for messages.
-        timeout: seconds that one wait may last.
-        progress: moves this thread's point-to-point messages along.
+        timeout: seconds that one wait may last without anything moving.
+        progress: moves this thread's messages along; whether any moved.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Sync:
         peers: Sequence[Process],
         ranks: Sequence[int],
         timeout: float,
-        progress: Callable[[], None],
+        progress: Callable[[], bool],
     ) -> None:
         self.words, self._text = segment.words, segment.text
         self.rank, self.ranks, self.timeout = rank, ranks, timeout
@@ -197,8 +197,11 @@ class Sync:
         waiting = self._row + WAITING
         pause = 50e-6
         while ranks := missing():
-            self._progress()
+            moved = self._progress()
             now = time.monotonic()
+            if moved:
+                start, pause = now, 50e-6  # messages may be of any length: the timeout is on silence
+                continue
             if now - start < YIELDING:
                 os.sched_yield()
                 continue

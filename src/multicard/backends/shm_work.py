@@ -84,7 +84,6 @@ class _Pending(threading.local):
 pending = _Pending()
 
 
-def progress_all() -> None:
-    """Move all of this thread's messages along."""
-    for group in tuple(pending.groups):
-        group.progress()
+def progress_all() -> bool:
+    """Move all of this thread's messages along; whether any moved."""
+    return bool(sum(group.progress() for group in tuple(pending.groups)))
