@@ -22,6 +22,8 @@ def answers(model, name, ranks_seed=0):
         found[way] = model.generate(**given, max_new_tokens=6, **kwargs)
     one = {key: value[1:] for key, value in given.items()}
     found["lookup"] = model.generate(**one, max_new_tokens=6, prompt_lookup_num_tokens=3, do_sample=False)
+    draft = zoo.build(name)  # whole on every rank: the model's own weights, so that guesses are taken
+    found["draft"] = model.generate(**one, max_new_tokens=6, assistant_model=draft, do_sample=False)
     return found
 
 
