@@ -35,9 +35,8 @@ def plain(mesh: mc.ParallelMesh, path: str) -> Slot:
 
 
 def theirs(mesh: mc.ParallelMesh, path: str) -> Slot:
-    from transformers.distributed import DistributedConfig
-
     from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
 
     slot = Slot()
     config = DistributedConfig(tp_size=mesh.tp.size)

@@ -1,7 +1,7 @@
 """A diffusers script for one card, and the two lines that make it parallel.
 
-    python examples/two_lines.py three.png                         # one card
-    multicard run --cfg 2 examples/two_lines.py three.png          # two
+python examples/two_lines.py three.png                         # one card
+multicard run --cfg 2 examples/two_lines.py three.png          # two
 """
 
 import sys

@@ -1,7 +1,6 @@
 """Tiny random checkpoints of every family, with sizes that divide by nothing, made with transformers."""
 
 import torch
-
 import transformers
 
 LLAMA3 = {

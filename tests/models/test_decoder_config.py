@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-import transformers
 from multicard.errors import CheckpointError, ConfigError, UnsupportedError
 from multicard.models.config import DecoderConfig
 from multicard.models.generate import Request

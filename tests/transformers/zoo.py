@@ -1,7 +1,6 @@
 """Tiny models of many architectures: random weights, and sizes that divide by nothing."""
 
 import torch
-
 import transformers as hf
 
 SIZES = {"vocab_size": 131, "hidden_size": 72, "num_hidden_layers": 2, "max_position_embeddings": 128}

@@ -214,7 +214,6 @@ def _hide_bars(rank: int) -> None:
     if rank == 0 and sys.stderr.isatty():
         return
     import diffusers
-
     import transformers
 
     diffusers.utils.logging.disable_progress_bar()
