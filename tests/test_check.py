@@ -80,16 +80,18 @@ def barrier_against_all_reduce(group, odd):
 
 def short_send(group, odd):
     if odd:
-        dist.send(ones(3), group=group, group_dst=0)
-    elif group.rank() == 0:
+        return dist.isend(ones(3), group=group, group_dst=0)  # not waited for: nobody will take it
+    if group.rank() == 0:
         dist.recv(ones(4), group=group, group_src=group.size() - 1)
+    return None
 
 
 def send_of_another_dtype(group, odd):
     if odd:
-        dist.send(ones(4, dtype=torch.int32), group=group, group_dst=0)
-    elif group.rank() == 0:
+        return dist.isend(ones(4, dtype=torch.int32), group=group, group_dst=0)
+    if group.rank() == 0:
         dist.recv(ones(4), group=group, group_src=group.size() - 1)
+    return None
 
 
 COLLECTIVES = [
@@ -110,14 +112,16 @@ MESSAGES = {"gloo": [short_send, send_of_another_dtype], "shm": [short_send]}  #
 
 def run_all(mesh, cases):
     """Every case on a group of its own, which a disagreement may spoil; the last rank is the odd one."""
-    told = []
+    told, under_way = [], []
     for case in cases:
         group = dist.new_group(timeout=datetime.timedelta(seconds=30))
         try:
-            case(group, mesh.rank == mesh.world_size - 1)
+            under_way.append(case(group, mesh.rank == mesh.world_size - 1))
             told.append(("nothing", "", None))
         except Exception as error:
             told.append((type(error).__name__, str(error), getattr(error, "rank", None)))
+    dist.barrier()  # what is under way is kept until its receiver has seen it
+    del under_way
     return told
 
 
