@@ -239,12 +239,12 @@ def _check_with_transformers(path: pathlib.Path, degrees: ParallelConfig) -> Any
     """Its warnings are held back: where it fails, the error says why."""
     from transformers.utils import logging
 
-    from multicard.integrations import transformers_llm
+    from multicard.integrations.transformers.llm import check_folder as check_transformers
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     try:
-        return transformers_llm.check_folder(path, degrees)
+        return check_transformers(path, degrees)
     finally:
         logging.set_verbosity(verbosity)
 
@@ -254,7 +254,7 @@ def _load(
 ) -> Iterator[float]:
     load: Any = load_decoder
     if engine == "transformers":
-        from multicard.integrations.transformers_llm import load_decoder as load
+        from multicard.integrations.transformers.llm import load_decoder as load
     for step in load(mesh, path, dtype, verify):
         if isinstance(step, float):
             yield step

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import multicard as mc
-from multicard.integrations.transformers_cache import PAGE, Chunk, ShardedCache
+from multicard.integrations.transformers.cache import PAGE, Chunk, ShardedCache
 from multicard.mesh import Axis
 
 

@@ -18,7 +18,7 @@ from multicard.attention.sharding import Sharding
 from multicard.attention.ulysses import group_attention
 from multicard.attention.visibility import Visibility, as_tensor
 from multicard.errors import UnsupportedError
-from multicard.integrations.transformers_cache import Chunk, Spans
+from multicard.integrations.transformers.cache import Chunk, Spans
 from multicard.mesh import ParallelMesh
 
 NAME = "multicard"

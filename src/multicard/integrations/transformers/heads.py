@@ -26,7 +26,7 @@ from multicard.partition import HeadShard
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from multicard.integrations.transformers_plans import Family
+    from multicard.integrations.transformers.families import Family
 
 QUERY_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 KV_COUNTS = ("num_key_value_heads", "num_kv_heads", "kv_heads", "n_kv_heads")

@@ -1,22 +1,12 @@
-"""How each family of ``transformers`` models is split: our tables, and what the library's own ``tp_plan`` becomes.
+"""How each family of ``transformers`` models is split: a table.
 
-Supporting one more family adds lines to ``FAMILIES``, never a class. What a style does is in ``transformers_layers``.
+Supporting one more family adds lines to ``FAMILIES``, never a class. What a style does is in ``layers``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
-
-from torch import nn
-
-from multicard.errors import UnsupportedError
-from multicard.integrations.plan import Rule, make_plan, resolve
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from collections.abc import Mapping
 
 STYLES = {
     "column": "output features by width",
@@ -213,118 +203,3 @@ FAMILIES: dict[str, Family] = {
     "xlm-roberta": Family(_BERT),
     "xlm-roberta-xl": Family(_BERT),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class ResolvedPlan:
-    """The styles of one model's modules and parameters, by path, and the family of each."""
-
-    styles: Mapping[str, str]
-    families: Mapping[str, Family]
-
-    def family(self, path: str) -> Family:
-        """The family of the innermost model of ours to know that holds ``path``."""
-        holders = [root for root in self.families if not root or path == root or path.startswith(root + ".")]
-        return self.families[max(holders, key=len)] if holders else Family()
-
-
-def resolve_plan(model: PreTrainedModel, plan: Mapping[str, str] | None = None) -> ResolvedPlan:
-    """The styles that ``model`` is split by: the caller's plan, or ours over the one that transformers ships.
-
-    Raises:
-        ConfigError: a rule of ours or the caller's that matches nothing, or two that match one module.
-        UnsupportedError: no plan for this family, or a setting of its config that can't be split.
-    """
-    what = f"{type(model).__name__} (model_type={model.config.model_type!r})"
-    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
-    names += [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    families = dict(_families(model))
-    styles: dict[str, str] = {}
-    if plan is not None:
-        styles = resolve(make_plan(plan), names, STYLES, what)
-    else:
-        styles = _shipped(model, names, what)
-        for root, family in families.items():
-            _refuse_settings(model.get_submodule(root), family)
-            below = {name.removeprefix(f"{root}.") if root else name: name for name in names if _within(name, root)}
-            rules = (*make_plan(family.rules), *make_plan(family.optional, optional=True))
-            styles |= {below[name]: style for name, style in resolve(rules, below, STYLES, what).items()}
-    if not any(style not in ("whole", "embedding", "head") for style in styles.values()):
-        raise UnsupportedError(
-            f"{what} has no tensor-parallel plan, neither in transformers nor in multicard: "
-            f"pass plan={{pattern: style}}, styles being {', '.join(STYLES)}"
-        )
-    return ResolvedPlan(styles, families)
-
-
-def _within(name: str, root: str) -> bool:
-    return not root or name.startswith(f"{root}.")
-
-
-def _families(model: PreTrainedModel) -> Iterator[tuple[str, Family]]:
-    """Roots of the models inside ``model`` that our table knows, outermost first (a pipeline's towers differ)."""
-    from transformers import PreTrainedModel
-
-    found: dict[str, str] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, PreTrainedModel):
-            continue
-        kind = module.config.model_type
-        above = [
-            root for root, other in found.items() if _within(name, root) and FAMILIES.get(other) is FAMILIES.get(kind)
-        ]
-        if kind in FAMILIES and not above:
-            found[name] = kind
-            yield name, FAMILIES[kind]
-
-
-def _refuse_settings(model: nn.Module, family: Family) -> None:
-    for setting, why in family.refuse.items():
-        if getattr(getattr(model, "config", None), setting, False):
-            raise UnsupportedError(
-                f"{type(model).__name__} with {setting}=True: {why}; load it with {setting}=False or on one rank"
-            )
-
-
-IGNORED = ("replicated_with_grad_allreduce", "mla_kv_a_proj", "local_params", "replicate", "keep_full_weight")
-GATHERED = ("colwise_gather_output", "colwise_rep", "rowwise_split_input", "rowwise_rep", "embedding_colwise")
-
-
-def _shipped(model: PreTrainedModel, names: list[str], what: str) -> dict[str, str]:
-    """transformers' own plan in our styles; what it would only gather again stays whole."""
-    theirs = dict(model.tp_plan or {})
-    known = {*IGNORED, *GATHERED, "colwise", "rowwise", "embedding_rowwise", "moe_tp_experts", "packed_colwise"}
-    for pattern, style in theirs.items():
-        if style not in known:
-            raise UnsupportedError(
-                f"{what}: transformers' plan splits {pattern!r} by {style!r}, which multicard doesn't know: pass plan="
-            )
-    rules = [Rule(pattern, style, optional=True) for pattern, style in theirs.items()]
-    found = resolve(tuple(rules), names, known, what)
-    experts = [name for name, style in found.items() if style == "moe_tp_experts"]
-    attention = {name.rpartition(".")[0] for name, style in found.items() if _is_key(name) and style == "colwise"}
-    styles = {}
-    for name, style in found.items():
-        if any(name.startswith(f"{expert}.") for expert in experts):
-            continue
-        styles[name] = _translate(name, style, name.rpartition(".")[0] in attention)
-    return styles
-
-
-def _is_key(name: str) -> bool:
-    return re.fullmatch(r"k_proj|kv_b_proj|qkv_proj|query_key_value", name.rpartition(".")[2]) is not None
-
-
-def _translate(name: str, style: str, in_attention: bool) -> str:
-    leaf = name.rpartition(".")[2]
-    if style == "moe_tp_experts":
-        return "experts"
-    if style == "colwise" and in_attention:
-        if leaf in ("k_proj", "v_proj"):
-            return "key_value"
-        if leaf in ("qkv_proj", "query_key_value"):
-            return "qkv"
-        return "heads" if leaf in ("sinks", "gate_bias") else "query"
-    if style == "rowwise" and in_attention:
-        return "attention_out"
-    return {"colwise": "column", "rowwise": "row"}.get(style, "whole")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from multicard import collectives, partition
 from multicard.errors import UnsupportedError
-from multicard.integrations.transformers_heads import Heads
+from multicard.integrations.transformers.heads import Heads
 from multicard.layers import (
     ColumnParallelLinear,
     RowParallelLinear,

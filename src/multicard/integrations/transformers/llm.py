@@ -14,8 +14,8 @@ from torch import Tensor
 from multicard import mesh as meshes
 from multicard.config import ParallelConfig
 from multicard.errors import UnsupportedError
-from multicard.integrations import transformers_load as loading
-from multicard.integrations.transformers import load_model, parallelize
+from multicard.integrations.transformers import load as loading
+from multicard.integrations.transformers.model import load_model, parallelize
 from multicard.mesh import Axis, ParallelMesh
 from multicard.weights import Checkpoint, LoadReport
 

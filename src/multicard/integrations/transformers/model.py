@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from multicard.errors import UnsupportedError
-from multicard.integrations import transformers_layers as layers
-from multicard.integrations import transformers_load as loading
-from multicard.integrations.transformers_checks import check_structure
-from multicard.integrations.transformers_generate import guard
-from multicard.integrations.transformers_heads import Heads, localize, read_heads
-from multicard.integrations.transformers_plans import FUSED, HEAD_STYLES, ResolvedPlan, resolve_plan
+from multicard.integrations.transformers import layers
+from multicard.integrations.transformers import load as loading
+from multicard.integrations.transformers.checks import check_structure
+from multicard.integrations.transformers.families import FUSED, HEAD_STYLES
+from multicard.integrations.transformers.generate import guard
+from multicard.integrations.transformers.heads import Heads, localize, read_heads
+from multicard.integrations.transformers.plans import ResolvedPlan, resolve_plan
 from multicard.mesh import Axis, ParallelMesh
 from multicard.weights import LoadReport
 
@@ -29,7 +30,7 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh, plan: Mapping[str, s
     Args:
         model: any ``transformers`` model with a plan of its own or of ours; on the meta device it stays there.
         mesh: its tp axis splits weights; ring and ulysses split the prompt and the cache.
-        plan: ``{pattern: style}`` instead of ours, with styles from ``transformers_plans.STYLES``.
+        plan: ``{pattern: style}`` instead of ours, with styles from ``families.STYLES``.
 
     Raises:
         ConfigError: the plan doesn't fit the model.
@@ -45,7 +46,7 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh, plan: Mapping[str, s
 def _split(model: PreTrainedModel, mesh: ParallelMesh, plan: Mapping[str, str] | None) -> None:
     """Weights over tp, the sequence over ring and ulysses; what can't be is refused before anything is changed."""
     if mesh.sequence.size > 1:
-        from multicard.integrations import transformers_sequence as sequence
+        from multicard.integrations.transformers import sequence
 
         sequence.check(model, mesh)
         sequence.attach(model, mesh)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from multicard import collectives
 from multicard.attention.sequence import flatten, to_natural_order
 from multicard.errors import UnsupportedError
-from multicard.integrations import transformers_attention as attention
-from multicard.integrations.transformers_cache import Chunk, ShardedCache, take
-from multicard.integrations.transformers_heads import uses_interface
+from multicard.integrations.transformers import attention
+from multicard.integrations.transformers.cache import Chunk, ShardedCache, take
+from multicard.integrations.transformers.heads import uses_interface
 from multicard.mesh import ParallelMesh
 
 if TYPE_CHECKING:
