@@ -52,6 +52,7 @@ def auraflow():
 
 @family
 def chroma():
+    """Masks as the pipeline takes them: bool, and added to scores, as its text encoder makes them."""
     transformer = diffusers.ChromaTransformer2DModel(
         patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=3,
         joint_attention_dim=32, axes_dims_rope=(4, 4, 8), approximator_num_channels=16, approximator_hidden_dim=24,
@@ -62,7 +63,7 @@ def chroma():
     return pipe, {
         **SQUARE, "prompt_embeds": embeds(1, 9, 32), "guidance_scale": 3.0,
         "prompt_attention_mask": mask(9, 7, dtype=torch.bool), "negative_prompt_embeds": NEGATIVE,
-        "negative_prompt_attention_mask": mask(9, 3, dtype=torch.bool),
+        "negative_prompt_attention_mask": mask(9, 3, dtype=torch.float32),
     }  # fmt: skip
 
 
@@ -84,7 +85,7 @@ def sana():
 
 @family
 def lumina2():
-    """Sequential, and without guidance for the last steps."""
+    """Sequential, without guidance for the last steps; captions of two lengths, padded and masked."""
     transformer = diffusers.Lumina2Transformer2DModel(
         sample_size=16, patch_size=2, in_channels=4, hidden_size=24, num_layers=1, num_refiner_layers=1, multiple_of=8,
         num_attention_heads=3, num_kv_heads=1, axes_dim_rope=(4, 2, 2), axes_lens=(64, 64, 64), cap_feat_dim=32,
@@ -92,15 +93,15 @@ def lumina2():
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     pipe = diffusers.Lumina2Pipeline(transformer, scheduler, tiny_vae(), None, None)
     return pipe, {
-        **SQUARE, "prompt_embeds": embeds(1, 9, 32), "prompt_attention_mask": mask(9, 7), "guidance_scale": 3.0,
-        "negative_prompt_embeds": NEGATIVE, "negative_prompt_attention_mask": mask(9, 3), "cfg_trunc_ratio": 0.5,
+        **SQUARE, "prompt_embeds": embeds(2, 9, 32), "prompt_attention_mask": mask(9, 7, 4), "guidance_scale": 3.0,
+        "negative_prompt_embeds": NEGATIVE_2, "negative_prompt_attention_mask": mask(9, 3, 2), "cfg_trunc_ratio": 0.5,
         "num_inference_steps": 5,
     }  # fmt: skip
 
 
 @family
 def z_image():
-    """The batch is a list."""
+    """The batch is a list, of captions padded to two lengths."""
     transformer = diffusers.ZImageTransformer2DModel(
         all_patch_size=(2,), all_f_patch_size=(1,), in_channels=4, dim=48, n_layers=1, n_refiner_layers=1, n_heads=3,
         n_kv_heads=3, cap_feat_dim=32, axes_dims=[8, 4, 4], axes_lens=[256, 32, 32],
@@ -108,7 +109,7 @@ def z_image():
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     pipe = diffusers.ZImagePipeline(scheduler, tiny_vae(), None, None, transformer)
     return pipe, {
-        **SQUARE, "prompt_embeds": [embeds(9, 32), embeds(5, 32)], "guidance_scale": 3.0,
+        **SQUARE, "prompt_embeds": [embeds(33, 32), embeds(5, 32)], "guidance_scale": 3.0,
         "negative_prompt_embeds": [embeds(4, 32, seed=2), embeds(4, 32, seed=2)],
     }  # fmt: skip
 

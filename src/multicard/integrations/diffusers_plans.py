@@ -52,7 +52,9 @@ class SequencePlan:
         joint: where joint tokens stand in those modules: "front" or "rear" of the image tokens.
         inputs: by module pattern, the dim to split of arguments. A None, and a tensor without that dim, is left alone.
         outputs: by module pattern, the dim to split of outputs by number.
-        gather: by module, the dim along which its output is made whole again.
+        gather: by module pattern, the dim along which its output is made whole; then another sequence may be split.
+        outer_mask: an argument ``(B, joint and image tokens)`` whose outer product with itself the model makes its
+            attention mask, bool or added to scores.
         whole: what isn't split although the model's own ``_cp_plan`` says so: argument names, "module.number".
         refused: arguments and config entries that the plan doesn't cover: the values that it does.
     """
@@ -64,12 +66,14 @@ class SequencePlan:
     gather: Mapping[str, int] = dataclasses.field(default_factory=dict)
     whole: tuple[str, ...] = ()
     refused: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+    outer_mask: str | None = None
 
 
 _TWO_STREAMS = ("transformer_blocks.*.attn", "single_transformer_blocks.*.attn")
 _TEXT = ("encoder_hidden_states", "encoder_attention_mask", "encoder_hidden_states_mask", "txt_ids")
 _CONTROL = {"controlnet_block_samples": 1, "controlnet_single_block_samples": 1}
 _WAN = SequencePlan(attention=("blocks.*.attn1",))
+_REFINED = "{noise_refiner,layers}"  # text is refined whole, image tokens split; then both are one split sequence
 
 SEQUENCE = {
     "FluxTransformer2DModel": SequencePlan(_TWO_STREAMS, whole=_TEXT, inputs={"": _CONTROL}),
@@ -115,6 +119,23 @@ SEQUENCE = {
         outputs={"pos_embed": {0: 1}},
         gather={"proj_out": 1},
     ),
+    "ChromaTransformer2DModel": SequencePlan(
+        _TWO_STREAMS,
+        inputs={"": {"hidden_states": 1, "img_ids": 0, **_CONTROL}},
+        gather={"proj_out": 1},
+        outer_mask="attention_mask",
+    ),
+    "ZImageTransformer2DModel": SequencePlan(
+        (f"{_REFINED}.*.attention",),
+        inputs={f"{_REFINED}.0": {"x": 1}, f"{_REFINED}.*": {"attn_mask": 1, "freqs_cis": 1}},
+        gather={"noise_refiner.-1": 1, "all_final_layer.*": 1},
+        refused=dict.fromkeys(("controlnet_block_samples", "siglip_feats", "image_noise_mask"), (None,)),
+    ),
+    "Lumina2Transformer2DModel": SequencePlan(
+        (f"{_REFINED}.*.attn",),
+        inputs={f"{_REFINED}.0": {"hidden_states": 1}, f"{_REFINED}.*": {"attention_mask": 1, "image_rotary_emb": 1}},
+        gather={"noise_refiner.-1": 1, "norm_out": 1},
+    ),
 }
 """Sequence parallel, by class. Where the model has a ``_cp_plan``, splits and gathers are those plus these."""
 
@@ -146,6 +167,8 @@ _SINGLE_BLOCKS = {
 }
 _WAN_BLOCKS = {"blocks.*.{attn1,attn2}": "attention", "blocks.*.ffn": "feed_forward"}
 
+_ALL_REFINED = "{noise_refiner,context_refiner,layers}"
+
 TENSOR: dict[str, dict[str, str]] = {
     "SD3Transformer2DModel": _JOINT_BLOCKS,
     "DiTTransformer2DModel": _CROSS_BLOCKS,
@@ -156,5 +179,15 @@ TENSOR: dict[str, dict[str, str]] = {
     "ChronoEditTransformer3DModel": _WAN_BLOCKS,
     "HunyuanVideoTransformer3DModel": {**_JOINT_BLOCKS, **_SINGLE_BLOCKS},
     "ChromaTransformer2DModel": {**_JOINT_BLOCKS, **_SINGLE_BLOCKS},
+    "ZImageTransformer2DModel": {
+        f"{_ALL_REFINED}.*.attention": "attention",
+        f"{_ALL_REFINED}.*.feed_forward.{{w1,w3}}": "column",
+        f"{_ALL_REFINED}.*.feed_forward.w2": "row",
+    },
+    "AuraFlowTransformer2DModel": {
+        "{joint,single}_transformer_blocks.*.attn": "attention",
+        "{joint,single}_transformer_blocks.*.{ff,ff_context}.{linear_1,linear_2}": "column",
+        "{joint,single}_transformer_blocks.*.{ff,ff_context}.out_projection": "row",
+    },
 }
 """Tensor parallel, by class, for models without a ``_tp_plan`` of their own."""

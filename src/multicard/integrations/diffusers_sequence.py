@@ -7,6 +7,7 @@ Every attention in diffusers, whether it uses the library's dispatcher or a proc
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -56,7 +57,7 @@ def _merged(plan: SequencePlan, own: Mapping[str, Any]) -> SequencePlan:
                 outputs.setdefault(module, {})[key] = entry.split_dim
             else:
                 inputs.setdefault(module, {})[key] = entry.split_dim
-    return SequencePlan(plan.attention, plan.joint, inputs, outputs, gather, plan.whole, plan.refused)
+    return dataclasses.replace(plan, inputs=inputs, outputs=outputs, gather=gather)
 
 
 def check_sequence(model: nn.Module, plan: SequencePlan) -> None:
@@ -95,7 +96,8 @@ class SequenceSplit:
         check_sequence(model, plan)
         self.mesh, self.plan = mesh, plan
         self._name = type(model).__name__
-        self._length: int | None = None  # image tokens of the whole, inside a forward
+        self._length: int | None = None  # tokens of the whole sequence that is split now; None: none is
+        self._outer: Tensor | None = None  # what the plan's outer_mask stands for, inside a forward
         model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True)
         for pattern, dims in plan.inputs.items():
             for _, module in _matching(model, pattern):
@@ -103,8 +105,9 @@ class SequenceSplit:
         for pattern, numbers in plan.outputs.items():
             for _, module in _matching(model, pattern):
                 module.register_forward_hook(functools.partial(self._split_outputs, numbers))
-        for path, dim in plan.gather.items():
-            model.get_submodule(path).register_forward_hook(functools.partial(self._gather, dim))
+        for pattern, dim in plan.gather.items():
+            for _, module in _matching(model, pattern):
+                module.register_forward_hook(functools.partial(self._gather, dim))
         for pattern in plan.attention:
             for path, module in _matching(model, pattern):
                 module.forward = self._attending(module.forward, path)
@@ -112,27 +115,23 @@ class SequenceSplit:
 
     # Hooks
 
-    def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._length = None
+    def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        self._length = self._outer = None
         arguments = _named(module, args, kwargs)
         for name, allowed in self.plan.refused.items():
             if name in arguments and not any(arguments[name] is value for value in allowed):
                 raise UnsupportedError(f"{self._name}: {name} isn't covered by its sequence plan; use cfg, tp or dp")
+        if self.plan.outer_mask is None:
+            return None
+        self._outer = arguments.get(self.plan.outer_mask)
+        return _changed(module, args, kwargs, {self.plan.outer_mask: lambda mask: None})
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._length = None
+        self._length = self._outer = None
 
     def _split_inputs(self, dims: Mapping[str, int], module: nn.Module, args: Any, kwargs: Any) -> Any:
-        names = _parameters(module)
-        given = list(args)
-        kwargs = dict(kwargs)
-        for name, dim in dims.items():
-            if name in kwargs:
-                kwargs[name] = self._take(kwargs[name], dim, name)
-            elif name in names[: len(given)]:
-                position = names.index(name)
-                given[position] = self._take(given[position], dim, name)
-        return tuple(given), kwargs
+        take = {name: functools.partial(self._take, dim=dim, what=name) for name, dim in dims.items()}
+        return _changed(module, args, kwargs, take)
 
     def _split_outputs(self, numbers: Mapping[int, int], module: nn.Module, args: Any, output: Any) -> Any:
         if isinstance(output, Tensor):
@@ -141,7 +140,7 @@ class SequenceSplit:
         return tuple(self._take(x, numbers[i], what) if i in numbers else x for i, x in enumerate(output))
 
     def _take(self, value: Any, dim: int, what: str) -> Any:
-        """This rank's slice. The first that a forward splits says how long the sequence is."""
+        """This rank's slice. The first that is split says how long the sequence is, until it is gathered."""
         if isinstance(value, (list, tuple)):
             return type(value)(self._take(item, dim, what) for item in value)
         if not isinstance(value, Tensor) or not -value.dim() <= dim < value.dim():
@@ -159,7 +158,9 @@ class SequenceSplit:
         return value.narrow(dim, mine.start, len(mine))
 
     def _gather(self, dim: int, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return collectives.all_gather(output, self.mesh.sequence, dim, [len(share) for share in self._shares()])
+        whole = collectives.all_gather(output, self.mesh.sequence, dim, [len(share) for share in self._shares()])
+        self._length = None  # what is split next may be another sequence
+        return whole
 
     def _shares(self) -> tuple[range, ...]:
         assert self._length is not None
@@ -202,9 +203,15 @@ class SequenceSplit:
                 f"{self._name}: attention from {query.shape[2]} to {key.shape[2]} tokens where {local} of "
                 f"{self._length} image tokens are here: its sequence plan doesn't cover this"
             )
-        sizes = (tokens, local) if self.plan.joint == "front" else (local, tokens)
-        parts = [x.split(sizes, 2) for x in (query, key, value)]
         first = self.plan.joint == "front"
+        sizes = (tokens, local) if first else (local, tokens)
+        kept = None if self._outer is None else self._outer_rows(self._outer, tokens, first)
+        if kept is not None and kept.dtype == torch.bool:
+            attn_mask = kept[:, None, None, :]
+        elif kept is not None:
+            scale = query.shape[3] ** -0.5 if scale is None else scale
+            query, key = _biased(query, key, kept, scale)
+        parts = [x.split(sizes, 2) for x in (query, key, value)]
         joint = [p[0 if first else 1] for p in parts]
         image = [p[1 if first else 0] for p in parts]
         joint_mask, key_mask = self._masks(attn_mask, query, sizes, first)
@@ -222,9 +229,28 @@ class SequenceSplit:
             joint_position=self.plan.joint,
             joint_key_mask=joint_mask,
         )
-        if isinstance(out, Tensor):
-            return out
-        return torch.cat([out[1], out[0]] if first else [out[0], out[1]], 2)
+        if not isinstance(out, Tensor):
+            out = torch.cat([out[1], out[0]] if first else [out[0], out[1]], 2)
+        if kept is not None and kept.dtype == torch.bool:  # such queries attend to nothing, which gives zeros
+            out = out.masked_fill(~kept[:, None, :, None], 0)
+        return out
+
+    def _outer_rows(self, mask: Tensor, tokens: int, first: bool) -> Tensor:
+        """``mask`` of the joint tokens and of this rank's image tokens, in their order."""
+        assert self._length is not None
+        if (
+            mask.dim() != 2
+            or mask.shape[1] != tokens + self._length
+            or not (mask.dtype == torch.bool or mask.is_floating_point())
+        ):
+            raise UnsupportedError(
+                f"{self._name}: {self.plan.outer_mask} {tuple(mask.shape)} of {mask.dtype} isn't one number for each "
+                f"of {tokens} + {self._length} tokens; use cfg, tp or dp"
+            )
+        mine = self._shares()[self.mesh.sequence.rank]
+        if first:
+            return torch.cat([mask[:, :tokens], mask[:, tokens:][:, mine.start : mine.stop]], 1)
+        return torch.cat([mask[:, mine.start : mine.stop], mask[:, self._length :]], 1)
 
     def check_adapter(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> None:
         if key.shape[2] == query.shape[2]:
@@ -270,9 +296,22 @@ class _Attend(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def _biased(query: Tensor, key: Tensor, rows: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """One feature more, by which ``query·key·scale`` grows by the outer product of ``rows`` ``(B, S)`` with itself."""
+    more = rows[:, None, :, None].to(query.dtype).expand(query.shape[0], query.shape[1], -1, 1)
+    return torch.cat([query, more / scale], 3), torch.cat([key, more], 3)
+
+
 def _matching(model: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module]]:
+    """Modules by pattern, in which a list's items may be counted from its end: ``layers.-1``."""
     rule = Rule(pattern, "")
-    return ((path, module) for path, module in model.named_modules() if rule.matches(path))
+    for path, module in model.named_modules():
+        owner, _, number = path.rpartition(".")
+        names = [path]
+        if number.isdecimal():
+            names.append(f"{owner}.{int(number) - len(list(model.get_submodule(owner).children()))}")
+        if any(rule.matches(name) for name in names):
+            yield path, module
 
 
 def _parameters(module: nn.Module) -> list[str]:
@@ -281,3 +320,17 @@ def _parameters(module: nn.Module) -> list[str]:
 
 def _named(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {**dict(zip(_parameters(module), args, strict=False)), **kwargs}
+
+
+def _changed(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], changes: Mapping[str, Callable[[Any], Any]]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call's arguments, changed by name and in the order of ``changes`` where they are given."""
+    names, given, named = _parameters(module), list(args), dict(kwargs)
+    for name, change in changes.items():
+        if name in named:
+            named[name] = change(named[name])
+        elif name in names[: len(given)]:
+            position = names.index(name)
+            given[position] = change(given[position])
+    return tuple(given), named
