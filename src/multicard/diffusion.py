@@ -19,9 +19,9 @@ import torch
 
 from multicard.config import ParallelConfig
 from multicard.errors import ConfigError
-from multicard.integrations.diffusers_batch import Batch
-from multicard.integrations.diffusers_folder import PipelineFolder
-from multicard.integrations.diffusers_output import join, pack, unpack
+from multicard.integrations.diffusers.batch import Batch
+from multicard.integrations.diffusers.folder import PipelineFolder
+from multicard.integrations.diffusers.output import join, pack, unpack
 from multicard.launch import Ranks
 from multicard.mesh import ParallelMesh
 from multicard.models.load import folder_path, parse_dtype

@@ -7,7 +7,7 @@ import torch
 from pipelines import build, sample
 
 import multicard as mc
-from multicard.integrations.diffusers_load import is_split, load_slices
+from multicard.integrations.diffusers.load import is_split, load_slices
 from multicard.integrations.parallelize import parallelize
 
 

@@ -18,8 +18,8 @@ from PIL import Image
 import multicard as mc
 from multicard.cli import main
 from multicard.errors import CheckpointError, ConfigError, RankError, UnsupportedError
-from multicard.integrations.diffusers_batch import Batch
-from multicard.integrations.diffusers_output import pack, unpack
+from multicard.integrations.diffusers.batch import Batch
+from multicard.integrations.diffusers.output import pack, unpack
 
 DIGITS = pathlib.Path(__file__).parents[2] / "examples" / "digits" / "pipeline"
 REQUEST = {"class_labels": [3, 7, 1], "num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "np"}

@@ -14,11 +14,11 @@ import torch
 
 from multicard.config import ParallelConfig
 from multicard.errors import CheckpointError, ConfigError, MulticardError, UnsupportedError
-from multicard.integrations.diffusers import parallelize
-from multicard.integrations.diffusers_guidance import DENOISER_NAMES
-from multicard.integrations.diffusers_load import load_slices
-from multicard.integrations.diffusers_sequence import check_sequence, sequence_plan
-from multicard.integrations.diffusers_tensor import tensor_changes, tensor_plan
+from multicard.integrations.diffusers.guidance import DENOISER_NAMES
+from multicard.integrations.diffusers.load import load_slices
+from multicard.integrations.diffusers.parallelize import parallelize
+from multicard.integrations.diffusers.sequence import check_sequence, sequence_plan
+from multicard.integrations.diffusers.tensor import tensor_changes, tensor_plan
 from multicard.mesh import Axis, ParallelMesh
 from multicard.weights import agree
 from multicard.weights.checkpoint import read_header

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from multicard import collectives
 from multicard.attention.attend import attend
 from multicard.errors import ConfigError, UnsupportedError
-from multicard.integrations.diffusers_plans import SEQUENCE, SequencePlan
+from multicard.integrations.diffusers.plans import SEQUENCE, SequencePlan
 from multicard.integrations.plan import Rule
 from multicard.mesh import ParallelMesh
 from multicard.partition import split

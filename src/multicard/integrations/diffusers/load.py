@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from multicard.integrations.diffusers_tensor import tensor_changes, tensor_plan
+from multicard.integrations.diffusers.tensor import tensor_changes, tensor_plan
 from multicard.mesh import ParallelMesh
 from multicard.weights import LoadReport
 from multicard.weights.checkpoint import DTYPES, Checkpoint

@@ -1,4 +1,4 @@
-"""``diffusers`` models and pipelines split over a mesh in place: the pipeline's code stays what it is."""
+"""``mc.parallelize`` of a diffusers model or pipeline."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 
 from multicard.errors import ConfigError
-from multicard.integrations.diffusers_guidance import denoisers, guide_model, guide_pipeline
-from multicard.integrations.diffusers_load import is_split
-from multicard.integrations.diffusers_plans import BATCH
-from multicard.integrations.diffusers_sequence import SequenceSplit, check_sequence, sequence_plan
-from multicard.integrations.diffusers_tensor import tensor_changes, tensor_plan
+from multicard.integrations.diffusers.guidance import denoisers, guide_model, guide_pipeline
+from multicard.integrations.diffusers.load import is_split
+from multicard.integrations.diffusers.plans import BATCH
+from multicard.integrations.diffusers.sequence import SequenceSplit, check_sequence, sequence_plan
+from multicard.integrations.diffusers.tensor import tensor_changes, tensor_plan
 from multicard.mesh import ParallelMesh
 
 PLAN_KEYS = ("batch", "sequence", "tensor")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from multicard import partition
 from multicard.errors import ConfigError, UnsupportedError
-from multicard.integrations.diffusers_plans import TENSOR, TENSOR_STYLES
+from multicard.integrations.diffusers.plans import TENSOR, TENSOR_STYLES
 from multicard.integrations.plan import make_plan, resolve
 from multicard.layers import ColumnParallelLinear, ParallelRMSNorm, RowParallelLinear, even_shares
 from multicard.layers.shard import Shares
