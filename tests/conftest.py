@@ -25,7 +25,7 @@ def pools():
     def get(size: int, backend: str) -> Ranks:
         ranks = started.get((size, backend))
         if ranks is None or not ranks.alive:
-            ranks = started[size, backend] = Ranks(mc.ParallelConfig(dp=size), backend=backend, timeout=30)
+            ranks = started[size, backend] = Ranks(mc.ParallelConfig(dp=size), backend=backend, timeout=30, check=True)
         return ranks
 
     yield get
