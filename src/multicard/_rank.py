@@ -168,6 +168,7 @@ def main() -> None:
     parent, commands, reports = map(int, sys.argv[1:4])
     _die_with_parent(parent)
     faulthandler.enable()
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # lines are shown, and kept, as they come
     _own_environment()
     os.set_inheritable(commands, False)
     os.set_inheritable(reports, False)

@@ -124,6 +124,11 @@ class Ranks:
         return self._crew.alive
 
     @property
+    def told(self) -> bool:
+        """Whether a call has raised for the ranks' end: where one dies while idle, none has until the next call."""
+        return self._crew.told
+
+    @property
     def pids(self) -> list[int]:
         """Process ids by rank; none inside a job."""
         return self._crew.pids

@@ -58,7 +58,7 @@ def of_rank(wanted: Settings, rank: int, port: int) -> dict[str, str]:
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # no rank hosts the store: a parent does
         "GLOO_SOCKET_IFNAME": wanted.hosts.interface or interface_to(wanted.hosts.address),
         "OMP_NUM_THREADS": threads(local, wanted.threads_per_rank),
-        "PYTHONPATH": os.pathsep.join(dict.fromkeys(str(pathlib.Path(p).absolute()) for p in sys.path)),
+        "PYTHONPATH": os.pathsep.join(_search_path()),
         "MULTICARD_PYTHONPATH": os.environ.get("PYTHONPATH", ""),  # what ranks hand on to their own children
         "MULTICARD_CHECK": int(wanted.check or os.environ.get("MULTICARD_CHECK", "0") not in ("", "0")),
         "MULTICARD_MESH": json.dumps(wanted.config.degrees),
@@ -68,6 +68,16 @@ def of_rank(wanted: Settings, rank: int, port: int) -> dict[str, str]:
     }
     quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # its warnings are about host names that nothing here needs
     return {**quiet, **os.environ, **{name: str(value) for name, value in own.items()}, **wanted.env}
+
+
+def _search_path() -> list[str]:
+    """Where this process finds modules, so that its ranks find the same; relative folders of a folder that was deleted
+    hold none."""
+    try:
+        here = pathlib.Path.cwd()
+    except FileNotFoundError:
+        return [path for path in dict.fromkeys(sys.path) if os.path.isabs(path)]
+    return list(dict.fromkeys(str(here / path) for path in sys.path))
 
 
 def interface_to(address: str) -> str:

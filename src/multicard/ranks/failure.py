@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import pickle
 import re
 import signal
 import time
@@ -16,6 +17,8 @@ from multicard.ranks import activity, wire
 
 LOOP = ("_rank.py", "<frozen runpy>")
 OWN, TIMEOUT, CONSEQUENCE = "own", "timeout", "consequence"
+WHOLE, PARTS = "whole", "parts"
+"""How an exception travels: by its own pickle, or as type, arguments and attributes."""
 
 _TIMED_OUT = re.compile(r"timed out waiting|timeout|Timed out", re.IGNORECASE)
 _PEER_GONE = re.compile(
@@ -24,7 +27,7 @@ _PEER_GONE = re.compile(
     r"|gloo.*(pair|connect)",
     re.IGNORECASE,
 )
-_BACKEND = re.compile(r"gloo|nccl|hccl|c10d|TCPStore|Store", re.IGNORECASE)
+_BACKEND = re.compile(r"\.(cc|cpp|hpp|h):\d+|\b(gloo|nccl|hccl|c10d|TCPStore)\b", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,22 +56,43 @@ def describe(error: BaseException, rank: int) -> dict[str, Any]:
     text = "".join(traceback.format_exception(_without_ours(error)))
     told = {
         "type": type(error).__name__,
-        "message": str(error),
+        "message": _text(error),
         "traceback": text,
         "kind": _kind(error, rank),
         "moment": time.monotonic(),
         "call": activity.call_of(error),
         "spoils": any(isinstance(link, RankError) for link in _chain(error)),
-        "exception": None,
     }
     error.__traceback__ = None
-    try:
-        message = wire.pack("", 0, error)
-        if type(message.load()) is type(error):
-            told["exception"] = message
-    except Exception:  # an exception's own __reduce__ can do anything
-        pass
+    told["exception"] = _packed(WHOLE, error, error) or _packed(PARTS, (type(error), error.args, vars(error)), error)
     return told
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as other:  # its own __str__ can do anything
+        return f"(its text can't be made: {type(other).__name__})"
+
+
+def _packed(kind: str, value: Any, error: BaseException) -> tuple[str, bytes] | None:
+    """What the parent can make ``error`` of; None where that doesn't work."""
+    try:
+        packed = (kind, wire.dumps(value))
+        return packed if type(_unpacked(*packed)) is type(error) else None
+    except Exception:  # it holds what can't be pickled, or its __reduce__ or __init__ objects
+        return None
+
+
+def _unpacked(kind: str, pickled: bytes) -> BaseException:
+    value = pickle.loads(pickled)
+    if kind == WHOLE:
+        return value
+    made, args, state = value  # its __init__ takes other arguments than ``args``: made without calling it
+    error: BaseException = made.__new__(made, *args)
+    error.args = args
+    vars(error).update(state)
+    return error
 
 
 def _without_ours(error: BaseException) -> BaseException:
@@ -117,10 +141,10 @@ def revive(rank: int, message: wire.Message) -> Failure:
     return Failure(rank, told["kind"], told["moment"], error, told["call"], told["spoils"])
 
 
-def _load(message: wire.Message | None) -> BaseException | None:
+def _load(packed: tuple[str, bytes] | None) -> BaseException | None:
     try:
-        return message.load() if message is not None else None
-    except Exception:  # its module isn't importable here, or its __init__ objects
+        return _unpacked(*packed) if packed is not None else None
+    except Exception:  # its module isn't importable here
         return None
 
 

@@ -21,7 +21,7 @@ class Joined:
     Values by rank are exchanged as JSON and tensors, since nothing is unpickled from a socket.
     """
 
-    alive = True
+    alive, told = True, False
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings

@@ -23,7 +23,7 @@ class Logs:
         console: whose lines the caller's own standard output and error show: "rank0", "all" or "none".
 
     Raises:
-        ConfigError: an unknown ``console``.
+        ConfigError: an unknown ``console``, a ``directory`` that can't be written to.
     """
 
     def __init__(
@@ -34,21 +34,29 @@ class Logs:
         self._console = console
         self._files: dict[int, IO[str]] = {}
         if directory is not None:
-            folder = pathlib.Path(directory)
-            folder.mkdir(parents=True, exist_ok=True)
-            for rank in ranks:
-                self._files[rank] = (folder / f"rank{rank}.log").open("w", encoding="utf-8", buffering=1)
+            try:
+                self._open(pathlib.Path(directory), ranks)
+            except OSError as error:
+                self.close()
+                raise ConfigError(f"log_dir={os.fspath(directory)!r}: {error.strerror}: {error.filename}") from None
+
+    def _open(self, folder: pathlib.Path, ranks: Iterable[int]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for rank in ranks:
+            self._files[rank] = (folder / f"rank{rank}.log").open("w", encoding="utf-8", buffering=1)
 
     def write(self, rank: int, is_error: bool, line: str) -> None:
-        """One line that a rank has printed."""
-        if rank in self._files:
-            self._files[rank].write(line + "\n")
+        """One line that a rank has printed. What can't be written is lost: that is no reason to end the job."""
+        with contextlib.suppress(Exception):  # the disk is full
+            if rank in self._files:
+                self._files[rank].write(line + "\n")
         if self._console == "all" or (self._console == "rank0" and rank == 0):
             stream = sys.stderr if is_error else sys.stdout
-            with contextlib.suppress(OSError, ValueError):  # a closed console is no reason to end the job
+            with contextlib.suppress(Exception):  # the console is closed, or anything that somebody put in its place
                 stream.write(f"[{rank}] {line}\n")
                 stream.flush()
 
     def close(self) -> None:
         for file in self._files.values():
-            file.close()
+            with contextlib.suppress(OSError):
+                file.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import fcntl
 import os
 import pathlib
 import signal
@@ -16,6 +17,7 @@ TAIL = 40
 """Lines of a rank's standard error that are kept for its obituary."""
 
 LONGEST_LINE = 1 << 16
+FIRST_FREE = 3  # the first descriptor after standard input, output and error
 
 
 class RankProcess:
@@ -45,6 +47,7 @@ class RankProcess:
                 stderr=their_stderr,
                 process_group=0,
             )
+            undo.callback(self._abandon)
             self.pidfd = os.pidfd_open(self.popen.pid)
             undo.pop_all()
         for fd in (theirs, they_report, their_stdout, their_stderr):
@@ -88,6 +91,14 @@ class RankProcess:
             self.tail.extend(lines)
         return lines, bool(chunk)
 
+    def last_line(self, fd: int) -> list[str]:
+        """What it printed last where no newline came after it."""
+        rest, self._partial[fd] = self._partial[fd], b""
+        lines = [rest.decode(errors="replace")] if rest else []
+        if fd == self.stderr:
+            self.tail.extend(lines)
+        return lines
+
     @property
     def stopped(self) -> bool:
         """Whether SIGSTOP, or a debugger, holds it."""
@@ -107,13 +118,33 @@ class RankProcess:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.popen.pid, signal.SIGKILL)
 
+    def wait(self) -> int:
+        """Wait for its end and return its exit code, negative for a signal.
+
+        Where this process is a container's first one, or a subreaper, what the rank had started has become its child.
+        """
+        code = self.popen.wait()
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                os.waitpid(-self.popen.pid, 0)
+        return code
+
     def close(self) -> None:
         for fd in (self.commands, *self.readable):
             os.close(fd)
 
+    def _abandon(self) -> None:
+        self.kill()
+        self.popen.wait()
+
 
 def _pipe(undo: contextlib.ExitStack) -> tuple[int, int]:
-    ends = os.pipe()
-    for fd in ends:
+    """A pipe whose ends aren't standard input, output or error, also where this process has closed those."""
+    ends = []
+    for fd in os.pipe():
+        if fd < FIRST_FREE:
+            fd, low = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, FIRST_FREE), fd
+            os.close(low)
         undo.callback(os.close, fd)
-    return ends
+        ends.append(fd)
+    return ends[0], ends[1]

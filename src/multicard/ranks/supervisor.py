@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 
+from multicard.errors import RankError
 from multicard.ranks import wire
 from multicard.ranks.logs import Logs
 from multicard.ranks.process import RankProcess
@@ -56,7 +57,12 @@ class Supervisor:
             target=self._run, args=(environments,), name="multicard-supervisor", daemon=True
         )
         self._thread.start()
-        if (error := self._started.get()) is not None:
+        try:
+            error = self._started.get()
+        except BaseException:  # Ctrl-C while ranks are being started
+            self.end(0.0)
+            raise
+        if error is not None:
             self._thread.join()
             raise error
 
@@ -77,7 +83,7 @@ class Supervisor:
                 elif time.monotonic() > deadline:
                     return
                 else:
-                    select.select([], [process.commands], [], 0.05)
+                    _ready(process.commands, select.POLLOUT, 0.05)
 
     def end(self, grace: float = GRACE) -> None:
         """End all ranks: told so on their pipes, and SIGKILL after ``grace`` seconds. Returns when all are gone."""
@@ -98,10 +104,8 @@ class Supervisor:
 
     def _run(self, environments: Mapping[int, dict[str, str]]) -> None:
         error = None
-        command = [sys.executable, "-P", "-m", "multicard._rank", str(os.getpid())]
         try:
-            for rank, env in environments.items():
-                self.processes[rank] = RankProcess(rank, command, env)
+            self._start(environments)
         except BaseException as caught:
             error = caught
             self._deadline = time.monotonic()
@@ -121,6 +125,14 @@ class Supervisor:
                 os.close(self._wake_write)
                 self._wake_write = -1
             self._logs.close()
+
+    def _start(self, environments: Mapping[int, dict[str, str]]) -> None:
+        command = [sys.executable, "-P", "-m", "multicard._rank", str(os.getpid())]
+        for rank, env in environments.items():
+            try:
+                self.processes[rank] = RankProcess(rank, command, env)
+            except OSError as error:  # no more descriptors (ulimit -n) or processes (ulimit -u), say
+                raise RankError(f"rank {rank} can't be started: {error}", rank=rank) from error
 
     def _supervise(self) -> None:
         with selectors.DefaultSelector() as selector:
@@ -161,20 +173,32 @@ class Supervisor:
                 self.events.put(Event(process.rank, message))
             return more
         lines, more = process.read_output(fd)
+        self._print(process, fd, lines)
+        return more
+
+    def _print(self, process: RankProcess, fd: int, lines: Iterable[str]) -> None:
         for line in lines:
             self._logs.write(process.rank, fd == process.stderr, line)
-        return more
 
     def _bury(self, process: RankProcess) -> None:
         """Wait for a rank that has ended; what it said last comes before its end."""
-        for fd in (process.reports, process.stdout, process.stderr):
-            while select.select([fd], [], [], 0)[0] and self._listen(process, fd):
-                pass
         process.kill()  # what it started, while its number can't be anybody else's
-        self.dead[process.rank] = process.popen.wait()
+        for fd in (process.reports, process.stdout, process.stderr):
+            while _ready(fd, select.POLLIN, 0) and self._listen(process, fd):
+                pass
+        for fd in (process.stdout, process.stderr):
+            self._print(process, fd, process.last_line(fd))
+        self.dead[process.rank] = process.wait()
         self.events.put(Event(process.rank))
         if self._deadline is None:
             self._deadline = time.monotonic() + GRACE
+
+
+def _ready(fd: int, event: int, timeout: float) -> bool:
+    """Whether ``event`` is there within ``timeout`` seconds, for descriptors beyond 1023 too, unlike ``select``."""
+    poll = select.poll()
+    poll.register(fd, event)
+    return bool(poll.poll(timeout * 1000))
 
 
 def _forget(selector: selectors.BaseSelector, fds: Iterable[int]) -> None:

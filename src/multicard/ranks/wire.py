@@ -49,7 +49,7 @@ class Message:
 def pack(kind: str, call: int, value: Any) -> Message:
     """A message that carries ``value``, which must pickle (functions of any kind do)."""
     buffers: list[Any] = []
-    body = _dumps(value, buffers.append)
+    body = dumps(value, buffers.append)
     return Message(kind, call, (body, *(buffer.raw() for buffer in buffers)))
 
 
@@ -109,7 +109,8 @@ def write(fd: int, message: Message) -> None:
             view = view[os.write(fd, view[:_CHUNK]) :]
 
 
-def _dumps(value: Any, buffer_callback: Callable[[pickle.PickleBuffer], Any]) -> bytes:
+def dumps(value: Any, buffer_callback: Callable[[pickle.PickleBuffer], Any] | None = None) -> bytes:
+    """A pickle of ``value``, with the bytes of its tensors in it, or handed to ``buffer_callback``."""
     stream = io.BytesIO()
     _Pickler(stream, protocol=5, buffer_callback=buffer_callback).dump(value)
     return stream.getvalue()
