@@ -76,7 +76,7 @@ def test_rope_that_reads_the_largest_position(run_on, kind):
 def test_a_cache_takes_its_share_of_the_memory(run_on):
     def check(mesh):
         model = mc.parallelize(zoo.build("llama"), mesh)
-        ids = torch.randint(3, 131, (1, 4000), generator=torch.Generator().manual_seed(3))
+        ids = torch.randint(3, 131, (1, 8000), generator=torch.Generator().manual_seed(3))
         with torch.no_grad():
             cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
             sizes = [cache.nbytes]
@@ -84,11 +84,11 @@ def test_a_cache_takes_its_share_of_the_memory(run_on):
                 model(torch.tensor([[token]]), past_key_values=cache)
         return [*sizes, cache.nbytes, cache.get_seq_length()]
 
-    whole = 2 * 2 * 3 * 4000 * 8 * 4  # keys and values, layers, heads, positions, head_dim, bytes
+    whole = 2 * 2 * 3 * 8000 * 8 * 4  # keys and values, layers, heads, positions, head_dim, bytes
     for first, later, length in run_on(check, ring=2, ulysses=2):
         assert first == pytest.approx(whole / 4, rel=0.01)
         assert later == pytest.approx(whole / 4, rel=0.05)
-        assert length == 4008
+        assert length == 8008
 
 
 def test_what_would_be_computed_wrongly_is_refused(run_on):

@@ -147,7 +147,7 @@ def uses_interface(module: nn.Module) -> bool:
     return "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(type(module).forward).__code__.co_names
 
 
-def localize(module: nn.Module, heads: Heads, family: Family, attn_implementation: str | None) -> None:
+def localize(module: nn.Module, heads: Heads, family: Family) -> None:
     """Tell an attention module that it has this rank's heads only, and how to attend with them."""
     mine = heads.mine
     for names, whole, local in ((QUERY_COUNTS, heads.query, mine.query), (KV_COUNTS, heads.kv, mine.kv)):
@@ -167,7 +167,7 @@ def localize(module: nn.Module, heads: Heads, family: Family, attn_implementatio
     if hasattr(module, "config"):
         object.__setattr__(module, "config", _local_config(module.config, heads))
     if not mine.uniform:
-        _attend_by_segments(module, mine, attn_implementation or "eager")
+        _attend_by_segments(module, mine)
     for name in family.head_inputs:
         module.register_forward_pre_hook(functools.partial(_cut_head_input, name, heads), with_kwargs=True)
 
@@ -213,15 +213,16 @@ class _Segment:
         return value[self.query] if name == "sinks" else value
 
 
-def _attend_by_segments(module: nn.Module, shard: HeadShard, attn_implementation: str) -> None:
+def _attend_by_segments(module: nn.Module, shard: HeadShard) -> None:
     if hasattr(module, "_multicard_sequence"):  # attention over a split sequence takes segments as they are
         object.__setattr__(module, "_multicard_segments", shard.segments)
         return
     register()
     # Plain attributes, not submodules: a segment refers back to its module.
     object.__setattr__(module, "_multicard_segments", [_Segment(module, *segment) for segment in shard.segments])
-    object.__setattr__(module, "_multicard_attention", attn_implementation)
-    module.config.__dict__["_attn_implementation_internal"] = SEGMENTED
+    config = module.config.__dict__  # the module's own copy; a part of a larger model may have its own implementation
+    object.__setattr__(module, "_multicard_attention", config.get("_attn_implementation_internal") or "eager")
+    config["_attn_implementation_internal"] = SEGMENTED
 
 
 def attention_function(module: nn.Module, name: str) -> Any:

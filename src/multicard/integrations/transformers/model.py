@@ -110,12 +110,11 @@ def split_tensors(model: PreTrainedModel, axis: Axis, plan: Mapping[str, str] | 
     resolved = resolve_plan(model, plan)
     attentions = _attentions(model, resolved, axis)
     check_structure(model, resolved, attentions, trusted=plan is not None)
-    implementation = model.config._attn_implementation
     for path, style in resolved.styles.items():
         if style not in ("whole", "embedding", "head"):
             _convert(model, path, style, _heads_of(path, attentions) if style in HEAD_STYLES else None, axis)
     for path, heads in attentions.items():
-        localize(model.get_submodule(path), heads, resolved.family(path), implementation)
+        localize(model.get_submodule(path), heads, resolved.family(path))
     _split_vocabulary(model, axis)
 
 
