@@ -12,15 +12,13 @@ from torch import Tensor
 
 from multicard.backends import shm_call, shm_reduce
 from multicard.backends.shm_board import Board
-from multicard.backends.shm_channel import Inbox, Outbox, Transfer
+from multicard.backends.shm_channel import Transfer
+from multicard.backends.shm_mail import COLLECTIVE_TAG, Mail, progress_all
 from multicard.backends.shm_segment import WINDOW, Invitation
 from multicard.backends.shm_sync import Sync
 from multicard.backends.shm_tensor import Flat, Flats, about, check, check_writable, flatten, plain
-from multicard.backends.shm_work import ShmWork, pending, progress_all
+from multicard.backends.shm_work import ShmWork
 from multicard.errors import ConfigError, MismatchError, MulticardError, RankError, UnsupportedError
-
-COLLECTIVE_TAG = (1 << 63) - 1  # all_to_all's messages; a program's own tags are 32-bit
-POLLS = 30  # looks at a message before waiting for it properly
 
 Args = ParamSpec("Args")
 T = TypeVar("T")
@@ -79,10 +77,7 @@ class Group:
         with torch.inference_mode(False):  # the views made here outlive whatever mode their first user is in
             segment, peers = self._invitation.accept(self.timeout)
             sync = Sync(segment, self.rank, peers, self.ranks, self.timeout, progress_all)
-            others = [r for r in range(self.size) if r != self.rank]
-            self._outboxes = {r: Outbox(segment, self.rank, r, sync.fence) for r in others}
-            self._inboxes = {r: Inbox(segment, self.rank, r, sync.fence, self._wrong_size) for r in others}
-            self._boxes: tuple[Outbox | Inbox, ...] = (*self._outboxes.values(), *self._inboxes.values())
+            self._mail = Mail(segment, sync)
             self._board = Board(segment, sync)
         self.sync = sync
         return sync
@@ -262,20 +257,14 @@ class Group:
             raise self.again()
         transfers = [Transfer(to, x, tag) for x in sends]
         transfers += [Transfer(source, x, tag, receives=True) for x in receives]
-        return ShmWork(receives or sends, self, self._start(transfers))
+        return ShmWork(receives or sends, self, self._mail.start(transfers))
 
     @_guarded
     def recv_from_any(self, tensors: Sequence[Tensor], tag: int = 0) -> ShmWork:
         """Receive from whichever rank sends first; waits until one does."""
-        sync = self.sync or self._attach()
-        found: list[int] = []
-
-        def missing() -> list[int]:
-            found.extend(r for r, inbox in self._inboxes.items() if inbox.waiting(tag))
-            return [] if found else list(self._inboxes)
-
-        sync.wait(missing)
-        return self.recv(tensors, found[0], tag)
+        if self.sync is None:
+            self._attach()
+        return self.recv(tensors, self._mail.wait_for_any(tag), tag)
 
     @_guarded
     def all_to_all(self, outs: Sequence[Tensor], ins: Sequence[Tensor], tensors: Sequence[Tensor] = ()) -> ShmWork:
@@ -303,7 +292,7 @@ class Group:
         board = self._enter("all_to_all", own)
         if self.checked:
             self._compare_splits([x.numel() for x in ins], [x.numel() for x in outs])
-        sends = self._start([Transfer(r, ins[r], COLLECTIVE_TAG) for r in board.write_parts(ins)])
+        sends = self._mail.start([Transfer(r, ins[r], COLLECTIVE_TAG) for r in board.write_parts(ins)])
         return self._take_parts(board, outs, ins[rank], sends, tensors or outs)
 
     def _take_parts(
@@ -312,7 +301,7 @@ class Group:
         mine = outs[self.rank]
         mine.copy_(own if own.shape == mine.shape else own.reshape(mine.shape))
         receives = [Transfer(r, outs[r], COLLECTIVE_TAG, receives=True) for r in board.read_parts(outs)]
-        return ShmWork(tensors, self, sends + self._start(receives))
+        return ShmWork(tensors, self, sends + self._mail.start(receives))
 
     @_guarded
     def all_to_all_single(
@@ -348,60 +337,24 @@ class Group:
             told += f"takes {splits[to, 1, source]}"
             raise self.sync.fail(self.sync.make_error(MismatchError, source, f"ranks disagree: {told}"))
 
-    def _start(self, transfers: list[Transfer]) -> list[Transfer]:
-        """Send what fits, take what is there, and leave the rest to whoever waits next."""
-        boxes = []
-        for transfer in transfers:
-            boxes.append(self._box(transfer))
-            boxes[-1].post(transfer)
-        while sum(box.progress() for box in boxes if box.queue):  # all of them, in turn
-            pass
-        for transfer in transfers:
-            if not transfer.complete:
-                pending.groups.add(self)
-                break
-        return transfers
-
-    def _box(self, transfer: Transfer) -> Outbox | Inbox:
-        return (self._inboxes if transfer.receives else self._outboxes)[transfer.peer]
-
-    def progress(self) -> bool:
-        """Move messages along, as far as that goes without waiting; whether any moved."""
-        if self.sync is None or self.sync.error is not None:
-            pending.groups.discard(self)
-            return False
-        moved = sum(box.progress() for box in self._boxes if box.queue)
-        if not any(box.queue for box in self._boxes):
-            pending.groups.discard(self)
-        return moved > 0
+    def progress(self) -> None:
+        """Move messages along, as far as that goes without waiting."""
+        if self.sync is not None:
+            self._mail.progress()
 
     @_guarded
     def drive(self, transfers: Sequence[Transfer]) -> None:
         """Wait until these messages have arrived."""
-        late = [transfer for transfer in transfers if not transfer.complete]
-        for _ in range(POLLS):
-            if not late:
-                return
-            if self.sync is None or self.sync.error is not None:
-                raise self.again()
-            for transfer in late:
-                self._box(transfer).progress()
-            late = [transfer for transfer in late if not transfer.complete]
-        if late:
-            assert self.sync is not None
-            pending.groups.add(self)
-            self.sync.wait(lambda: sorted({t.peer for t in late if not t.complete}), _name(late[0]))
+        if self.sync is not None:
+            self._mail.drive(transfers)
+        elif not all(transfer.complete for transfer in transfers):
+            raise self.again()
 
     def again(self) -> RankError:
         """The error of a group that is shut down or has failed before."""
         if self.sync is not None:
             return self.sync.again()
         return RankError("this process group is shut down", rank=self.ranks[self.rank])
-
-    def _wrong_size(self, peer: int, sent: int, expected: int) -> None:
-        assert self.sync is not None
-        what = f"rank {self.ranks[peer]} sends {sent} bytes where {expected} are expected"
-        raise self.sync.fail(self.sync.make_error(MismatchError, peer, what))
 
     # ---- life
 
@@ -415,16 +368,10 @@ class Group:
         if self.sync is not None:
             self.sync.leave("left the group")
             self.sync = None
-            del self._board, self._outboxes, self._inboxes, self._boxes
+            del self._board, self._mail
         if self._invitation is not None:
             self._invitation.withdraw()
         self._closed = True
-
-
-def _name(transfer: Transfer) -> str:
-    if transfer.tag == COLLECTIVE_TAG:
-        return ""
-    return f"{'recv' if transfer.receives else 'send'}({transfer.nbytes} bytes)"
 
 
 def _fits(x: Tensor, parts: int) -> bool:

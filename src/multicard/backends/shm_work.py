@@ -1,10 +1,8 @@
-"""Handles of operations under way, and whose they are."""
+"""Handles of operations under way."""
 
 from __future__ import annotations
 
 import datetime
-import threading
-import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -68,22 +66,3 @@ class ShmWork(dist.Work):
         future: torch.futures.Future = torch.futures.Future()
         future.set_result(self._tensors)
         return future
-
-
-class _Pending(threading.local):
-    """Groups in which this thread has messages under way.
-
-    A rank is one party to all of its groups: while it waits in one, a peer may be waiting for its message in another.
-    So this belongs to the thread and not to a group. It holds no settings, and is empty once messages have arrived.
-    """
-
-    def __init__(self) -> None:
-        self.groups: weakref.WeakSet[Group] = weakref.WeakSet()
-
-
-pending = _Pending()
-
-
-def progress_all() -> bool:
-    """Move all of this thread's messages along; whether any moved."""
-    return bool(sum(group.progress() for group in tuple(pending.groups)))
