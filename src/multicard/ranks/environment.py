@@ -66,8 +66,11 @@ def of_rank(wanted: Settings, rank: int, port: int) -> dict[str, str]:
         "MULTICARD_DEVICE": wanted.device,
         "MULTICARD_TIMEOUT": wanted.timeout,
     }
-    quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # its warnings are about host names that nothing here needs
-    return {**quiet, **os.environ, **{name: str(value) for name, value in own.items()}, **wanted.env}
+    defaults = {
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # its warnings are about host names that nothing here needs
+        "THP_MEM_ALLOC_ENABLE": "1",  # tensors in huge pages: weights are read up to 7% faster
+    }
+    return {**defaults, **os.environ, **{name: str(value) for name, value in own.items()}, **wanted.env}
 
 
 def _search_path() -> list[str]:
