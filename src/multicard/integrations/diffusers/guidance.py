@@ -1,7 +1,8 @@
 """Seams of a diffusers pipeline: its ``__call__``, its denoisers' and its schedulers' ``step``, intercepted in place.
 
-An object is intercepted by giving it a subclass of its own class, as FSDP does: whatever is put around ``forward``
-later (offloading, hooks, compilation) stays inside, and a copy of the object is intercepted like the original.
+A method is intercepted in its class, for those objects that have a guide; others of the class don't notice. So objects
+keep their class, which pipelines compare; a copy of one is intercepted like the original; and whatever is put around
+``forward`` later (offloading, hooks, compilation) stays inside.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from multicard.mesh import Axis
 
 DENOISER_NAMES = re.compile(r"transformer|unet|prior|denoiser|(^|_)dit($|_)|^decoder$")
 NO_DENOISERS = ("autoencoders", "controlnets", "adapter")  # packages of diffusers.models
+GUIDE, PLAIN = "_multicard_guide", "_multicard_plain"
+
+Plain = Callable[..., Any]
 
 
 class HookedDenoiser:
@@ -29,7 +33,7 @@ class HookedDenoiser:
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name, self.module = name, module
         self._modules = list(module.modules())
-        self._signature = inspect.signature(plain_class(getattr(module, "_orig_mod", module)).forward)
+        self._signature = inspect.signature(type(getattr(module, "_orig_mod", module)).forward)
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The call's arguments by name."""
@@ -43,7 +47,8 @@ class HookedDenoiser:
         return named
 
     def run(self, kwargs: Mapping[str, Any]) -> Any:
-        return plain_class(self.module).__call__(self.module, **kwargs)
+        call = type(self.module).__call__
+        return getattr(call, PLAIN, call)(self.module, **kwargs)
 
     def freeze(self) -> Callable[[Mapping[str, Any]], Any]:
         """``run`` with the hooks of now: diffusers' and accelerate's hooks live in ``forward`` of the instance."""
@@ -95,31 +100,31 @@ class GuidedPipeline:
         found = denoisers(pipe)
         for name, module in found.items():
             check_caches(name, module)
-            if module not in self._denoisers:
-                self._denoisers[module] = HookedDenoiser(name, module)
-            intercept(module, __call__=_denoise)
-            module.__dict__["_multicard_guide"] = self
-        self._denoisers = {module: self._denoisers[module] for module in found.values()}
+            intercept(module, "__call__", GuidedPipeline.denoise, self)
+        self._denoisers = {module: HookedDenoiser(name, module) for name, module in found.items()}
         for component in pipe.components.values():
             if hasattr(component, "step") and hasattr(component, "set_timesteps"):
-                intercept(component, step=_step)
-                component._multicard_guide = self
+                intercept(component, "step", GuidedPipeline.step, self)
 
-    def denoise(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def denoise(self, module: nn.Module, plain: Plain, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         denoiser = self._denoisers.get(module)
         if denoiser is None or not self._running:  # a copy, or somebody calls a component of the pipeline by itself
-            return plain_class(module).__call__(module, *args, **kwargs)
+            return plain(*args, **kwargs)
         return self.branches.call(denoiser, denoiser.bind(args, kwargs))
 
-    def run(self, pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def step(self, scheduler: Any, plain: Plain, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """A scheduler's ``step``: the branches of this step have all been called."""
+        self.branches.end_step()
+        return plain(*unwrap(args), **unwrap(kwargs))
+
+    def run(self, pipe: Any, plain: Plain, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The pipeline's own ``__call__``."""
-        plain = plain_class(pipe)
         if self._running:
-            return plain.__call__(pipe, *args, **kwargs)
+            return plain(*args, **kwargs)
         self.attach(pipe)
         self._running, failed = True, True
         try:
-            output = plain.__call__(pipe, *args, **kwargs)
+            output = plain(*args, **kwargs)
             failed = False
         finally:
             self._running = False
@@ -134,10 +139,14 @@ class GuidedModel:
         check_caches(type(module).__name__, module)
         self._denoiser = HookedDenoiser(type(module).__name__, module)
         self._branches = Branches(axis, batch, step_per_call=True)
-        intercept(module, __call__=_denoise)
-        module.__dict__["_multicard_guide"] = self
+        intercept(module, "__call__", GuidedModel.denoise, self)
 
-    def denoise(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def __deepcopy__(self, memo: Any) -> GuidedModel:
+        return self
+
+    def denoise(self, module: nn.Module, plain: Plain, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if module is not self._denoiser.module:  # a copy
+            return plain(*args, **kwargs)
         check_caches(self._denoiser.name, module)
         try:
             return self._branches.call(self._denoiser, self._denoiser.bind(args, kwargs))
@@ -149,8 +158,7 @@ def guide_pipeline(pipe: Any, axis: Axis, batch: BatchPlan) -> None:
     """CFG parallel for every later call of ``pipe``."""
     guide = GuidedPipeline(axis, batch)
     guide.attach(pipe)
-    intercept(pipe, __call__=_run)
-    pipe._multicard_guide = guide
+    intercept(pipe, "__call__", GuidedPipeline.run, guide)
 
 
 def guide_model(module: nn.Module, axis: Axis, batch: BatchPlan) -> None:
@@ -184,30 +192,20 @@ def check_caches(name: str, module: nn.Module) -> None:
                 )
 
 
-def intercept(instance: Any, **methods: Callable[..., Any]) -> None:
-    """Give ``instance`` a subclass of its class in which ``methods`` come first; a second time does nothing."""
+def intercept(instance: Any, name: str, method: Callable[..., Any], guide: GuidedPipeline | GuidedModel) -> None:
+    """Let ``method(guide, instance, plain, args, kwargs)`` answer ``instance.name``, which was ``plain`` before."""
+    instance.__dict__[GUIDE] = guide
     cls = type(instance)
-    if "_multicard_plain" in cls.__dict__:
+    plain = getattr(cls, name)
+    if hasattr(plain, PLAIN):
         return
-    wrapped = {name: functools.wraps(getattr(cls, name))(method) for name, method in methods.items()}
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    instance.__class__ = type(cls.__name__, (cls,), {**names, **wrapped, "_multicard_plain": cls})
 
+    @functools.wraps(plain)
+    def intercepted(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+        guide = self.__dict__.get(GUIDE)
+        if guide is None:
+            return plain(self, *args, **kwargs)
+        return method(guide, self, functools.partial(plain, self), args, kwargs)
 
-def plain_class(instance: Any) -> Any:
-    """The class that ``instance`` had before it was intercepted."""
-    cls = type(instance)
-    return cls.__dict__.get("_multicard_plain", cls)
-
-
-def _denoise(self: Any, /, *args: Any, **kwargs: Any) -> Any:
-    return self._multicard_guide.denoise(self, args, kwargs)
-
-
-def _step(self: Any, /, *args: Any, **kwargs: Any) -> Any:
-    self._multicard_guide.branches.end_step()
-    return plain_class(self).step(self, *unwrap(args), **unwrap(kwargs))
-
-
-def _run(self: Any, /, *args: Any, **kwargs: Any) -> Any:
-    return self._multicard_guide.run(self, args, kwargs)
+    setattr(intercepted, PLAIN, plain)
+    setattr(cls, name, intercepted)
