@@ -236,6 +236,22 @@ def free_memory_of(mesh, folder, free):
     return "loaded"
 
 
+def leave_free(mesh, nbytes):
+    import multicard.models.memory as module
+
+    module.free_bytes = lambda device, ranks: nbytes
+
+
+def test_a_cache_that_does_not_fit_is_refused_and_the_next_request_served(checkpoint):
+    with mc.LLM(checkpoint[0], tp=2) as llm:
+        llm._ranks.run(leave_free, 10_000)
+        with pytest.raises(
+            ConfigError, match=r"keys and values of 3 × 41 tokens take .* GiB, and .* GiB free"
+        ):
+            llm.generate([[1, 2]] * 3, max_new_tokens=40)
+        assert llm.generate([1, 2], max_new_tokens=2).token_ids
+
+
 def test_a_shard_that_does_not_fit_names_the_degree_that_would(run_on, checkpoint):
     folder = checkpoint[0]
     size = sum(p.numel() * 4 for p in checkpoint[1].parameters())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from multicard.errors import CheckpointError, ConfigError, UnsupportedError
+from multicard.errors import CheckpointError, ConfigError, MulticardError, UnsupportedError
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -23,6 +24,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROPE_TYPES = ("default", "linear", "llama3")
+LARGEST, MOST_LAYERS = 1 << 28, 1024  # what no decoder reaches; beyond it sizes overflow, or making it takes minutes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,11 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_context: int = 8192
+
+    def __post_init__(self) -> None:
+        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "original_context"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"rope {name}={getattr(self, name)!r}: a finite number above 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,10 +83,14 @@ class DecoderConfig:
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
-        sizes = ("vocab_size", "hidden", "intermediate", "layers", "heads", "kv_heads", "head_dim", "context")
-        for name in sizes:
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: a whole number of 1 or more")
+        for name in ("vocab_size", "hidden", "intermediate", "layers", "heads", "kv_heads", "head_dim", "context"):
+            value, most = getattr(self, name), MOST_LAYERS if name == "layers" else LARGEST
+            if not isinstance(value, int) or not 1 <= value <= most:
+                raise ConfigError(f"{name}={value!r}: a whole number from 1 to {most}")
+        if self.heads * self.head_dim > LARGEST:
+            raise ConfigError(f"{self.heads} heads of {self.head_dim}: more than {LARGEST} in all")
+        if not 0 <= self.norm_eps < math.inf:
+            raise ConfigError(f"norm_eps={self.norm_eps!r}: a finite number of 0 or more")
         if self.heads % self.kv_heads:
             raise ConfigError(f"{self.heads} attention heads over {self.kv_heads} key/value heads: must be a multiple")
         if self.head_dim % 2:
@@ -98,6 +109,10 @@ class DecoderConfig:
             config = cls.from_dict(raw)
         except KeyError as error:
             raise CheckpointError(f"{folder}/config.json has no {error.args[0]!r}") from None
+        except MulticardError:
+            raise
+        except (TypeError, ValueError, AttributeError, ArithmeticError) as error:  # a value of another kind
+            raise CheckpointError(f"{folder}/config.json is damaged ({type(error).__name__}: {error})") from None
         generation = read_json(pathlib.Path(folder), "generation_config.json", optional=True)
         eos = _ids(generation.get("eos_token_id"))
         return dataclasses.replace(config, eos=eos) if eos else config
@@ -149,8 +164,10 @@ def read_json(folder: pathlib.Path, name: str, optional: bool = False) -> dict[s
         raise CheckpointError(f"{path}: no such file; is {folder} a Hugging Face checkpoint?")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__} where an object is expected")
     return content
@@ -196,6 +213,7 @@ def _window(raw: Mapping[str, Any]) -> int | None:
 
 
 def _ids(value: Any) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, int) else tuple(value)
+    ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
+    if not all(isinstance(each, int) for each in ids):
+        raise ConfigError(f"eos_token_id={value!r}: a token id or a list of them")
+    return ids

@@ -168,7 +168,10 @@ class ParallelTransformer(nn.Module):
         See :class:`~multicard.models.kv_cache.KVCache`.
         """
         heads = partition.split_heads(self.config.heads, self.config.kv_heads, self.mesh.tp.size)[self.mesh.tp.rank]
-        return KVCache(self.config.layers, heads, self.config.head_dim, capacity, starts, self.dtype, self.mesh.device)
+        sizes = (self.config.layers, heads, self.config.head_dim, capacity, starts, self.dtype)
+        if self.mesh.sequence.size > 1:
+            return SequenceKVCache(self.mesh, *sizes)
+        return KVCache(*sizes, self.mesh.device)
 
     def forward(self, ids: Tensor, cache: Cache, last_only: bool = True) -> Tensor:
         """Run the next tokens through the model.

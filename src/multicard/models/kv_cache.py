@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from multicard.models.memory import check_cache
 from multicard.partition import HeadShard
 
 
@@ -23,6 +24,9 @@ class KVCache:
         head_dim: a head's length.
         capacity: tokens that it can hold, padding included.
         starts: for every prompt of the batch the slot of its first token.
+
+    Raises:
+        ConfigError: it doesn't fit in this rank's memory.
     """
 
     def __init__(
@@ -36,9 +40,10 @@ class KVCache:
         device: torch.device | str | None = None,
     ) -> None:
         self.heads, self.capacity, self.length = heads, capacity, 0
-        shape = (2, len(starts), len(heads.kv), capacity, head_dim)
+        shape = (len(starts), len(heads.kv), capacity, head_dim)
+        check_cache(layers, shape, capacity, dtype, device)
         self._dtype = dtype
-        self._layers = [tuple(torch.empty(shape, dtype=dtype, device=device)) for _ in range(layers)]
+        self._layers = [tuple(torch.empty(2, *shape, dtype=dtype, device=device)) for _ in range(layers)]
         self.starts = torch.tensor(starts, device=device)
         self._padded = any(starts)
         self._mask: Tensor | None = None

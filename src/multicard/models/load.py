@@ -8,7 +8,6 @@ import os
 import pathlib
 from collections.abc import Iterator
 
-import psutil
 import torch
 
 from multicard import mesh as meshes
@@ -18,9 +17,8 @@ from multicard.layers.packed import pack, pack_tied
 from multicard.mesh import Axis, ParallelMesh
 from multicard.models.config import DTYPES, DecoderConfig
 from multicard.models.decoder import ParallelTransformer
+from multicard.models.memory import GIB, free_bytes, ranks_here
 from multicard.weights import Checkpoint, LoadReport, agree, check, load, verify
-
-GIB = float(1 << 30)
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -119,16 +117,8 @@ def parameter_bytes(model: torch.nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def free_bytes(device: torch.device, ranks_here: int) -> int:
-    """Memory that one rank may take: its card's, or its part of this host's."""
-    if device.type == "cpu":
-        return psutil.virtual_memory().available // ranks_here
-    free: int = getattr(torch, device.type).mem_get_info(device)[0]
-    return free
-
-
 def _check_memory(config: DecoderConfig, mesh: ParallelMesh, model: ParallelTransformer) -> None:
-    ranks, needed = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world_size)), parameter_bytes(model)
+    ranks, needed = ranks_here(), parameter_bytes(model)
     free = free_bytes(mesh.device, ranks)
     if needed <= free:
         return

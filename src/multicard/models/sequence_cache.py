@@ -10,6 +10,7 @@ from torch import Tensor
 from multicard import collectives
 from multicard.attention import attend, attend_decode, gather_sequence, shard_sequence
 from multicard.mesh import ParallelMesh
+from multicard.models.memory import check_cache
 from multicard.partition import HeadShard
 
 
@@ -23,6 +24,9 @@ class SequenceKVCache:
     Args:
         mesh: its ring and Ulysses ranks share the sequence.
         layers, heads, head_dim, capacity, starts, dtype: as :class:`~multicard.models.kv_cache.KVCache`'s.
+
+    Raises:
+        ConfigError: it doesn't fit in this rank's memory.
     """
 
     def __init__(
@@ -37,8 +41,9 @@ class SequenceKVCache:
     ) -> None:
         self.mesh, self.heads, self.length = mesh, heads, 0
         room = capacity // mesh.sequence.size + 4  # zigzag pieces and turns are uneven by less
-        shape = (layers, len(starts), room, len(heads.kv), head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=mesh.device)
+        shape = (len(starts), room, len(heads.kv), head_dim)
+        check_cache(layers, shape, capacity, dtype, mesh.device)
+        self.keys = torch.empty(layers, *shape, dtype=dtype, device=mesh.device)
         self.values = torch.empty_like(self.keys)
         self.slots = torch.empty(room, dtype=torch.int64, device=mesh.device)
         self.starts = torch.tensor(starts, device=mesh.device)
