@@ -68,12 +68,12 @@ def _check_attention(model: nn.Module, plan: ResolvedPlan, path: str, heads: Hea
     for name, _ in module.named_parameters(recurse=False):
         if f"{path}.{name}" not in plan.styles:
             raise _refused(path, module, f"its parameter {name!r} isn't in the plan")
-    widths = {heads.query * d for d in _head_dims(model, plan, path, heads)}
-    widths |= {heads.kv * d for d in _head_dims(model, plan, path, heads)}
+    dims = _head_dims(model, plan, path, heads)
+    widths = {count * dim for count in (heads.query, heads.kv) if count > 1 for dim in dims}
     for name, child in module.named_children():
         if f"{path}.{name}" in plan.styles and plan.styles[f"{path}.{name}"] in HEAD_STYLES:
             continue
-        _check_bystander(path, module, name, child, plan, widths if max(heads.query, heads.kv) > 1 else set())
+        _check_bystander(path, module, name, child, plan, widths)
 
 
 def _beside(name: str, path: str) -> bool:

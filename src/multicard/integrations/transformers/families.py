@@ -97,12 +97,46 @@ _T5 = _rules(
     column="DenseReluDense.{wi,wi_0,wi_1}",
     row="DenseReluDense.wo",
 )
+_VIT = _rules(
+    query="attention.q_proj",
+    key_value="attention.{k_proj,v_proj}",
+    attention_out="attention.o_proj",
+    column="mlp.fc1",
+    row="mlp.fc2",
+)
+_OLD_VIT = _rules(
+    query="attention.attention.query",
+    key_value="attention.attention.{key,value}",
+    attention_out="attention.output.dense",
+    column="layer.*.intermediate.dense",
+    row="layer.*.output.dense",
+)
+_WAV2VEC2 = _rules(
+    query="attention.q_proj",
+    key_value="attention.{k_proj,v_proj}",
+    attention_out="attention.out_proj",
+    column="feed_forward.intermediate_dense",
+    row="feed_forward.output_dense",
+)
 _MLA = _rules(  # latent attention: the low-rank parts stay whole, what fans out to heads is split by them
     query="self_attn.{q_proj,q_b_proj,kv_b_proj}", attention_out="self_attn.o_proj"
 )
 
 FAMILIES: dict[str, Family] = {
+    "albert": Family(
+        _rules(
+            query="attention.query",
+            key_value="attention.{key,value}",
+            attention_out="attention.dense",
+            column="ffn",
+            row="ffn_output",
+            whole="attention.LayerNorm.{weight,bias}",
+        ),
+        query_widths=("all_head_size",),
+    ),
+    "audio-spectrogram-transformer": Family(_OLD_VIT),
     "bart": Family(_BART),
+    "beit": Family(_VIT),
     "bert": Family(_BERT),
     "bert-generation": Family(_BERT),
     "biogpt": Family(_BART),
@@ -119,11 +153,28 @@ FAMILIES: dict[str, Family] = {
             "**.self_attn.k_norm.weight": "key_value_heads",
         }
     ),
+    "data2vec-audio": Family(_WAV2VEC2),
     "data2vec-text": Family(_BERT),
+    "data2vec-vision": Family(_OLD_VIT),
     "deepseek_v2": Family(_MLA),
     "deepseek_v3": Family(_MLA),
+    "deit": Family(_VIT),
+    "dinov2": Family(_VIT),
+    "dinov2_with_registers": Family(_VIT),
+    "distilbert": Family(
+        _rules(
+            query="attention.q_lin",
+            key_value="attention.{k_lin,v_lin}",
+            attention_out="attention.out_lin",
+            column="ffn.lin1",
+            row="ffn.lin2",
+        )
+    ),
+    "dpr": Family(_BERT),
+    "dpt": Family(_OLD_VIT),
     "electra": Family(_BERT),
     "ernie": Family(_BERT),
+    "esm": Family(_BERT),
     "falcon": Family(_BLOOM, head_inputs=("alibi", "attention_mask"), whole_groups=True),
     "glm": Family(_GLM),
     "glm4": Family(_GLM),
@@ -148,6 +199,7 @@ FAMILIES: dict[str, Family] = {
         )
     ),
     "gpt_neox": Family(_GPT_NEOX),
+    "gpt_neox_japanese": Family(_GPT_NEOX, optional={"**.attention.dense_bias": "whole"}),
     "gpt_oss": Family(
         _rules(**_NAMES, attention_out="self_attn.o_proj", heads="self_attn.sinks", experts="mlp.experts")
     ),
@@ -160,15 +212,43 @@ FAMILIES: dict[str, Family] = {
             row="mlp.fc_out",
         )
     ),
+    "hubert": Family(_WAV2VEC2),
+    "ijepa": Family(_VIT),
+    "layoutlm": Family(_BERT),
+    "m2m_100": Family(_BART),
     "marian": Family(_BART),
+    "markuplm": Family(_BERT),
     "mbart": Family(_BART),
     "megatron-bert": Family(_BERT),
+    "mllama_text_model": Family(
+        _rules(
+            query="{self_attn,cross_attn}.q_proj",
+            key_value="{self_attn,cross_attn}.{k_proj,v_proj}",
+            attention_out="{self_attn,cross_attn}.o_proj",
+            column="mlp.{gate_proj,up_proj}",
+            row="mlp.down_proj",
+        )
+    ),
+    "mpnet": Family(
+        _rules(
+            query="attention.attn.q",
+            key_value="attention.attn.{k,v}",
+            attention_out="attention.attn.o",
+            head_columns="relative_attention_bias",
+            column="layer.*.intermediate.dense",
+            row="layer.*.output.dense",
+        )
+    ),
     "mpt": Family(
         _rules(qkv="attn.Wqkv", attention_out="attn.out_proj", column="ffn.up_proj", row="ffn.down_proj"),
         head_inputs=("position_bias",),
     ),
     "mt5": Family(_T5, query_widths=("inner_dim",)),
     "mvp": Family(_BART, query_widths=("embed_dim",)),
+    "openai-gpt": Family(
+        _rules(qkv="attn.c_attn", attention_out="attn.c_proj", column="mlp.c_fc", row="mlp.c_proj"),
+        query_widths=("split_size",),
+    ),
     "opt": Family(_rules(**_NAMES, attention_out="self_attn.out_proj", column="fc1", row="fc2")),
     "pegasus": Family(_BART),
     "persimmon": Family(
@@ -180,26 +260,45 @@ FAMILIES: dict[str, Family] = {
         )
     ),
     "phi3": Family(_PHI3),
-    "plbart": Family(_BART),
-    "rembert": Family(_BERT),
-    "roberta": Family(_BERT),
-    "roberta-prelayernorm": Family(_BERT),
-    "siglip": Family(_CLIP),
-    "siglip_text_model": Family(_CLIP),
-    "siglip_vision_model": Family(_CLIP),
-    "stablelm": Family(_LLAMA),
-    "t5": Family(_T5, query_widths=("inner_dim",)),
-    "umt5": Family(_T5, query_widths=("inner_dim",)),
-    "vit": Family(
+    "pixtral": Family(
         _rules(
             query="attention.q_proj",
             key_value="attention.{k_proj,v_proj}",
             attention_out="attention.o_proj",
-            column="mlp.fc1",
-            row="mlp.fc2",
+            column="feed_forward.{gate_proj,up_proj}",
+            row="feed_forward.down_proj",
         )
     ),
+    "plbart": Family(_BART),
+    "qwen3_vl_text": Family(_LLAMA),
+    "rembert": Family(_BERT),
+    "roberta": Family(_BERT),
+    "roberta-prelayernorm": Family(_BERT),
+    "roc_bert": Family(_BERT),
+    "roformer": Family(_BERT),
+    "sew": Family(_WAV2VEC2),
+    "siglip": Family(_CLIP),
+    "siglip_text_model": Family(_CLIP),
+    "siglip_vision_model": Family(_CLIP),
+    "speech_to_text": Family(_BART),
+    "splinter": Family(_BERT),
+    "stablelm": Family(_LLAMA),
+    "t5": Family(_T5, query_widths=("inner_dim",)),
+    "tapas": Family(_BERT),
+    "trocr": Family(_BART),
+    "umt5": Family(_T5, query_widths=("inner_dim",)),
+    "unispeech": Family(_WAV2VEC2),
+    "videomae": Family(_OLD_VIT),
+    "visual_bert": Family(_BERT),
+    "vit": Family(_VIT),
+    "vit_mae": Family(_VIT),
+    "vit_msn": Family(_VIT),
+    "vivit": Family(_VIT),
+    "wav2vec2": Family(_WAV2VEC2),
     "whisper": Family(_BART),
+    "xglm": Family(_BART, query_widths=("embed_dim",)),
     "xlm-roberta": Family(_BERT),
     "xlm-roberta-xl": Family(_BERT),
+    "xmod": Family(_BERT),
+    "yolos": Family(_OLD_VIT),
 }

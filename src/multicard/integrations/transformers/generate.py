@@ -6,6 +6,7 @@ Logits are gathered, so all ranks see the same bits; with the same generator sta
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -19,22 +20,36 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+FIXED = {
+    "set_attn_implementation": "modules were split for the implementation that they had: choose it before the split",
+    "resize_token_embeddings": "the vocabulary is split: resize it before the split",
+    "save_pretrained": "no rank has whole weights: save the model before the split",
+}
+"""Methods that a split model no longer has, and why."""
+
+
 def guard(model: PreTrainedModel, mesh: ParallelMesh) -> None:
     """Make ``model.generate`` agree over ``mesh``: transformers' own method, with checks before it."""
-    if not model.can_generate() or mesh.tp.size * mesh.sequence.size == 1:
+    if mesh.tp.size * mesh.sequence.size == 1:
+        return
+    for name, why in FIXED.items():
+        object.__setattr__(model, name, functools.partial(_refuse, f"{type(model).__name__}.{name}", why))
+    if not model.can_generate():
         return
     generate: Callable[..., Any] = model.generate  # type: ignore[assignment]
 
     @functools.wraps(generate)
     def checked(*args: Any, **kwargs: Any) -> Any:
-        check(model, mesh, kwargs)
+        check(model, mesh, {**inspect.signature(generate).bind_partial(*args).arguments, **kwargs})
         agree_on_noise(mesh)
         return generate(*args, **kwargs)
 
     # A static cache made ahead would have every key/value head; one made by the first step has this rank's.
     ours = {
         "generate": checked,
-        "generate_batch": _no_continuous_batching,
+        "generate_batch": functools.partial(
+            _refuse, "continuous batching (cache_implementation='paged')", "its cache has every head: use generate"
+        ),
         "_get_static_cache_init_shape": lambda: None,
     }
     for name, method in ours.items():
@@ -63,7 +78,7 @@ def check(model: PreTrainedModel, mesh: ParallelMesh, kwargs: dict[str, Any]) ->
         raise UnsupportedError(f"use_cache=False {where}: the cache is what is split; leave it on")
     if (setting("num_beams") or 1) > 1:
         raise UnsupportedError(f"num_beams={setting('num_beams')} {where}: use greedy or sampling, or tp alone")
-    if kwargs.get("assistant_model") is not None or setting("prompt_lookup_num_tokens"):
+    if any(setting(name) for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")):
         raise UnsupportedError(f"assisted generation {where}: use greedy or sampling, or tp alone")
 
 
@@ -77,7 +92,5 @@ def agree_on_noise(mesh: ParallelMesh) -> None:
     module.set_rng_state(on_device.to(state.device))
 
 
-def _no_continuous_batching(*args: Any, **kwargs: Any) -> Any:
-    raise UnsupportedError(
-        "continuous batching (generate_batch, cache_implementation='paged') makes a cache of all heads: use generate"
-    )
+def _refuse(what: str, why: str, *args: Any, **kwargs: Any) -> Any:
+    raise UnsupportedError(f"{what} after mc.parallelize: {why}")

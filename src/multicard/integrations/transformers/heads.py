@@ -109,13 +109,13 @@ def _spans(heads: list[range], dim: int) -> Shares:
 def read_heads(module: nn.Module, model: PreTrainedModel, family: Family, axis: Axis, path: str) -> Heads:
     """The head counts of an attention module, from its attributes or its config, split over ``axis``."""
     config = getattr(module, "config", None) or model.config
-    query = _count(module, QUERY_COUNTS) or getattr(config, "num_attention_heads", None)
+    query = _count(module, QUERY_COUNTS) or _setting(config, "num_attention_heads")
     if not isinstance(query, int):
         raise UnsupportedError(
             f"{path} ({type(module).__name__}) doesn't say how many heads it has: pass plan= without it"
         )
-    kv = _count(module, KV_COUNTS) or getattr(config, "num_key_value_heads", None) or query
     groups = getattr(module, "num_key_value_groups", None)
+    kv = _count(module, KV_COUNTS) or _setting(config, "num_key_value_heads") or query // (groups or 1)
     if groups is not None and groups * kv != query:
         raise UnsupportedError(
             f"{path} has {query} heads in groups of {groups} but {kv} key/value heads: pass plan= without it"
@@ -135,6 +135,14 @@ def _whole_groups(query: int, kv: int, parts: int) -> tuple[HeadShard, ...]:
         else HeadShard(range(0), range(0), ())
         for share in partition.split(kv, parts)
     )
+
+
+def _setting(config: Any, name: str) -> int | None:
+    """A number in a config; None where it has none, or one for each layer (which the layer's module then knows)."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        return None
 
 
 def _count(module: nn.Module, names: tuple[str, ...]) -> int | None:
@@ -179,7 +187,7 @@ def _local_config(config: Any, heads: Heads) -> Any:
         ("num_attention_heads", heads.query, len(heads.mine.query)),
         ("num_key_value_heads", heads.kv, len(heads.mine.kv)),
     ):
-        if getattr(config, name, None) == whole:
+        if _setting(config, name) == whole:
             local.__dict__[names.get(name, name)] = value
     return local
 

@@ -125,19 +125,22 @@ def experts(module: nn.Module, axis: Axis, path: str) -> None:
     """
     parameters = dict(module.named_parameters())
     unknown = set(parameters) - {"gate_up_proj", "up_proj", "down_proj", *_EXPERT_BIASES}
-    if unknown or "down_proj" not in parameters or not hasattr(module, "is_transposed"):
+    transposed, has_gate, concatenated = EXPERT_LAYOUTS.get(type(module).__name__) or (
+        getattr(module, name, None) for name in ("is_transposed", "has_gate", "is_concatenated")
+    )
+    if unknown or "down_proj" not in parameters or transposed is None:
         why = f"it has {', '.join(sorted(unknown))}" if unknown else "not transformers' packed experts"
         raise UnsupportedError(f"{path} ({type(module).__name__}) can't be split: {why}; pass plan= without it")
     down = parameters["down_proj"]
-    width_dim = 1 if module.is_transposed else 2
+    width_dim = 1 if transposed else 2
     width = down.shape[width_dim]
     shares = _expert_shares(width, axis.size, max(GROUPED_MM_BYTES // down.element_size(), 1))
     mine = shares[axis.rank]
     compute = mine or range(min(width, len(shares[0])))  # no rank may be without: the kernels take no empty width
     up_spans: tuple[range, ...] = (compute,)
-    if module.has_gate and module.is_concatenated:
+    if has_gate and concatenated:
         up_spans = (compute, range(width + compute.start, width + compute.stop))
-    elif module.has_gate:
+    elif has_gate:
         up_spans = (range(2 * compute.start, 2 * compute.stop),)
     for name in set(parameters) & {"gate_up_proj", "up_proj"}:
         cut_parameter(module, name, 3 - width_dim, up_spans)
@@ -156,6 +159,9 @@ def _silence(owner: nn.Module, name: str) -> None:
     parameter = owner.get_parameter(name)
     owner._parameters[name] = _zeros(parameter, tuple(parameter.shape))
 
+
+EXPERT_LAYOUTS = {"Llama4TextExperts": (True, True, True)}
+"""Whether packed experts are transposed, have a gate, and have it before the rest, where the class doesn't say."""
 
 _EXPERT_BIASES = ("gate_up_proj_bias", "up_proj_bias", "down_proj_bias")
 

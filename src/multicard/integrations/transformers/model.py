@@ -187,11 +187,14 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 def _split_vocabulary(model: PreTrainedModel, axis: Axis) -> None:
     """Input embeddings and the output head by vocabulary rows, one shared parameter where they are tied."""
-    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    try:
+        table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    except NotImplementedError:  # several towers, each with its own (CLIP): they stay whole
+        return
+    whole, shared = getattr(table, "weight", None), None
+    tied = isinstance(head, nn.Linear) and head.weight is whole
     if isinstance(table, nn.Embedding):
-        whole, shared = table.weight, None
         tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is whole]
-        tied = isinstance(head, nn.Linear) and head.weight is whole
         splits = [layers.embedding(table, axis) for table in tables]
         for old, new in zip(tables, splits, strict=True):
             if new is None or None in splits:

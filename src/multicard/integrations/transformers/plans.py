@@ -95,7 +95,8 @@ GATHERED = ("colwise_gather_output", "colwise_rep", "rowwise_split_input", "roww
 def _shipped(model: PreTrainedModel, names: list[str], what: str) -> dict[str, str]:
     """transformers' own plan in our styles; what it would only gather again stays whole."""
     theirs = dict(model.tp_plan or {})
-    known = {*IGNORED, *GATHERED, "colwise", "rowwise", "embedding_rowwise", "moe_tp_experts", "packed_colwise"}
+    known = {*IGNORED, *GATHERED, "colwise", "rowwise", "embedding_rowwise"}
+    known |= {"moe_tp_experts", "packed_colwise", "packed_rowwise"}
     for pattern, style in theirs.items():
         if style not in known:
             raise UnsupportedError(
