@@ -9,6 +9,7 @@ import math
 import os
 import pathlib
 import re
+import stat
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from multicard.errors import CheckpointError, UnsupportedError
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 WIDTHS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 LARGEST_HEADER = 100_000_000
+DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What reading JSON that somebody has damaged may raise."""
 STAGING = 8 << 20
 SINGLE, INDEX, SUMS = "{}.safetensors", "{}.safetensors.index.json", "SHA256SUMS"
 
@@ -86,6 +89,7 @@ class Checkpoint:
             the bytes read, and the size of the buffer that they went through.
         """
         entry = self.tensors[name]
+        entry.check_dtype()
         outer, inner = math.prod(entry.shape[:dim]), math.prod(entry.shape[dim + 1 :])
         width = WIDTHS[entry.dtype]
         run, stride = len(rows) * inner, entry.shape[dim] * inner  # a run of elements out of every stride
@@ -131,13 +135,16 @@ def verify(checkpoint: Checkpoint, rank: int, size: int) -> None:
     sums = checkpoint.folder / SUMS
     if not sums.is_file():
         raise CheckpointError(f"{sums}: no such file to verify with: make it with `sha256sum *.safetensors > {SUMS}`")
-    lines = [line.split(maxsplit=1) for line in sums.read_text().splitlines()]
+    lines = [line.split(maxsplit=1) for line in sums.read_text(errors="replace").splitlines()]
     known = {fields[1].lstrip("*").strip(): fields[0] for fields in lines if len(fields) == 2}
     for path in checkpoint.files[rank::size]:
         if path.name not in known:
             raise CheckpointError(f"{sums} has no line for {path.name}")
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        try:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error.strerror}") from None
         if digest != known[path.name].lower():
             raise CheckpointError(f"{path} is damaged: its SHA-256 is {digest}, and {SUMS} says {known[path.name]}")
 
@@ -152,7 +159,9 @@ def _files(folder: pathlib.Path, stem: str) -> tuple[list[pathlib.Path], dict[st
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except OSError as error:
+        raise CheckpointError(f"{index}: {error.strerror}") from None
+    except DAMAGE:
         raise CheckpointError(f"{index} is not an index of safetensors files") from None
     for name in names:
         if not re.fullmatch(r"[\w.\-]+", str(name)):
@@ -173,23 +182,31 @@ def read_header(path: pathlib.Path) -> list[Entry]:
         header = json.loads(os.pread(descriptor, length, 8), object_pairs_hook=_unique)
         header.pop("__metadata__", None)
         entries = [(_entry(path, name, described, 8 + length)) for name, described in header.items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror} while reading its header") from None
+    except DAMAGE as error:
         raise CheckpointError(f"{path}: its header is damaged ({type(error).__name__}: {error})") from None
     finally:
         os.close(descriptor)
-    _check_layout(path, sorted(entries, key=lambda pair: pair[0].offset), 8 + length, size)
+    _check_layout(path, sorted(entries, key=lambda pair: (pair[0].offset, pair[1])), 8 + length, size)
     return [entry for entry, _ in entries]
 
 
 def _entry(path: pathlib.Path, name: str, described: dict[str, Any], base: int) -> tuple[Entry, int]:
     """A header's line, and the byte after its tensor."""
-    dtype, shape, (begin, end) = described["dtype"], tuple(map(int, described["shape"])), described["data_offsets"]
+    dtype, shape, (begin, end) = described["dtype"], _integers(described["shape"]), _integers(described["data_offsets"])
     width = WIDTHS.get(dtype)
-    if min(shape, default=0) < 0 or begin < 0 or (width is not None and end - begin != math.prod(shape) * width):
+    if min((*shape, begin, end - begin)) < 0 or (width is not None and end - begin != math.prod(shape) * width):
         raise CheckpointError(f"{path}: {name} is {dtype} {shape}, and {end - begin} bytes are not that")
     return Entry(path, name, dtype, shape, base + begin), base + end
+
+
+def _integers(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(type(item) is int for item in value):
+        raise TypeError(f"{value!r} where whole numbers are expected")
+    return tuple(value)
 
 
 def _check_layout(path: pathlib.Path, ordered: list[tuple[Entry, int]], start: int, size: int) -> None:
@@ -208,11 +225,15 @@ def _check_layout(path: pathlib.Path, ordered: list[tuple[Entry, int]], start: i
 
 def _open(path: pathlib.Path) -> int:
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a named pipe would be waited for
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CheckpointError(f"{path} is not a regular file")
+    return descriptor
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
