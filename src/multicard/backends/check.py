@@ -17,7 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from multicard.backends.shm_call import ROOTED, sites
+from multicard.backends.agreement import RECORD, Agreement, from_record, to_record
+from multicard.backends.python_group import PythonGroup
+from multicard.backends.shm_call import sites
 from multicard.backends.shm_reduce import op_name
 from multicard.errors import MismatchError, UnsupportedError
 
@@ -25,100 +27,62 @@ from multicard.errors import MismatchError, UnsupportedError
 # mypy: disable-error-code="override, assignment"
 
 NAME = "checked_gloo"
-RECORD = 512  # bytes for a collective's description; its end is the call site, so what is cut off is the start
 
 
-class CheckedGloo(dist.ProcessGroup):
+class CheckedGloo(PythonGroup):
     """A gloo process group whose ranks compare what they call.
 
     Compared: the operation, reduction, root, dtype, shapes, splits and, but for operations with a root (which root and
     others often call from different lines), the call site.
     """
 
+    backend = NAME
+
     def __init__(self, store: dist.Store, ranks: Sequence[int], rank: int, timeout: datetime.timedelta) -> None:
         size = len(ranks)
-        super().__init__(rank, size)  # type: ignore[call-arg]
+        super().__init__(rank, size)
         gloo = dist.ProcessGroupGloo(store, rank, size, timeout=timeout)
         gloo._set_sequence_number_for_group()
         self._inner = dist.ProcessGroup(store, rank, size)
         self._inner._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
         self._inner._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
-        self._place = (rank, size, tuple(ranks))
-        self._calls = 0
+        self._ranks = tuple(ranks)
+        self._agreement = Agreement(self._inner, ranks)
         self._receivers: dict[int, concurrent.futures.ThreadPoolExecutor] = {}
-        self._names = {"name": "", "desc": ""}
-
-    # ---- agreeing
-
-    def _agree(self, call: str, sent: Sequence[int] = (), received: Sequence[int] = ()) -> None:
-        """Compare ``call`` with everybody's; what rank i sends to j (``sent``) must be what j receives from i."""
-        self._calls += 1
-        _, size, _ = self._place
-        number, line = sites() if not call.startswith(ROOTED) else (0, "")
-        words = torch.zeros(2 * size + 1, dtype=torch.int64)
-        words[0] = number
-        words[1 : 1 + len(sent)] = torch.tensor(sent, dtype=torch.int64)
-        words[1 + size : 1 + size + len(received)] = torch.tensor(received, dtype=torch.int64)
-        mine = torch.cat([_bytes(call), _bytes(line), words.view(torch.uint8)])
-        everybody = torch.empty(size * mine.numel(), dtype=torch.uint8)
-        self._inner._allgather_base(everybody, mine).wait()
-        rows = everybody.view(size, -1)
-        words = rows[:, 2 * RECORD :].contiguous().view(torch.int64).view(size, -1)
-        same = bool((rows[:, : 2 * RECORD] == rows[0, : 2 * RECORD]).all()) and bool((words[:, 0] == words[0, 0]).all())
-        crossed = torch.equal(words[:, 1 : 1 + size], words[:, 1 + size :].T)
-        if not same or not crossed:
-            self._disagree(rows, words)
-
-    def _disagree(self, rows: Tensor, words: Tensor) -> None:
-        _, size, ranks = self._place
-        calls = []
-        for row, (_, *splits) in zip(rows, words.tolist(), strict=True):
-            call, line = _text(row[:RECORD]), _text(row[RECORD : 2 * RECORD])
-            split = f" sending {splits[:size]} and receiving {splits[size:]}" if any(splits) else ""
-            calls.append(call + split + (f" at {line}" if line else ""))
-        odd = min(range(size), key=lambda i: (calls.count(calls[i]), -i))
-        told = "; ".join(f"rank {rank} calls {call}" for rank, call in zip(ranks, calls, strict=True))
-        where = f" of {self._names['desc'].removeprefix('mesh_')}" if self._names["desc"].startswith("mesh_") else ""
-        raise MismatchError(
-            f"ranks disagree about collective number {self._calls}{where}: {told}",
-            rank=ranks[odd],
-            collective=calls[odd].partition("(")[0],
-            sequence_number=self._calls,
-        )
 
     # ---- collectives: with the lists that c10d passes, and under each name that it has had
 
     def allreduce(self, tensors: Any, opts: Any = None, timeout: Any = None) -> dist.Work:
         tensors = _list(tensors)
-        self._agree(f"all_reduce({_about(tensors)}, {_op(opts)})")
+        self._agreement.reach(f"all_reduce({_about(tensors)}, {_op(opts)})")
         return self._inner.allreduce(tensors, opts if opts is not None else dist.AllreduceOptions())
 
     allreduce_coalesced = allreduce
 
     def broadcast(self, tensors: Any, opts: Any, timeout: Any = None) -> dist.Work:
-        self._agree(f"broadcast({_about(_list(tensors))}, root {opts.rootRank})")
+        self._agreement.reach(f"broadcast({_about(_list(tensors))}, root {opts.rootRank})")
         return self._inner.broadcast(_list(tensors), opts)
 
     def reduce(self, tensors: Any, opts: Any, timeout: Any = None) -> dist.Work:
-        self._agree(f"reduce({_about(_list(tensors))}, {_op(opts)}, root {opts.rootRank})")
+        self._agreement.reach(f"reduce({_about(_list(tensors))}, {_op(opts)}, root {opts.rootRank})")
         return self._inner.reduce(_list(tensors), opts)
 
     def allgather(self, outs: Any, inputs: Any, opts: Any = None) -> dist.Work:
-        self._agree(f"all_gather({', '.join(_about(parts) for parts in outs)})")
+        self._agreement.reach(f"all_gather({', '.join(_about(parts) for parts in outs)})")
         return self._inner.allgather(outs, inputs)
 
     def all_gather_single(self, out: Tensor, x: Tensor, opts: Any = None) -> dist.Work:
-        self._agree(f"all_gather({_about([out, x])})")
+        self._agreement.reach(f"all_gather({_about([out, x])})")
         return self._inner._allgather_base(out, x)
 
     _allgather_base = all_gather_single
 
     def reduce_scatter(self, outs: Any, inputs: Any, opts: Any = None) -> dist.Work:
-        self._agree(f"reduce_scatter({', '.join(_about(parts) for parts in inputs)}, {_op(opts)})")
+        self._agreement.reach(f"reduce_scatter({', '.join(_about(parts) for parts in inputs)}, {_op(opts)})")
         return self._inner.reduce_scatter(outs, inputs, opts)
 
     def reduce_scatter_single(self, out: Tensor, x: Tensor, opts: Any = None) -> dist.Work:
-        self._agree(f"reduce_scatter({_about([out, x])}, {_op(opts)})")
+        self._agreement.reach(f"reduce_scatter({_about([out, x])}, {_op(opts)})")
         return self._inner._reduce_scatter_base(out, x, opts)
 
     _reduce_scatter_base = reduce_scatter_single
@@ -140,55 +104,54 @@ class CheckedGloo(dist.ProcessGroup):
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
 
     def gather(self, outs: Any, inputs: Any, opts: Any, timeout: Any = None) -> dist.Work:
-        self._agree(f"gather({_about(inputs)}, root {opts.rootRank})")
+        self._agreement.reach(f"gather({_about(inputs)}, root {opts.rootRank})")
         return self._inner.gather(outs, inputs, opts)
 
     def scatter(self, outs: Any, inputs: Any, opts: Any, timeout: Any = None) -> dist.Work:
-        self._agree(f"scatter({_about(outs)}, root {opts.rootRank})")
+        self._agreement.reach(f"scatter({_about(outs)}, root {opts.rootRank})")
         return self._inner.scatter(outs, inputs, opts)
 
     def all_to_all_single(
         self, out: Tensor, x: Tensor, out_splits: Sequence[int], in_splits: Sequence[int], opts: Any = None
     ) -> dist.Work:
         sent, received = _rows(x, in_splits, self.size()), _rows(out, out_splits, self.size())
-        self._agree(f"all_to_all({_dtype(x)}, rows of {tuple(x.shape[1:])})", sent, received)
+        self._agreement.reach(f"all_to_all({_dtype(x)}, rows of {tuple(x.shape[1:])})", sent, received)
         return self._inner.alltoall_base(out, x, list(out_splits), list(in_splits))
 
     alltoall_base = all_to_all_single
 
     def alltoall(self, outs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = None) -> dist.Work:
-        self._agree(f"all_to_all({_dtype(inputs[0])})", [x.numel() for x in inputs], [x.numel() for x in outs])
+        self._agreement.reach(
+            f"all_to_all({_dtype(inputs[0])})", [x.numel() for x in inputs], [x.numel() for x in outs]
+        )
         return self._inner.alltoall(list(outs), list(inputs))
 
     def barrier(self, opts: Any = None, timeout: Any = None) -> dist.Work:
-        self._agree("barrier()")  # which is one
+        self._agreement.reach("barrier()")  # which is one
         return _Done()
 
     # ---- messages: a record of each goes ahead of it
 
     def send(self, tensors: Sequence[Tensor], to: int, tag: int = 0) -> dist.Work:
-        self._calls += 1
         works = []
         for x in tensors:
-            record = _bytes(_message(x))
+            record = to_record(_message(x))
             works += [self._inner.send([record], to, tag), self._inner.send([x], to, tag)]
         return _Done(lambda: [work.wait() for work in works])
 
     def recv(self, tensors: Sequence[Tensor], source: int, tag: int = 0) -> dist.Work:
-        self._calls += 1
-        number, (_, line) = self._calls, sites()
+        _, line = sites()
 
         def receive() -> None:
             for x in tensors:
                 record = torch.empty(RECORD, dtype=torch.uint8)
                 self._inner.recv([record], source, tag).wait()
-                if _text(record) != _message(x):
-                    peer, me = self._place[2][source], self._place[2][self.rank()]
+                if from_record(record) != _message(x):
+                    peer, me = self._ranks[source], self._ranks[self.rank()]
                     raise MismatchError(
-                        f"rank {peer} sent {_text(record)} and rank {me} receives {_message(x)} at {line}",
+                        f"rank {peer} sent {from_record(record)} and rank {me} receives {_message(x)} at {line}",
                         rank=peer,
                         collective="recv",
-                        sequence_number=number,
                     )
                 self._inner.recv([x], source, tag).wait()
 
@@ -200,20 +163,13 @@ class CheckedGloo(dist.ProcessGroup):
     def recv_anysource(self, tensors: Sequence[Tensor], tag: int = 0) -> dist.Work:
         raise UnsupportedError("a receive from any rank can't be checked: name the source, or run without the check")
 
-    # ---- what torch.distributed asks of a group
-
-    supports_coalescing = False
-
-    def _get_backend(self, device: torch.device) -> Any:
-        if torch.device(device).type != "cpu":
-            raise UnsupportedError(f"backend {NAME} is for CPU tensors, not {device}")
-        return self
+    # ---- life
 
     def _set_sequence_number_for_group(self) -> None:
-        self._calls = 0
+        self._agreement.calls = 0
 
     def _get_sequence_number_for_group(self) -> int:
-        return self._calls
+        return self._agreement.calls
 
     def set_timeout(self, timeout: datetime.timedelta) -> None:
         self._inner.set_timeout(timeout)
@@ -227,34 +183,15 @@ class CheckedGloo(dist.ProcessGroup):
 
     abort = shutdown
 
-    def getBackendName(self) -> str:  # noqa: N802
-        return NAME
-
-    name = getBackendName
-
-    def getRank(self) -> int:  # noqa: N802
-        return self._place[0]
-
-    def getSize(self) -> int:  # noqa: N802
-        return self._place[1]
-
-    rank, size = getRank, getSize
-
     def setGroupName(self, name: str) -> None:  # noqa: N802
-        self._names["name"] = name
+        super().setGroupName(name)
         self._inner._set_group_name(name)  # type: ignore[arg-type]
 
-    def getGroupName(self) -> str:  # noqa: N802
-        return self._names["name"]
-
     def setGroupDesc(self, desc: str) -> None:  # noqa: N802
-        self._names["desc"] = desc
-
-    def getGroupDesc(self) -> str:  # noqa: N802
-        return self._names["desc"]
+        super().setGroupDesc(desc)
+        self._agreement.axis = desc.removeprefix("mesh_") if desc.startswith("mesh_") else ""
 
     _set_group_name, _set_group_desc = setGroupName, setGroupDesc
-    group_name, group_desc = property(getGroupName), property(getGroupDesc)
 
 
 class _Done(dist.Work):
@@ -299,14 +236,6 @@ def _op(opts: Any) -> str:
 
 def _rows(x: Tensor, splits: Sequence[int], parts: int) -> list[int]:
     return list(splits) or [x.shape[0] // parts] * parts
-
-
-def _bytes(text: str) -> Tensor:
-    return torch.frombuffer(bytearray(text.encode()[-RECORD:].ljust(RECORD, b"\0")), dtype=torch.uint8)
-
-
-def _text(row: Tensor) -> str:
-    return bytes(row.tolist()).rstrip(b"\0").decode(errors="replace")
 
 
 def _create(options: Any, _: object) -> CheckedGloo:

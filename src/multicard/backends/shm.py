@@ -14,14 +14,14 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from multicard.backends.python_group import PythonGroup
 from multicard.backends.shm_group import Group
 from multicard.backends.shm_reduce import op_name
 from multicard.backends.shm_work import ShmWork
-from multicard.errors import ConfigError, UnsupportedError
+from multicard.errors import ConfigError
 
 # torch's stubs spell every way to call each method; here are those that torch.distributed and its C++ side use
 # mypy: disable-error-code="override, assignment"
@@ -29,20 +29,21 @@ from multicard.errors import ConfigError, UnsupportedError
 __all__ = ["ShmProcessGroup"]
 
 
-class ShmProcessGroup(dist.ProcessGroup):
+class ShmProcessGroup(PythonGroup):
     """A :class:`~multicard.backends.shm_group.Group` as ``torch.distributed`` knows it.
 
     Attributes:
         shm: the group itself, for callers that want no wrapping.
     """
 
+    backend = "shm"
+
     def __init__(
         self, store: dist.Store, rank: int, size: int, timeout: datetime.timedelta, ranks: Sequence[int] | None = None
     ) -> None:
-        super().__init__(rank, size)  # type: ignore[call-arg]
+        super().__init__(rank, size)
         checked = os.environ.get("MULTICARD_CHECK", "0") not in ("", "0")
         self.shm = Group(store, rank, ranks or range(size), timeout.total_seconds(), checked=checked)
-        self._names = {"name": "", "desc": ""}
         self._coalesced: list[ShmWork] | None = None
 
     # ---- collectives: with the lists that c10d passes, and under each name that it has had
@@ -161,8 +162,6 @@ class ShmProcessGroup(dist.ProcessGroup):
         works, self._coalesced = self._coalesced or [], None
         return ShmWork((), self.shm, [transfer for work in works for transfer in work.transfers])
 
-    supports_coalescing = False  # batch_isend_irecv then starts one message at a time, which never blocks
-
     # ---- life
 
     def set_timeout(self, timeout: datetime.timedelta) -> None:
@@ -175,41 +174,6 @@ class ShmProcessGroup(dist.ProcessGroup):
         self.shm.close()
 
     abort = shutdown
-
-    # ---- what torch.distributed asks of a group
-
-    def _get_backend(self, device: torch.device) -> Any:
-        if torch.device(device).type != "cpu":
-            raise UnsupportedError(f"backend shm is for CPU tensors, not {device}")
-        return self
-
-    def getBackendName(self) -> str:  # noqa: N802
-        return "shm"
-
-    name = getBackendName
-
-    def getRank(self) -> int:  # noqa: N802
-        return self.shm.rank
-
-    def getSize(self) -> int:  # noqa: N802
-        return self.shm.size
-
-    rank, size = getRank, getSize
-
-    def setGroupName(self, name: str) -> None:  # noqa: N802
-        self._names["name"] = name
-
-    def getGroupName(self) -> str:  # noqa: N802
-        return self._names["name"]
-
-    def setGroupDesc(self, desc: str) -> None:  # noqa: N802
-        self._names["desc"] = desc
-
-    def getGroupDesc(self) -> str:  # noqa: N802
-        return self._names["desc"]
-
-    _set_group_name, _set_group_desc = setGroupName, setGroupDesc
-    group_name, group_desc = property(getGroupName), property(getGroupDesc)
 
 
 def _list(tensors: Any) -> Sequence[Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 import zlib
 from collections.abc import Sequence
 
@@ -22,7 +21,7 @@ DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 OPS = tuple(COMBINE)
 OP_CODES = {name: code for code, name in enumerate(OPS)}
 
-GENERATED = ("<eval_with_key>", os.path.join(tempfile.gettempdir(), "torchinductor_"))  # differs between ranks
+NOT_THE_CALLER = ("<eval_with_key>", "torchinductor_", "typing_extensions.py")  # generated code, deprecated names
 _OURS = os.path.dirname(os.path.dirname(__file__))
 _TORCH = os.path.dirname(torch.__file__)
 
@@ -54,8 +53,8 @@ def sites() -> tuple[int, str]:
         if file.startswith(_OURS):
             if not file.startswith(os.path.join(_OURS, "backends")) and not file.endswith("collectives.py"):
                 ours = ours or f"{file}:{frame.f_lineno}"
-        elif not file.startswith((_TORCH, *GENERATED)) and not file.endswith("typing_extensions.py"):
-            break  # typing_extensions wraps deprecated calls
+        elif not file.startswith(_TORCH) and not any(part in file for part in NOT_THE_CALLER):
+            break
         frame = frame.f_back
     line = f"{frame.f_code.co_filename}:{frame.f_lineno}"
     return zlib.crc32(f"{ours} {line}".encode()), line
