@@ -96,7 +96,7 @@ class Rank:
     # commands
 
     def _start(self, message: wire.Message) -> None:
-        import multicard.mesh  # noqa: F401  the seconds that this takes are spent before ranks wait for each other
+        import multicard.collectives  # noqa: F401  the seconds that this takes are spent before ranks wait for each other
 
     def _join(self, message: wire.Message) -> None:
         import torch.distributed as dist
@@ -126,7 +126,9 @@ class Rank:
         return item if item is _END or self._mesh.rank == 0 else None
 
     def _forget(self, message: wire.Message) -> None:
-        self._shelf.pop(message.call, None)
+        if message.kind == "drop":
+            self._shelf.pop(message.call, None)
+            return
         generator = self._streams.pop(message.call, None)
         if generator is not None:
             with contextlib.suppress(Exception):

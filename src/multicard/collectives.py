@@ -187,7 +187,6 @@ class RingShift:
         self._received: list[Tensor] = []
         self._works: list[dist.Work] = []
 
-    @torch.compiler.disable(reason="point to point")
     def start(self, tensors: Sequence[Tensor], shapes: Sequence[Sequence[int]] | None = None) -> None:
         """Send ``tensors`` on; ``shapes`` are those of what rank-1 sends (None: the same as these)."""
         shapes = [t.shape for t in tensors] if shapes is None else shapes
@@ -207,7 +206,6 @@ class RingShift:
         )
         self._works = dist.batch_isend_irecv(list(calls)) if sends or receives else []
 
-    @torch.compiler.disable(reason="point to point")
     def wait(self) -> list[Tensor]:
         """What rank-1 sent, in order."""
         for work in self._works:

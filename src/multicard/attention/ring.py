@@ -64,11 +64,16 @@ def ring_attention(
         ``(B, rows, H, Dv)``, and the joint queries' ``(B, Sj, H, Dv)`` or None.
     """
     if axis.size == 1:
-        return _around(q, k, v, axis, visible, segments, scale, joint)
-    return _around_uncompiled(q, k.contiguous(), v.contiguous(), axis, visible, segments, scale, joint)
+        return around(q, k, v, axis, visible, segments, scale, joint)
+    k, v = k.contiguous(), v.contiguous()
+    if torch.compiler.is_compiling():
+        from multicard.attention import uncompiled
+
+        return uncompiled.around(q, k, v, axis, visible, segments, scale, joint)
+    return around(q, k, v, axis, visible, segments, scale, joint)
 
 
-def _around(
+def around(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -78,6 +83,7 @@ def _around(
     scale: float,
     joint: Joint | None,
 ) -> tuple[Tensor, Tensor | None]:
+    """:func:`ring_attention`, step by step."""
     total, joint_part = Accumulator(q.shape[1], q.shape[2]), None
     shift = collectives.RingShift(axis)
     for step in range(axis.size):
@@ -100,9 +106,6 @@ def _around(
     if joint is None or joint_part is None:
         return out, None
     return out, merge_ranks(*joint_part.result(joint.q, v.shape[3]), joint.axis).to(out.dtype)
-
-
-_around_uncompiled = torch.compiler.disable(_around, reason="point to point")  # one graph break for all the messages
 
 
 def _attend(
