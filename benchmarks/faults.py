@@ -1,9 +1,10 @@
 """How long after a rank's fault its caller has the error, and nothing is left; and what the check costs.
 
-    python benchmarks/faults.py [--json] [--rounds 5] [--peers]
+    python benchmarks/faults.py [--json] [--rounds 5] [--parts faults llm check peers]
 
-There is no bound but the launcher's own graces: none for an exception with nobody waiting, 0.5 s where the other ranks
-are still in the call, 0.3 s after a death, and the collective's timeout (2 s here) for a hang.
+There is no bound but the launcher's own graces: an exception is told at once where another rank waits in a collective
+for the one that raised, and after 0.5 s where the others are still computing; a hang after the collective's timeout,
+which is 2 s here.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +28,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
 
 import common
 import faults
+import test_llm_faults as llm_faults
+import tiny_decoders
 
+BACKENDS = ("shm", "gloo")
 TIMEOUT = 2.0
 CASES: dict[str, tuple[Callable[..., Any], Callable[[], None]]] = {
     "exception, others wait in all_reduce": (faults.in_collective, faults.fail),
@@ -98,17 +102,47 @@ def measure_faults(backend: str, size: int, rounds: int) -> list[dict[str, Any]]
                     ranks.restart()
                 times.append(measure(ranks, moment, i % size, fault))
         told, gone = zip(*times, strict=True)
-        rows.append(
-            {
-                "fault": name,
-                "backend": backend,
-                "ranks": size,
-                "error (s), median": statistics.median(told),
-                "max": max(told),
-                "all gone (s), max": max(gone),
-            }
-        )
+        rows.append(described(name, backend, size, told, gone))
     return rows
+
+
+def measure_llm(backend: str, size: int, rounds: int) -> list[dict[str, Any]]:
+    """Seconds from a rank's SIGKILL within a request, or while loading, to the caller's error."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder, tempfile.NamedTemporaryFile("r") as clock:
+
+        def fault() -> None:
+            pathlib.Path(clock.name).write_text(str(time.monotonic()))
+            faults.kill()
+
+        path, _ = tiny_decoders.write(pathlib.Path(folder), llm_faults.NAME)
+        with mc.LLM(path, ring=size, backend=backend, threads_per_rank=1) as model:
+            for moment in [each for each in llm_faults.MOMENTS if each != "idle"]:
+                times = []
+                for i in range(rounds):
+                    model.generate(llm_faults.PROMPT, max_new_tokens=2)  # starts them again
+                    try:
+                        llm_faults.hurt(model, i % size, moment, fault)
+                    except mc.errors.RankError:
+                        end = time.monotonic()
+                    assert faults.gone(model._ranks.pids), "a process is left"
+                    clock.seek(0)
+                    happened = float(clock.read())
+                    times.append((end - happened, time.monotonic() - happened))
+                told, gone = zip(*times, strict=True)
+                rows.append(described(f"LLM: SIGKILL in {moment}", backend, size, told, gone))
+    return rows
+
+
+def described(fault: str, backend: str, size: int, told: Sequence[float], gone: Sequence[float]) -> dict[str, Any]:
+    return {
+        "fault": fault,
+        "backend": backend,
+        "ranks": size,
+        "error (s), median": statistics.median(told),
+        "max": max(told),
+        "all gone (s), max": max(gone),
+    }
 
 
 def measure_check(rounds: int) -> list[dict[str, Any]]:
@@ -123,7 +157,7 @@ def measure_check(rounds: int) -> list[dict[str, Any]]:
         return statistics.median(times) * 1e6
 
     rows = []
-    for backend in ("shm", "gloo"):
+    for backend in BACKENDS:
         two = mc.ParallelConfig(tp=2)
         with (
             mc.Ranks(two, backend=backend, threads_per_rank=1) as plain,
@@ -148,24 +182,29 @@ def measure_peers(rounds: int) -> list[dict[str, Any]]:
     return [{"launcher": name, "exception to end (s), median": statistics.median(each)} for name, each in times.items()]
 
 
+PARTS: dict[str, Callable[[int, int], list[dict[str, Any]]]] = {
+    "faults": lambda ranks, rounds: [row for each in BACKENDS for row in measure_faults(each, ranks, rounds)],
+    "llm": lambda ranks, rounds: [row for each in BACKENDS for row in measure_llm(each, ranks, rounds)],
+    "check": lambda ranks, rounds: measure_check(rounds),
+    "peers": lambda ranks, rounds: measure_peers(rounds),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object and nothing else")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ranks", type=int, default=3)
-    parser.add_argument("--peers", action="store_true", help="torchrun and mp.spawn too")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which tables; default: all")
     options = parser.parse_args()
-    rows = [row for backend in ("shm", "gloo") for row in measure_faults(backend, options.ranks, options.rounds)]
-    check = measure_check(options.rounds)
-    peers = measure_peers(options.rounds) if options.peers else []
+    tables = {part: PARTS[part](options.ranks, options.rounds) for part in options.parts}
     if options.json:
-        common.report(rows, True, check=check, peers=peers)
+        common.report([], True, **tables)
         return
-    common.report(rows, False)
-    print()
-    common.print_table(check)
-    print()
-    common.print_table(peers)
+    print(*(f"{key}: {value}" for key, value in common.machine().items()), sep=", ")
+    for rows in tables.values():
+        common.print_table(rows)
+        print()
 
 
 if __name__ == "__main__":

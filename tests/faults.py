@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 
+import psutil
 import torch
 
 from multicard import collectives
@@ -22,7 +23,8 @@ def crash():
 
 
 def leave():
-    print("leaving", file=sys.stderr, flush=True)
+    sys.stderr.write("leaving")  # and no newline
+    sys.stderr.flush()
     os._exit(3)
 
 
@@ -48,6 +50,14 @@ def in_collective(mesh, victim, fault):
     collectives.all_reduce(torch.ones(64), mesh.world)
 
 
+def left_early(mesh, victim):
+    """The victim returns where the others wait for it."""
+    for _ in range(WARM_UP):
+        collectives.all_reduce(torch.ones(64), mesh.world)
+    if mesh.rank != victim:
+        collectives.all_reduce(torch.ones(64), mesh.world)
+
+
 def in_ring_step(mesh, victim, fault):
     """Instead of its turn to pass on keys and values."""
     shift = collectives.RingShift(mesh.ring)
@@ -64,9 +74,15 @@ def in_load(mesh, victim, fault):
     fault()
 
 
-def gone(pids, patience=2.0):
+def gone(pids, patience=20.0):
     """Whether none of the processes is left, a moment after."""
     deadline = time.monotonic() + patience
     while (left := [pid for pid in pids if os.path.exists(f"/proc/{pid}")]) and time.monotonic() < deadline:
         time.sleep(0.01)
     return not left
+
+
+def listeners(pids):
+    """Addresses and ports on which the processes wait for connections."""
+    found = [each for pid in pids for each in psutil.Process(pid).net_connections("inet")]
+    return [(each.laddr.ip, each.laddr.port) for each in found if each.status == psutil.CONN_LISTEN]

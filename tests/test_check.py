@@ -140,6 +140,16 @@ def test_every_disagreement_is_named_on_every_rank(checked):
         assert any(kind == "MismatchError" for kind, _, _ in told), case.__name__
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("backend", ["shm", "gloo"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_every_disagreement_is_named_at_other_sizes(backend, size):
+    with mc.Ranks(mc.ParallelConfig(tp=size), backend=backend, check=True, timeout=60) as ranks:
+        by_rank = ranks.run(run_all, COLLECTIVES)
+    for case, *told in zip(COLLECTIVES, *by_rank, strict=True):
+        assert {kind for kind, _, _ in told} <= {"MismatchError", "ConfigError"}, f"{case.__name__}: {told}"
+
+
 def test_a_wrong_message_is_named_by_its_receiver(checked, request):
     cases = MESSAGES[request.node.callspec.params["checked"]]
     by_rank = checked.run(run_all, cases)

@@ -79,11 +79,16 @@ def test_ranks_end_with_their_parent(backend, moment, thread):
 
 
 @pytest.mark.parametrize(
-    ("backend", "moment", "number"),
-    [("shm", "collective", signal.SIGINT), ("gloo", "idle", signal.SIGINT), ("gloo", "load", signal.SIGTERM)],
+    ("backend", "moment", "number", "thread"),
+    [
+        ("shm", "collective", signal.SIGINT, "main"),
+        ("gloo", "idle", signal.SIGINT, "main"),
+        ("shm", "load", signal.SIGINT, "other"),
+        ("gloo", "load", signal.SIGTERM, "main"),
+    ],
 )
-def test_interrupts_end_everything(backend, moment, number):
-    parent, pids = start_parent(backend, moment)
+def test_interrupts_end_everything(backend, moment, number, thread):
+    parent, pids = start_parent(backend, moment, thread)
     parent.send_signal(number)
     _, stderr = parent.communicate(timeout=30)
     assert parent.returncode != 0
@@ -117,6 +122,46 @@ def test_forgotten_ranks_end():
     del ranks
     gc.collect()
     assert faults.gone(pids)
+
+
+SURROUNDINGS = """
+import os, sys
+import multicard as mc
+from multicard import collectives
+import torch
+
+os.mkdir("gone")
+os.chdir("gone")
+os.rmdir("../gone")
+many = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
+
+def work(mesh):
+    print("hello")
+    return collectives.all_reduce(torch.ones(1), mesh.tp).item()
+
+with open(sys.argv[1], "w") as told:
+    told.write(str(mc.launch(work, mc.ParallelConfig(tp=2), backend="gloo")))
+"""
+
+
+def test_poor_surroundings(tmp_path):
+    """No standard input, output or error, no home, a folder that was deleted, descriptors beyond select's."""
+    command = 'ulimit -n 2000; unset HOME; exec "$0" -c "$1" "$2" <&- >&- 2>&-'
+    told = tmp_path / "told"
+    subprocess.run(["bash", "-c", command, sys.executable, SURROUNDINGS, told], cwd=tmp_path, timeout=120)
+    assert told.read_text() == "[2.0, 2.0]"
+
+
+def test_ranks_that_cannot_be_started_are_an_error(monkeypatch):
+    before = footprint()
+
+    def refuse(*args):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(os, "pidfd_open", refuse)
+    with pytest.raises(mc.errors.RankError, match=r"rank 0 can't be started: .*Too many open files"):
+        mc.Ranks(mc.ParallelConfig(tp=2))
+    assert footprint() == before
 
 
 # ---- nothing grows
@@ -177,11 +222,6 @@ def test_fifty_launches_at_once():
 # ---- what listens
 
 
-def listeners(pids: list[int]) -> list[tuple[str, int]]:
-    found = [each for pid in pids for each in psutil.Process(pid).net_connections("inet")]
-    return [(each.laddr.ip, each.laddr.port) for each in found if each.status == psutil.CONN_LISTEN]
-
-
 @pytest.fixture(scope="module", params=["shm", "gloo"])
 def pair(request):
     with mc.Ranks(mc.ParallelConfig(tp=2), backend=request.param, timeout=20) as ranks:
@@ -190,7 +230,7 @@ def pair(request):
 
 def test_nothing_listens_outside_loopback(pair):
     assert pair.run(lambda mesh: collectives.all_reduce(torch.ones(2), mesh.tp).tolist()) == [[2.0, 2.0]] * 2
-    addresses = {ip for ip, _ in listeners([os.getpid(), *pair.pids])}
+    addresses = {ip for ip, _ in faults.listeners([os.getpid(), *pair.pids])}
     assert addresses <= {"127.0.0.1", "::1"}
 
 
@@ -200,7 +240,7 @@ def test_strangers_at_the_ports_change_nothing(pair):
 
     expected = pair.run(work)
     sockets, noise = [], random.Random(0)
-    for ip, port in listeners([os.getpid(), *pair.pids]):
+    for ip, port in faults.listeners([os.getpid(), *pair.pids]):
         for i in range(6):
             stranger = socket.create_connection((ip, port), timeout=5)
             sockets.append(stranger)

@@ -137,6 +137,40 @@ def test_an_exception_that_cannot_be_pickled_keeps_its_text(ranks):
     assert ranks.run(lambda mesh: mesh.rank) == [0, 1]
 
 
+class Coded(ValueError):
+    def __init__(self, *, code):
+        super().__init__(f"code {code}")
+        self.code = code
+
+
+class Speechless(Exception):
+    def __str__(self):
+        raise LookupError("no words")
+
+
+class Holding(Exception):
+    def __init__(self, tensor):
+        super().__init__(tensor)
+        self.tensor = tensor
+
+
+def test_exceptions_of_every_make_keep_their_type(ranks):
+    def fail(mesh, make):
+        raise make()
+
+    with pytest.raises(Coded, match="code 3") as coded:
+        ranks.run(fail, lambda: Coded(code=3))
+    assert coded.value.code == 3
+    with pytest.raises(Speechless):
+        ranks.run(fail, Speechless)
+    with pytest.raises(Holding) as holding:
+        ranks.run(fail, lambda: Holding(torch.arange(3)))
+    assert holding.value.tensor.tolist() == [0, 1, 2]
+    with pytest.raises(mc.errors.RankError, match=r"rank \d raised SystemExit: 0"):
+        ranks.run(fail, lambda: SystemExit(0))
+    assert ranks.run(lambda mesh: mesh.rank) == [0, 1]
+
+
 # ---- kept values and streams
 
 

@@ -1,5 +1,6 @@
 """``multicard run``: a script on every rank; the same under torchrun, in srun's environment and on two hosts."""
 
+import json
 import os
 import shutil
 import signal
@@ -9,8 +10,11 @@ import time
 
 import psutil
 import pytest
+import tokenizers
 
 import faults
+import multicard as mc
+import tiny_decoders
 from multicard import process_group
 
 PROGRAM = [sys.executable, "-m", "multicard"]
@@ -86,7 +90,7 @@ def test_a_failed_script_is_exit_code_1_with_its_traceback_and_one_line(script, 
 
 
 def test_a_hang_prints_every_ranks_stack(script):
-    done = run("--tp", "2", "--timeout", "2", script, "2", "wait")
+    done = run("--tp", "2", "--timeout", "4", script, "2", "wait")
     assert done.returncode == 1
     assert "rank 0 did not arrive at all_reduce number 2" in done.stderr.splitlines()[-1]
     assert "raised on rank 1" in done.stderr
@@ -160,12 +164,36 @@ sys.stdout.write("good\\n")  # one write: the ranks share a pipe
 """
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
 def test_launch_uses_the_job_that_torchrun_started(tmp_path):
     path = tmp_path / "job.py"
     path.write_text(JOB)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*torchrun, str(path)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*TORCHRUN, str(path)], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "good\n" * 2), done.stderr
+
+
+def test_commands_use_it_too_and_one_rank_speaks(tmp_path):
+    folder, _ = tiny_decoders.write(tmp_path, "llama-6-over-2")
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 7}, unk_token="a")).save(str(folder / "tokenizer.json"))
+    command = [
+        "-m",
+        "multicard",
+        "generate",
+        "--model",
+        str(folder),
+        "--tp",
+        "2",
+        "a",
+        "--max-new-tokens",
+        "3",
+        "--json",
+    ]
+    done = subprocess.run([*TORCHRUN, *command], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert (answer["mesh"]["tp"], answer["prompt_tokens"], len(answer["token_ids"])) == (2, 1, 3)
 
 
 def test_sruns_environment_is_a_job(script):
@@ -231,18 +259,31 @@ def hosts():
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-def start_host(names, index, *args, timeout="20"):
-    run = f"run --nnodes 2 --node-rank {index} --master-addr 10.231.7.1 --master-port 29555 --timeout {timeout} --tp 4"
+def start_host(names, index, *args, timeout="20", mesh="--tp 4"):
+    run = f"run --nnodes 2 --node-rank {index} --master-addr 10.231.7.1 --master-port 29555 --timeout {timeout} {mesh}"
     command = ["ip", "netns", "exec", names[index], *PROGRAM, *run.split(), "--console", "all", *args]
     return subprocess.Popen(command, stdout=-1, stderr=-1, text=True)
 
 
-def test_two_hosts_run_one_job(hosts, script):
-    both = [start_host(hosts, i, script) for i in range(2)]
+GENERATE = """
+import multicard as mc
+
+with mc.LLM({folder!r}, tp=2, ring=2) as llm:
+    print("tokens", [answer.token_ids for answer in llm.generate([[3, 1, 4, 1, 5, 9], [2, 7]], max_new_tokens=6)])
+"""
+
+
+def test_two_hosts_generate_what_one_process_does(hosts, tmp_path):
+    folder, _ = tiny_decoders.write(tmp_path, "llama-6-over-2")
+    script = tmp_path / "generate.py"
+    script.write_text(GENERATE.format(folder=str(folder)))
+    both = [start_host(hosts, i, str(script), mesh="--tp 2 --ring 2") for i in range(2)]
+    with mc.LLM(folder) as llm:
+        answers = llm.generate([[3, 1, 4, 1, 5, 9], [2, 7]], max_new_tokens=6)
     outputs = [host.communicate(timeout=90) for host in both]
     assert [host.returncode for host in both] == [0, 0], outputs
-    ranks = sorted(line for stdout, _ in outputs for line in stdout.splitlines() if "sum" in line)
-    assert ranks == [f"[{rank}] sum 6.0 of tp=4 by gloo" for rank in range(4)]
+    told = sorted(line for stdout, _ in outputs for line in stdout.splitlines() if "tokens" in line)
+    assert told == [f"[{rank}] tokens {[answer.token_ids for answer in answers]}" for rank in range(4)]
 
 
 def test_a_rank_killed_on_another_host_is_named_on_both(hosts, script):

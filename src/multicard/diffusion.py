@@ -42,8 +42,9 @@ class DiffusionPipeline:
 
     Ranks are started, each loads the pipeline and splits it with :func:`multicard.parallelize`, and they wait for
     requests until :meth:`close`. Text encoders and autoencoders are whole on every rank. A request that is refused
-    leaves the ranks as they are; should one die, the next request starts them again. Inside a job (torchrun,
-    ``multicard run``) the job's own ranks are used, and every rank makes every call.
+    leaves the ranks as they are. Should one die, the request under way or else the next one raises
+    :class:`~multicard.errors.RankError`, and the one after that starts them again. Inside a job (torchrun, ``multicard
+    run``) the job's own ranks are used, and every rank makes every call.
 
     Args:
         path: a folder with model_index.json and safetensors weights.
@@ -120,6 +121,10 @@ class DiffusionPipeline:
         """Names of the arguments that a request may have, in the pipeline's order, beside ``seed``."""
         return tuple(name for name in self._parameters if name not in OURS)
 
+    def restart(self) -> None:
+        """End the ranks, start new ones, and load again."""
+        self._ranks.restart()
+
     def close(self) -> None:
         """End the ranks."""
         self._closed = True
@@ -134,8 +139,8 @@ class DiffusionPipeline:
     def _alive(self) -> Ranks:
         if self._closed:
             raise ConfigError("this DiffusionPipeline is closed: make another")
-        if not self._ranks.alive:
-            self._ranks.restart()
+        if not self._ranks.alive and self._ranks.told:  # where nobody knows of it yet, the request raises
+            self.restart()
         return self._ranks
 
     def _named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -53,8 +53,9 @@ class LLM:
     Llama, Mistral, Qwen2 and Qwen3 run on our own decoder, others by ``transformers``; ``engine`` says which.
 
     Ranks are started, each reads its own part of the checkpoint, and they wait for requests until :meth:`close`. A
-    request that is refused leaves them as they are; should a rank die, the next request starts them again. Inside a
-    job (torchrun, ``multicard run``) the job's own ranks are used, and every rank makes every call.
+    request that is refused leaves them as they are. Should a rank die, the request under way or else the next one
+    raises :class:`~multicard.errors.RankError`, and the one after that starts them again. Inside a job (torchrun,
+    ``multicard run``) the job's own ranks are used, and every rank makes every call.
 
     Args:
         path: a Hugging Face checkpoint folder with safetensors.
@@ -168,6 +169,15 @@ class LLM:
         self._request([list(token_ids)], 1, Sampling(), True)
         return self._alive().run(_logits, self._model, list(token_ids))[0]
 
+    def restart(self) -> None:
+        """End the ranks, start new ones, and load again."""
+        self._ranks.restart()
+        try:
+            self._load()
+        except BaseException:
+            self._ranks.close()
+            raise
+
     def close(self) -> None:
         """End the ranks."""
         self._closed = True
@@ -194,9 +204,8 @@ class LLM:
     def _alive(self) -> Ranks:
         if self._closed:
             raise ConfigError("this LLM is closed: make another")
-        if not self._ranks.alive:
-            self._ranks.restart()
-            self._load()
+        if not self._ranks.alive and self._ranks.told:  # where nobody knows of it yet, the request raises
+            self.restart()
         return self._ranks
 
     def _load(self) -> None:

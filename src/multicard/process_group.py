@@ -94,6 +94,12 @@ def in_job() -> bool:
     return place() is not None
 
 
+def is_first() -> bool:
+    """Whether this process is the one that speaks: a job's rank 0, or no rank at all."""
+    here = place()
+    return here is None or here.rank == 0
+
+
 def config_from_environment() -> ParallelConfig | None:
     """The degrees given to ``multicard run``, or None."""
     degrees = os.environ.get("MULTICARD_MESH")

@@ -31,9 +31,11 @@ def generate(
     device: options.Device = "auto",
     backend: options.Backend = "auto",
     check: options.Check = False,
+    log_dir: options.LogDir = None,
     as_json: options.Json = False,
 ) -> None:
     """Answer PROMPTS with a checkpoint's decoder, split over ranks."""
+    from multicard import process_group
     from multicard.llm import LLM
 
     asked: dict[str, Any] = {
@@ -57,17 +59,21 @@ def generate(
         device=device,
         backend=backend,
         check=check,
+        log_dir=log_dir,
     ) as llm:
         if llm.engine != "multicard":
             print(
                 f"{model}: an architecture that multicard's decoder isn't; running it by {llm.engine}", file=sys.stderr
             )
-        if len(prompts) == 1 and sys.stdout.isatty() and not as_json and llm.tokenizer is not None:
+        live = sys.stdout.isatty() and not as_json and not process_group.in_job()
+        if live and len(prompts) == 1 and llm.tokenizer is not None:
             for piece in llm.stream(prompts[0], **asked):
                 print(piece, end="", flush=True)
             print()
             return
         answers = llm.generate(prompts, **asked)
+        if not process_group.is_first():
+            return
         if as_json:
             print(json.dumps(_described(llm, answers)))
         else:

@@ -45,6 +45,7 @@ def image(
     device: options.Device = "auto",
     backend: options.Backend = "auto",
     check: options.Check = False,
+    log_dir: options.LogDir = None,
     as_json: options.Json = False,
 ) -> None:
     """Draw PROMPTS with a diffusers pipeline, split over ranks; videos become animated pictures."""
@@ -78,6 +79,7 @@ def image(
         device=device,
         backend=backend,
         check=check,
+        log_dir=log_dir,
     ) as pipe:
         loaded = time.perf_counter()
         arguments = {name: value for name, value in asked.items() if value is not None}
@@ -85,8 +87,7 @@ def image(
             arguments.setdefault("output_type", "pil")
         found = pipe(**arguments, seed=seed)
         drawn = time.perf_counter()
-        here = process_group.place()
-        if here is not None and here.rank:
+        if not process_group.is_first():
             return
         files = _save(found, target)
         if as_json:

@@ -28,6 +28,7 @@ class Call:
         axis: that group's description, for people.
         ranks: the group's ranks.
         number: its number in the group, from 1.
+        exact: whether numbers count collectives alone; gloo's count messages too, and ranks send different numbers.
         site: ``file:line`` of the code that called it.
     """
 
@@ -36,6 +37,7 @@ class Call:
     axis: str = ""
     ranks: tuple[int, ...] = ()
     number: int | None = None
+    exact: bool = False
     site: str = ""
 
     @property
@@ -68,6 +70,7 @@ def call_in(frames: Sequence[FrameType]) -> Call | None:
         named[-1].f_code.co_name,
         **_about(group),
         number=_number(group),
+        exact=getattr(group, "counts_collectives_alone", False),
         site=f"{caller.f_code.co_filename}:{caller.f_lineno}" if caller is not None else "",
     )
 
@@ -79,7 +82,7 @@ def _distributed() -> Any:
 
 
 def numbers() -> dict[str, int]:
-    """How many collectives and messages this rank has entered, by group."""
+    """How many collectives this rank has entered, by group: see ``Call.exact``."""
     dist = _distributed()
     if dist is None:
         return {}

@@ -224,7 +224,7 @@ class Children:
         deadline, pause = time.monotonic() + patience, 0.02
         while len(call.answers) < self._size and (left := deadline - time.monotonic()) > 0:
             own = failure.first_real(call.failures).kind == failure.OWN
-            if own and (self._supervisor.dead or self._watch.waits_in_vain(call)):
+            if own and (self._supervisor.dead or self._watch.waits_in_vain(call) is not None):
                 return
             self._calls.listen_to(call, self._size, min(left, pause))
             pause *= 2

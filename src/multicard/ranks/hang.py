@@ -65,6 +65,17 @@ def waited(rank: int, call: Call) -> Failure:
     return Failure(rank, failure.TIMEOUT, time.monotonic(), error, call)
 
 
+def left(rank: int, label: str, waits: Call, activities: Activities) -> Failure:
+    """A rank that has left what was called, while others are in a collective that it never entered."""
+    error = CollectiveTimeout(
+        f"rank {rank} did not arrive at {waits}: it has left {label}",
+        rank=rank,
+        collective=waits.collective,
+        sequence_number=waits.number,
+    )
+    return _with_stacks(Failure(rank, failure.OWN, time.monotonic(), error, waits), activities, [])
+
+
 def _absent(waited: Failure, failures: Sequence[Failure], activities: Activities, size: int) -> list[int]:
     """Members of the group that have entered fewer of its collectives than the rank that waited, or don't answer."""
     call = waited.call

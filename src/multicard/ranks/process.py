@@ -45,6 +45,7 @@ class RankProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=their_stdout,
                 stderr=their_stderr,
+                cwd=_folder(),
                 process_group=0,
             )
             undo.callback(self._abandon)
@@ -136,6 +137,15 @@ class RankProcess:
     def _abandon(self) -> None:
         self.kill()
         self.popen.wait()
+
+
+def _folder() -> str | None:
+    """The caller's folder (None); where that was deleted the root, since torch can't be imported in none."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return "/"
+    return None
 
 
 def _pipe(undo: contextlib.ExitStack) -> tuple[int, int]:

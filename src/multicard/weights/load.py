@@ -116,7 +116,9 @@ def load(
     """Give every parameter of ``model``, which may be on "meta", this rank's part of the checkpoint's tensor.
 
     A generator: it yields the bytes read after each parameter, the same number of times on every rank, and the
-    :class:`LoadReport` at last. One all-gather at the end tells every rank of what went wrong on one.
+    :class:`LoadReport` at last. After each parameter ranks meet at a barrier, so that one that gets nowhere is named
+    within the timeout, and a slow disk may take as long as it likes for all of them. One all-gather at the end tells
+    every rank of what went wrong on one.
 
     Args:
         world: the ranks that load together.
@@ -135,6 +137,7 @@ def load(
                     reader.place(module, leaf, rename(name), parameter)
             except CheckpointError as error:
                 failure = error
+            collectives.barrier(world)
             yield reader.bytes_read
         if failure is None:
             reader.held_twice(finish(module))
@@ -146,7 +149,7 @@ def load(
 def agree(failure: MulticardError | None, world: Axis, device: torch.device | str = "cpu") -> None:
     """Raise the first rank's failure on every rank, as that error. One all-gather."""
     message = torch.zeros(1024, dtype=torch.uint8)
-    text = f"{type(failure).__name__} {failure}".encode()[:1024] if failure is not None else b""
+    text = f"{type(failure).__name__} {failure}".encode(errors="replace")[:1024] if failure is not None else b""
     message[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
     for row in collectives.all_gather(message[None].to(device), world).cpu():
         if found := bytes(row.tolist()).rstrip(b"\0"):
