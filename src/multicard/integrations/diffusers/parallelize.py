@@ -11,7 +11,7 @@ from multicard.errors import ConfigError
 from multicard.integrations.diffusers.guidance import denoisers, guide_model, guide_pipeline
 from multicard.integrations.diffusers.load import is_split
 from multicard.integrations.diffusers.plans import BATCH
-from multicard.integrations.diffusers.sequence import SequenceSplit, check_sequence, sequence_plan
+from multicard.integrations.diffusers.sequence import SequenceSplit, check_guidance, check_sequence, sequence_plan
 from multicard.integrations.diffusers.tensor import tensor_changes, tensor_plan
 from multicard.mesh import ParallelMesh
 
@@ -43,6 +43,7 @@ def parallelize(target: Any, mesh: ParallelMesh, plan: Mapping[str, Any] | None 
             changes += tensor_changes(model, mesh.tp, plan.get("tensor") or tensor_plan(model))
     sequences = {}
     if mesh.sequence.size > 1:
+        check_guidance(target)
         sequences = {name: plan.get("sequence") or sequence_plan(model) for name, model in models.items()}
         for name, sequence in sequences.items():
             check_sequence(models[name], sequence)

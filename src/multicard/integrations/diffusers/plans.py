@@ -26,7 +26,7 @@ _DIM_0 = """
     encoder_attention_mask_1 position_ids segment_ids indicator token_type local_add_cond video_coords audio_coords
     img_sizes c r clip img_mask
     text_embeds time_ids resolution aspect_ratio ip_adapter_image_embeds ip_hidden_states image_hidden_states
-    text_hidden_states negative_mask
+    text_hidden_states negative_mask hint text_encoder_layers
 """.split()
 
 _ITEMS = "x cap_feats siglip_feats image_noise_mask img_shapes txt_seq_lens shape_list input_img_latents img_sizes"
@@ -73,6 +73,8 @@ _TWO_STREAMS = ("transformer_blocks.*.attn", "single_transformer_blocks.*.attn")
 _TEXT = ("encoder_hidden_states", "encoder_attention_mask", "encoder_hidden_states_mask", "txt_ids")
 _CONTROL = {"controlnet_block_samples": 1, "controlnet_single_block_samples": 1}
 _WAN = SequencePlan(attention=("blocks.*.attn1",))
+_FLUX_LIKE = SequencePlan(_TWO_STREAMS, inputs={"": {"hidden_states": 1, "img_ids": -2}}, gather={"proj_out": 1})
+_SPLIT_ROPE = {"rope": {0: 0, 1: 0}}
 _REFINED = "{noise_refiner,layers}"  # text is refined whole, image tokens split; then both are one split sequence
 
 SEQUENCE = {
@@ -105,7 +107,7 @@ SEQUENCE = {
     "HunyuanVideoTransformer3DModel": SequencePlan(
         _TWO_STREAMS,
         joint="rear",
-        outputs={"rope": {0: 0, 1: 0}, "x_embedder": {0: 1}},
+        outputs={**_SPLIT_ROPE, "x_embedder": {0: 1}},
         gather={"proj_out": 1},
         refused={"image_condition_type": (None, "latent_concat")},
     ),
@@ -114,6 +116,30 @@ SEQUENCE = {
         inputs={"": {"image_rotary_emb": 0}, "transformer_blocks.0": {"hidden_states": 1}},
         gather={"proj_out": 1},
     ),
+    "HunyuanImageTransformer2DModel": SequencePlan(
+        _TWO_STREAMS, joint="rear", outputs={**_SPLIT_ROPE, "x_embedder": {0: 1}}, gather={"proj_out": 1}
+    ),
+    "CogView3PlusTransformer2DModel": SequencePlan(
+        ("transformer_blocks.*.attn1",),
+        inputs={"transformer_blocks.0": {"hidden_states": 1}},
+        gather={"proj_out": 1},
+    ),
+    "CogView4Transformer2DModel": SequencePlan(
+        ("transformer_blocks.*.attn1",),
+        outputs={**_SPLIT_ROPE, "patch_embed": {0: 1}},
+        gather={"proj_out": 1},
+        refused=dict.fromkeys(("attention_mask", "image_rotary_emb"), (None,)),
+    ),
+    "BriaTransformer2DModel": _FLUX_LIKE,
+    "LongCatImageTransformer2DModel": _FLUX_LIKE,
+    "OvisImageTransformer2DModel": _FLUX_LIKE,
+    "SkyReelsV2Transformer3DModel": SequencePlan(
+        ("blocks.*.attn1",),
+        inputs={"blocks.0": {"hidden_states": 1}},
+        outputs={"rope": {0: 1, 1: 1}},
+        gather={"proj_out": 1},
+        refused={"enable_diffusion_forcing": (False,)},
+    ),
     "AuraFlowTransformer2DModel": SequencePlan(
         ("joint_transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
         outputs={"pos_embed": {0: 1}},
@@ -121,7 +147,7 @@ SEQUENCE = {
     ),
     "ChromaTransformer2DModel": SequencePlan(
         _TWO_STREAMS,
-        inputs={"": {"hidden_states": 1, "img_ids": 0, **_CONTROL}},
+        inputs={"": {"hidden_states": 1, "img_ids": -2, **_CONTROL}},
         gather={"proj_out": 1},
         outer_mask="attention_mask",
     ),
@@ -167,7 +193,9 @@ _SINGLE_BLOCKS = {
 }
 _WAN_BLOCKS = {"blocks.*.{attn1,attn2}": "attention", "blocks.*.ffn": "feed_forward"}
 
-_ALL_REFINED = "{noise_refiner,context_refiner,layers}"
+_ALL_FLUX_LIKE = SequencePlan(_TWO_STREAMS, inputs={"": {"hidden_states": 1, "img_ids": -2}}, gather={"proj_out": 1})
+_SPLIT_ROPE = {"rope": {0: 0, 1: 0}}
+_REFINED = "{noise_refiner,context_refiner,layers}"
 
 TENSOR: dict[str, dict[str, str]] = {
     "SD3Transformer2DModel": _JOINT_BLOCKS,
@@ -178,7 +206,21 @@ TENSOR: dict[str, dict[str, str]] = {
     "WanTransformer3DModel": _WAN_BLOCKS,
     "ChronoEditTransformer3DModel": _WAN_BLOCKS,
     "HunyuanVideoTransformer3DModel": {**_JOINT_BLOCKS, **_SINGLE_BLOCKS},
+    "HunyuanImageTransformer2DModel": {**_JOINT_BLOCKS, **_SINGLE_BLOCKS},
     "ChromaTransformer2DModel": {**_JOINT_BLOCKS, **_SINGLE_BLOCKS},
+    "BriaTransformer2DModel": {**_JOINT_BLOCKS, **_SINGLE_BLOCKS},
+    "LongCatImageTransformer2DModel": {**_JOINT_BLOCKS, **_SINGLE_BLOCKS},
+    "CogView3PlusTransformer2DModel": _SELF_BLOCKS,
+    "CogView4Transformer2DModel": _SELF_BLOCKS,
+    "ConsisIDTransformer3DModel": _SELF_BLOCKS,
+    "MochiTransformer3DModel": {**_SELF_BLOCKS, "transformer_blocks.*.ff_context": "feed_forward"},
+    "AllegroTransformer3DModel": _CROSS_BLOCKS,
+    "LatteTransformer3DModel": {
+        "{transformer_blocks,temporal_transformer_blocks}.*.{attn1,attn2}": "attention",
+        "{transformer_blocks,temporal_transformer_blocks}.*.ff": "feed_forward",
+    },
+    "HunyuanDiT2DModel": {"blocks.*.{attn1,attn2}": "attention", "blocks.*.ff": "feed_forward"},
+    "SkyReelsV2Transformer3DModel": _WAN_BLOCKS,
     "ZImageTransformer2DModel": {
         f"{_ALL_REFINED}.*.attention": "attention",
         f"{_ALL_REFINED}.*.feed_forward.{{w1,w3}}": "column",

@@ -60,6 +60,20 @@ def _merged(plan: SequencePlan, own: Mapping[str, Any]) -> SequencePlan:
     return dataclasses.replace(plan, inputs=inputs, outputs=outputs, gather=gather)
 
 
+def check_guidance(target: Any) -> None:
+    """Refuse pipelines whose attention processors tell guidance branches apart (perturbed attention guidance).
+
+    Raises:
+        UnsupportedError: they attend to the sequence twice, each time in another way.
+    """
+    if getattr(target, "_pag_attn_processors", None) is not None:
+        name = type(target).__name__
+        raise UnsupportedError(
+            f"{name}: perturbed attention guidance attends to the sequence twice a layer, which ring and ulysses don't "
+            f"cover; use cfg, tp or dp, or the pipeline without it ({name.replace('PAG', '')})"
+        )
+
+
 def check_sequence(model: nn.Module, plan: SequencePlan) -> None:
     """Refuse what the plan doesn't cover, before any forward.
 
