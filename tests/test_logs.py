@@ -14,8 +14,14 @@ def test_lines_go_to_the_console_and_to_files(tmp_path, capsys):
     logs.write(0, True, "err")
     logs.write(1, False, "other")
     logs.close()
+    logs = Logs(range(2), tmp_path / "new", "none", mode="a")
+    logs.write(1, False, "after a restart")
+    logs.close()
     assert capsys.readouterr() == ("[0] out\n", "[0] err\n")
-    assert [(tmp_path / "new" / f"rank{rank}.log").read_text() for rank in range(2)] == ["out\nerr\n", "other\n"]
+    assert [(tmp_path / "new" / f"rank{rank}.log").read_text() for rank in range(2)] == [
+        "out\nerr\n",
+        "other\nafter a restart\n",
+    ]
 
 
 @pytest.mark.parametrize("console", [None, io.StringIO(), object()])

@@ -6,6 +6,7 @@ pipe. So closures, notebooks, threads and unguarded scripts work, and what happe
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import weakref
@@ -165,6 +166,7 @@ class Ranks:
         if isinstance(self._crew, Joined):
             raise UnsupportedError("restart() inside a job: its ranks are its launcher's; start the job again")
         self.close()
+        self._settings = dataclasses.replace(self._settings, log_mode="a")
         self._crew = self._start()
         for kept, (fn, args, kwargs) in sorted(self._kept.items(), key=lambda item: item[0].key):
             self._crew.keep(kept.key, fn, args, kwargs)

@@ -49,7 +49,7 @@ class Children:
             self._store, port = environment.host_store(settings.start_timeout, hosts.address, hosts.port)
         self._supervisor = Supervisor(
             {rank: environment.of_rank(settings, rank, port) for rank in self._ranks},
-            Logs(self._ranks, settings.log_dir, settings.console),
+            Logs(self._ranks, settings.log_dir, settings.console, settings.log_mode),
         )
         self._calls = Calls(self._supervisor)
         self._watch = Watch(self._supervisor, self._calls, settings)

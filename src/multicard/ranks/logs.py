@@ -21,13 +21,18 @@ class Logs:
         ranks: those on this host.
         directory: a folder that gets one ``rank<n>.log`` for every rank, standard output and error in one; or None.
         console: whose lines the caller's own standard output and error show: "rank0", "all" or "none".
+        mode: "w" for new files, "a" to go on with those that are there.
 
     Raises:
         ConfigError: an unknown ``console``, a ``directory`` that can't be written to.
     """
 
     def __init__(
-        self, ranks: Iterable[int], directory: str | os.PathLike[str] | None = None, console: str = "rank0"
+        self,
+        ranks: Iterable[int],
+        directory: str | os.PathLike[str] | None = None,
+        console: str = "rank0",
+        mode: str = "w",
     ) -> None:
         if console not in CONSOLE:
             raise ConfigError(f"console={console!r}: must be one of {', '.join(CONSOLE)}")
@@ -35,15 +40,16 @@ class Logs:
         self._files: dict[int, IO[str]] = {}
         if directory is not None:
             try:
-                self._open(pathlib.Path(directory), ranks)
+                self._open(pathlib.Path(directory), ranks, mode)
             except OSError as error:
                 self.close()
                 raise ConfigError(f"log_dir={os.fspath(directory)!r}: {error.strerror}: {error.filename}") from None
 
-    def _open(self, folder: pathlib.Path, ranks: Iterable[int]) -> None:
+    def _open(self, folder: pathlib.Path, ranks: Iterable[int], mode: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for rank in ranks:
-            self._files[rank] = (folder / f"rank{rank}.log").open("w", encoding="utf-8", buffering=1)
+            file = open(folder / f"rank{rank}.log", mode, encoding="utf-8", buffering=1)  # noqa: SIM115
+            self._files[rank] = file
 
     def write(self, rank: int, is_error: bool, line: str) -> None:
         """One line that a rank has printed. What can't be written is lost: that is no reason to end the job."""

@@ -115,9 +115,12 @@ class RankProcess:
             self.popen.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
-        """SIGKILL to the rank and to everything that it started."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.popen.pid, signal.SIGKILL)
+        """SIGKILL to the rank, which may have left its process group, and to everything that it started."""
+        if self.popen.returncode is not None:  # its number may be another's by now
+            return
+        for kill in (os.killpg, os.kill):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                kill(self.popen.pid, signal.SIGKILL)
 
     def wait(self) -> int:
         """Wait for its end and return its exit code, negative for a signal.

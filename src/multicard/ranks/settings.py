@@ -11,7 +11,10 @@ from multicard.ranks.hosts import Hosts
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a job is started with; :class:`multicard.launch.Ranks` describes the fields."""
+    """What a job is started with; :class:`multicard.launch.Ranks` describes the fields.
+
+    ``log_mode`` is how log files are opened: "a" after a restart, which is when somebody wants to read them.
+    """
 
     config: ParallelConfig
     timeout: float = 60.0
@@ -21,6 +24,7 @@ class Settings:
     device: str = "auto"
     check: bool = False
     log_dir: str | None = None
+    log_mode: str = "w"
     console: str = "rank0"
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
     hosts: Hosts = dataclasses.field(default_factory=Hosts)
