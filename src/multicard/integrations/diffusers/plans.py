@@ -193,9 +193,8 @@ _SINGLE_BLOCKS = {
 }
 _WAN_BLOCKS = {"blocks.*.{attn1,attn2}": "attention", "blocks.*.ffn": "feed_forward"}
 
-_ALL_FLUX_LIKE = SequencePlan(_TWO_STREAMS, inputs={"": {"hidden_states": 1, "img_ids": -2}}, gather={"proj_out": 1})
-_SPLIT_ROPE = {"rope": {0: 0, 1: 0}}
-_REFINED = "{noise_refiner,context_refiner,layers}"
+_SELF_BLOCKS = {"transformer_blocks.*.attn1": "attention", "transformer_blocks.*.ff": "feed_forward"}
+_ALL_REFINED = "{noise_refiner,context_refiner,layers}"
 
 TENSOR: dict[str, dict[str, str]] = {
     "SD3Transformer2DModel": _JOINT_BLOCKS,
