@@ -96,6 +96,7 @@ def test_what_ranks_cant_agree_on_or_a_split_sequence_cant_do_is_refused(run_on)
         "use_cache=False": ({"use_cache": False}, {"ring": 2}),
         "num_beams=2": ({"num_beams": 2}, {"ring": 2}),
         "assisted": ({"prompt_lookup_num_tokens": 2}, {"ring": 2}),
+        "assisted generation": ({"assistant_early_exit": 1}, {"ring": 2}),
     }
 
     def check(mesh, asked):

@@ -92,6 +92,21 @@ def test_damaged_checkpoints_are_refused_alike_on_every_rank(run_on, checkpoints
             raise AssertionError(answers[0])
 
 
+def test_what_transformers_takes_and_we_dont_is_refused(checkpoints):
+    for given in ({"device_map": "auto"}, {"tp_plan": "auto"}, {"quantization_config": {"load_in_8bit": True}}):
+        with pytest.raises(mc.errors.ConfigError, match=f"{next(iter(given))}.*said by the mesh"):
+            mc.from_pretrained(checkpoints / "gpt2", mc.single(), **given)
+    assert mc.from_pretrained(checkpoints / "gpt2", mc.single(), dtype="auto").dtype == torch.float32
+
+
+def test_what_transformers_keeps_for_itself_is_asked_for_by_name(checkpoints, monkeypatch):
+    from transformers import core_model_loading
+
+    monkeypatch.delattr(core_model_loading, "rename_source_key")
+    with pytest.raises(mc.errors.UnsupportedError, match=r"has no rename_source_key.*mc\.parallelize"):
+        mc.from_pretrained(checkpoints / "gpt2", mc.single())
+
+
 def test_a_folder_without_a_config_is_refused(tmp_path):
     with pytest.raises(mc.errors.CheckpointError, match=r"no config\.json"):
         mc.from_pretrained(tmp_path, mc.single())

@@ -91,6 +91,38 @@ def test_a_cache_takes_its_share_of_the_memory(run_on):
         assert length == 8008
 
 
+def test_heads_other_than_the_language_model(run_on):
+    def build(kind):
+        import transformers as hf
+
+        sizes = {**zoo.LLAMA, "num_labels": 3}
+        return zoo.scramble(getattr(hf, kind)(hf.LlamaConfig(**sizes)))
+
+    @torch.no_grad()
+    def outputs(model):
+        ids = torch.randint(3, 131, (2, 11), generator=torch.Generator().manual_seed(3))
+        out = model(ids)
+        return out.last_hidden_state if "last_hidden_state" in out else out.logits
+
+    kinds = ("LlamaModel", "LlamaForSequenceClassification", "LlamaForTokenClassification")
+    expected = [outputs(build(kind)) for kind in kinds]
+    for rank in run_on(lambda mesh: [outputs(mc.parallelize(build(kind), mesh)) for kind in kinds], ring=2):
+        for kind, found, reference in zip(kinds, rank, expected, strict=True):
+            assert zoo.relative_error(found, reference) <= 1e-5, kind
+
+
+def test_a_model_that_looks_ahead_is_refused(run_on):
+    def check(mesh):
+        import transformers as hf
+
+        config = hf.Gemma3TextConfig(**zoo.LLAMA, query_pre_attn_scalar=8, use_bidirectional_attention=True)
+        with pytest.raises(mc.errors.UnsupportedError, match="it isn't a causal decoder") as refusal:
+            mc.parallelize(hf.Gemma3TextModel(config), mesh)
+        return str(refusal.value)
+
+    assert all("Gemma3TextModel with ring=2" in message for message in run_on(check, ring=2))
+
+
 def test_what_would_be_computed_wrongly_is_refused(run_on):
     def check(mesh):
         import transformers as hf

@@ -17,6 +17,18 @@ MLA = {
 }  # fmt: skip
 GPT2 = {"vocab_size": 131, "n_embd": 60, "n_layer": 2, "n_head": 5, "n_positions": 128, "n_inner": 85, **IDS}
 
+ANY = {
+    **MOE, "moe_intermediate_size": 20, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
+    "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "sliding_window": 7,
+}  # fmt: skip
+"""Sizes that most decoders understand; what one doesn't know, it ignores."""
+LATENT = ("axk1", "glm4_moe_lite", "longcat_flash", "minicpm3", "youtu")
+
+
+def generic(kind):
+    return hf.AutoConfig.for_model(kind, **({**ANY, **MLA} if kind in LATENT else ANY))
+
+
 DECODERS = {
     "bloom": lambda: hf.BloomConfig(vocab_size=131, hidden_size=60, n_layer=2, n_head=5, **IDS),
     "cohere": lambda: hf.CohereConfig(**{**LLAMA, "use_qk_norm": True}),
@@ -31,6 +43,7 @@ DECODERS = {
     "gemma3": lambda: hf.Gemma3TextConfig(**LLAMA, sliding_window=7, query_pre_attn_scalar=8),
     "glm": lambda: hf.GlmConfig(**LLAMA),
     "glm4": lambda: hf.Glm4Config(**LLAMA),
+    "glm4_moe": lambda: generic("glm4_moe"),
     "gpt2": lambda: hf.GPT2Config(**GPT2),
     "gpt_bigcode": lambda: hf.GPTBigCodeConfig(**GPT2, multi_query=True),
     "gpt_neo": lambda: hf.GPTNeoConfig(
@@ -43,6 +56,7 @@ DECODERS = {
     "granite": lambda: hf.GraniteConfig(**LLAMA),
     "helium": lambda: hf.HeliumConfig(**LLAMA),
     "llama": lambda: hf.LlamaConfig(**LLAMA),
+    "llama4": lambda: generic("llama4_text"),
     "llama-tied": lambda: hf.LlamaConfig(**LLAMA, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
     "ministral": lambda: hf.MinistralConfig(**LLAMA, sliding_window=7),
     "mistral": lambda: hf.MistralConfig(**LLAMA, sliding_window=7),
@@ -70,13 +84,22 @@ DECODERS = {
     "smollm3": lambda: hf.SmolLM3Config(**LLAMA),
     "stablelm": lambda: hf.StableLmConfig(**{**LLAMA, "use_qkv_bias": True}),
     "starcoder2": lambda: hf.Starcoder2Config(**LLAMA),
+    "xglm": lambda: hf.XGLMConfig(
+        vocab_size=131, d_model=60, ffn_dim=85, num_layers=2, attention_heads=5, max_position_embeddings=128, **IDS
+    ),
 }  # fmt: skip
 
 ENCODER = {"hidden_size": 60, "num_hidden_layers": 2, "num_attention_heads": 5, "intermediate_size": 85}
 ENCODERS = {
+    "albert": lambda: hf.AlbertConfig(vocab_size=131, max_position_embeddings=64, embedding_size=60, **ENCODER),
     "bert": lambda: hf.BertConfig(vocab_size=131, max_position_embeddings=64, **ENCODER),
     "clip_text": lambda: hf.CLIPTextConfig(vocab_size=131, max_position_embeddings=64, eos_token_id=2, **ENCODER),
+    "dinov2": lambda: hf.Dinov2Config(image_size=16, patch_size=4, **ENCODER),
+    "distilbert": lambda: hf.DistilBertConfig(
+        vocab_size=131, max_position_embeddings=64, dim=60, n_heads=5, hidden_dim=85, n_layers=2
+    ),
     "electra": lambda: hf.ElectraConfig(vocab_size=131, max_position_embeddings=64, embedding_size=60, **ENCODER),
+    "mpnet": lambda: hf.MPNetConfig(vocab_size=131, max_position_embeddings=64, **ENCODER),
     "mt5_encoder": lambda: hf.MT5Config(vocab_size=131, d_model=60, d_kv=12, num_heads=5, d_ff=85, num_layers=2),
     "roberta": lambda: hf.RobertaConfig(vocab_size=131, max_position_embeddings=64, **ENCODER),
     "siglip_text": lambda: hf.SiglipTextConfig(vocab_size=131, max_position_embeddings=64, **ENCODER),
@@ -96,8 +119,8 @@ CLASSES = {
 
 
 NO_SEQUENCE = {
-    "bloom", "deepseek_v2", "deepseek_v3", "falcon", "falcon-40b", "falcon-alibi", "gemma2", "gpt_bigcode", "gpt_neo",
-    "gpt_oss", "gptj", "mpt", "opt", *ENCODERS,
+    "bloom", "falcon", "falcon-40b", "falcon-alibi", "gemma2", "gpt_neo", "gpt_oss", "gptj", "llama4", "mpt", "opt",
+    "xglm", *ENCODERS,
 }  # fmt: skip
 """Architectures whose sequence isn't split: refused by name."""
 
@@ -108,8 +131,8 @@ WHOLE_ATTENTION = {"olmo2", "olmo3"}
 def build(name):
     """The same random model in every process: weights large enough for every part to matter."""
     torch.manual_seed(0)
-    if name in DECODERS:
-        model = hf.AutoModelForCausalLM.from_config(DECODERS[name]())
+    if name in DECODERS or name not in ENCODERS:
+        model = hf.AutoModelForCausalLM.from_config(DECODERS[name]() if name in DECODERS else generic(name))
     elif name in CLASSES:
         model = getattr(hf, CLASSES[name])(ENCODERS[name]())
     else:
@@ -130,14 +153,14 @@ def scramble(model):
 
 def inputs(name):
     generator = torch.Generator().manual_seed(2)
-    if name == "vit":
+    if name in ("dinov2", "vit"):
         return {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator)}
     ids = torch.randint(3, 131, (2, 12), generator=generator)
     mask = torch.ones_like(ids)
-    if name in DECODERS:
-        mask[0, :3] = 0
-    else:
+    if name in ENCODERS:
         mask[0, 9:] = 0
+    else:
+        mask[0, :3] = 0
     ids[mask == 0] = 0
     return {"input_ids": ids, "attention_mask": mask}
 

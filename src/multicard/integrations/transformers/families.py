@@ -122,7 +122,69 @@ _MLA = _rules(  # latent attention: the low-rank parts stay whole, what fans out
     query="self_attn.{q_proj,q_b_proj,kv_b_proj}", attention_out="self_attn.o_proj"
 )
 
+
+def _alike(family: Family, *kinds: str) -> dict[str, Family]:
+    return dict.fromkeys(kinds, family)
+
+
 FAMILIES: dict[str, Family] = {
+    **_alike(
+        Family(_BART),
+        "bart",
+        "biogpt",
+        "blenderbot",
+        "blenderbot-small",
+        "m2m_100",
+        "marian",
+        "mbart",
+        "pegasus",
+        "plbart",
+        "speech_to_text",
+        "whisper",
+    ),
+    **_alike(
+        Family(_BERT),
+        "bert",
+        "bert-generation",
+        "camembert",
+        "data2vec-text",
+        "dpr",
+        "electra",
+        "ernie",
+        "esm",
+        "layoutlm",
+        "markuplm",
+        "megatron-bert",
+        "rembert",
+        "roberta",
+        "roberta-prelayernorm",
+        "roc_bert",
+        "roformer",
+        "splinter",
+        "tapas",
+        "visual_bert",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
+    ),
+    **_alike(
+        Family(_CLIP),
+        "clip",
+        "clip_text_model",
+        "clip_vision_model",
+        "siglip",
+        "siglip_text_model",
+        "siglip_vision_model",
+    ),
+    **_alike(Family(_GLM), "glm", "glm4"),
+    **_alike(Family(_LLAMA), "qwen3_vl_text", "stablelm"),
+    **_alike(Family(_MLA), "deepseek_v2", "deepseek_v3"),
+    **_alike(Family(_OLD_VIT), "audio-spectrogram-transformer", "data2vec-vision", "dpt", "videomae", "yolos"),
+    **_alike(Family(_T5, query_widths=("inner_dim",)), "mt5", "t5", "umt5"),
+    **_alike(
+        Family(_VIT), "beit", "deit", "dinov2", "dinov2_with_registers", "ijepa", "vit", "vit_mae", "vit_msn", "vivit"
+    ),
+    **_alike(Family(_WAV2VEC2), "data2vec-audio", "hubert", "sew", "unispeech", "wav2vec2"),
     "albert": Family(
         _rules(
             query="attention.query",
@@ -134,33 +196,13 @@ FAMILIES: dict[str, Family] = {
         ),
         query_widths=("all_head_size",),
     ),
-    "audio-spectrogram-transformer": Family(_OLD_VIT),
-    "bart": Family(_BART),
-    "beit": Family(_VIT),
-    "bert": Family(_BERT),
-    "bert-generation": Family(_BERT),
-    "biogpt": Family(_BART),
-    "blenderbot": Family(_BART),
-    "blenderbot-small": Family(_BART),
     "bloom": Family(_BLOOM, head_inputs=("alibi",), refuse={"slow_but_exact": "sums slices in an order of its own"}),
-    "camembert": Family(_BERT),
-    "clip": Family(_CLIP),
-    "clip_text_model": Family(_CLIP),
-    "clip_vision_model": Family(_CLIP),
     "cohere": Family(
         optional={
             "**.self_attn.q_norm.weight": "heads",
             "**.self_attn.k_norm.weight": "key_value_heads",
         }
     ),
-    "data2vec-audio": Family(_WAV2VEC2),
-    "data2vec-text": Family(_BERT),
-    "data2vec-vision": Family(_OLD_VIT),
-    "deepseek_v2": Family(_MLA),
-    "deepseek_v3": Family(_MLA),
-    "deit": Family(_VIT),
-    "dinov2": Family(_VIT),
-    "dinov2_with_registers": Family(_VIT),
     "distilbert": Family(
         _rules(
             query="attention.q_lin",
@@ -170,14 +212,7 @@ FAMILIES: dict[str, Family] = {
             row="ffn.lin2",
         )
     ),
-    "dpr": Family(_BERT),
-    "dpt": Family(_OLD_VIT),
-    "electra": Family(_BERT),
-    "ernie": Family(_BERT),
-    "esm": Family(_BERT),
     "falcon": Family(_BLOOM, head_inputs=("alibi", "attention_mask"), whole_groups=True),
-    "glm": Family(_GLM),
-    "glm4": Family(_GLM),
     "gpt2": Family(
         _rules(qkv="attn.c_attn", attention_out="attn.c_proj", column="mlp.c_fc", row="mlp.c_proj"),
         query_widths=("split_size",),
@@ -212,14 +247,6 @@ FAMILIES: dict[str, Family] = {
             row="mlp.fc_out",
         )
     ),
-    "hubert": Family(_WAV2VEC2),
-    "ijepa": Family(_VIT),
-    "layoutlm": Family(_BERT),
-    "m2m_100": Family(_BART),
-    "marian": Family(_BART),
-    "markuplm": Family(_BERT),
-    "mbart": Family(_BART),
-    "megatron-bert": Family(_BERT),
     "mllama_text_model": Family(
         _rules(
             query="{self_attn,cross_attn}.q_proj",
@@ -243,14 +270,12 @@ FAMILIES: dict[str, Family] = {
         _rules(qkv="attn.Wqkv", attention_out="attn.out_proj", column="ffn.up_proj", row="ffn.down_proj"),
         head_inputs=("position_bias",),
     ),
-    "mt5": Family(_T5, query_widths=("inner_dim",)),
     "mvp": Family(_BART, query_widths=("embed_dim",)),
     "openai-gpt": Family(
         _rules(qkv="attn.c_attn", attention_out="attn.c_proj", column="mlp.c_fc", row="mlp.c_proj"),
         query_widths=("split_size",),
     ),
     "opt": Family(_rules(**_NAMES, attention_out="self_attn.out_proj", column="fc1", row="fc2")),
-    "pegasus": Family(_BART),
     "persimmon": Family(
         _rules(
             qkv_groups="self_attn.query_key_value",
@@ -269,36 +294,5 @@ FAMILIES: dict[str, Family] = {
             row="feed_forward.down_proj",
         )
     ),
-    "plbart": Family(_BART),
-    "qwen3_vl_text": Family(_LLAMA),
-    "rembert": Family(_BERT),
-    "roberta": Family(_BERT),
-    "roberta-prelayernorm": Family(_BERT),
-    "roc_bert": Family(_BERT),
-    "roformer": Family(_BERT),
-    "sew": Family(_WAV2VEC2),
-    "siglip": Family(_CLIP),
-    "siglip_text_model": Family(_CLIP),
-    "siglip_vision_model": Family(_CLIP),
-    "speech_to_text": Family(_BART),
-    "splinter": Family(_BERT),
-    "stablelm": Family(_LLAMA),
-    "t5": Family(_T5, query_widths=("inner_dim",)),
-    "tapas": Family(_BERT),
-    "trocr": Family(_BART),
-    "umt5": Family(_T5, query_widths=("inner_dim",)),
-    "unispeech": Family(_WAV2VEC2),
-    "videomae": Family(_OLD_VIT),
-    "visual_bert": Family(_BERT),
-    "vit": Family(_VIT),
-    "vit_mae": Family(_VIT),
-    "vit_msn": Family(_VIT),
-    "vivit": Family(_VIT),
-    "wav2vec2": Family(_WAV2VEC2),
-    "whisper": Family(_BART),
     "xglm": Family(_BART, query_widths=("embed_dim",)),
-    "xlm-roberta": Family(_BERT),
-    "xlm-roberta-xl": Family(_BERT),
-    "xmod": Family(_BERT),
-    "yolos": Family(_OLD_VIT),
 }

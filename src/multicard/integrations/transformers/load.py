@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from multicard.errors import CheckpointError, UnsupportedError
+from multicard.errors import CheckpointError, ConfigError, UnsupportedError
 from multicard.layers.shard import Shard, shard_of
 from multicard.mesh import ParallelMesh
 from multicard.weights import Checkpoint, LoadReport, agree, verify
@@ -47,12 +47,16 @@ class Source:
 
 
 def build(
-    path: str | os.PathLike[str], model_class: type[PreTrainedModel] | None, dtype: torch.dtype | None, **overrides: Any
+    path: str | os.PathLike[str],
+    model_class: type[PreTrainedModel] | None,
+    dtype: torch.dtype | str | None,
+    **overrides: Any,
 ) -> PreTrainedModel:
     """The model of a checkpoint's config on the meta device; ``overrides`` change the config.
 
     Raises:
         CheckpointError: no config there, or none that transformers knows.
+        ConfigError: an override that the config doesn't have.
         UnsupportedError: quantized weights, or a class that has to be named.
     """
     from transformers import AutoConfig, GenerationConfig
@@ -60,11 +64,20 @@ def build(
     if not (pathlib.Path(path) / "config.json").is_file():
         raise CheckpointError(f"{path}: no config.json there; download a checkpoint first with `hf download NAME`")
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False, **overrides)
+        config, unknown = AutoConfig.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False, return_unused_kwargs=True, **overrides
+        )
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{path}/config.json: transformers doesn't know this model ({error})") from None
+    if unknown:
+        raise ConfigError(
+            f"from_pretrained: {', '.join(sorted(unknown))}: neither a setting of {type(config).__name__} nor an "
+            "argument of ours (model_class, dtype, plan); where weights go is said by the mesh"
+        )
     if getattr(config, "quantization_config", None):
         raise UnsupportedError(f"{path} holds quantized weights, which can't be split: use an unquantized checkpoint")
+    if dtype == "auto":  # as transformers calls the config's
+        dtype = None
     with torch.device("meta"):
         model = _model_class(config, model_class)._from_config(config, dtype=dtype or config.dtype or torch.float32)
     if model.can_generate() and (pathlib.Path(path) / "generation_config.json").is_file():
@@ -109,12 +122,27 @@ def load(
         failure = error
     agree(failure, mesh.world)
     nothing: Any = set()
-    model._move_missing_keys_from_meta_to_device(nothing, {"": mesh.device}, None, None)
+    move = _internal(model, "_move_missing_keys_from_meta_to_device")
+    move(nothing, {"": mesh.device}, None, None)  # nothing is missing, but buffers are on the meta device
     for tensor in (*model.parameters(), *dict(_persistent_buffers(model)).values()):
         tensor._is_hf_initialized = True  # type: ignore[attr-defined]
     model.initialize_weights()
     held = sum(p.numel() * p.element_size() for p in model.parameters())
     return LoadReport(bytes_read, bytes_read, held, held, time.perf_counter() - begin)
+
+
+def _internal(owner: Any, name: str) -> Any:
+    """What transformers keeps for itself, and loading by slices needs."""
+    import transformers
+
+    found = getattr(owner, name, None)
+    if found is None:
+        raise UnsupportedError(
+            f"transformers {transformers.__version__} has no {name}, which mc.from_pretrained builds on: install a "
+            "version of transformers that this multicard was tested with, or load the model yourself and use "
+            "mc.parallelize"
+        )
+    return found
 
 
 def _persistent_buffers(model: PreTrainedModel) -> list[tuple[str, Tensor]]:
@@ -126,24 +154,26 @@ class Sources:
     """How a checkpoint's names become the model's; made before the model is split."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
+        from transformers import conversion_mapping, core_model_loading
 
-        mapping = get_model_conversion_mapping(model)
-        self.renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        self.converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        mapping = _internal(conversion_mapping, "get_model_conversion_mapping")(model)
+        renaming, converter = (_internal(core_model_loading, f"Weight{kind}") for kind in ("Renaming", "Converter"))
+        self.renamings = [entry for entry in mapping if isinstance(entry, renaming)]
+        self.converters = [entry for entry in mapping if isinstance(entry, converter)]
         self.prefix = model.base_model_prefix
         self.names = dict.fromkeys(model.state_dict(), True)
-        self.tied: dict[str, str] = dict(model.all_tied_weights_keys)
+        self.tied: dict[str, str] = dict(_internal(model, "all_tied_weights_keys"))
 
     def find(self, checkpoint: Checkpoint) -> dict[str, Source]:
         """Where every parameter comes from."""
-        from transformers.core_model_loading import dot_natural_key, rename_source_key
+        from transformers import core_model_loading
 
+        natural = _internal(core_model_loading, "dot_natural_key")
+        rename = _internal(core_model_loading, "rename_source_key")
         by_pattern = {pattern: entry for entry in self.converters for pattern in entry.source_patterns}
         found: dict[str, Source] = {}
-        for key in sorted(checkpoint.tensors, key=dot_natural_key):
-            name, pattern = rename_source_key(key, self.renamings, self.converters, self.prefix, self.names)
+        for key in sorted(checkpoint.tensors, key=natural):
+            name, pattern = rename(key, self.renamings, self.converters, self.prefix, self.names)
             if name not in self.names and key in self.names:
                 name, pattern = key, None
             if name not in self.names:

@@ -64,7 +64,7 @@ def from_pretrained(
     mesh: ParallelMesh,
     *,
     model_class: type[PreTrainedModel] | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     plan: Mapping[str, str] | None = None,
     **overrides: Any,
 ) -> PreTrainedModel:
@@ -74,7 +74,7 @@ def from_pretrained(
         path: a folder with a config and safetensors files.
         mesh: as for :func:`parallelize`.
         model_class: the class to build; None: what the config names.
-        dtype: of the weights; None: the config's.
+        dtype: of the weights; None or "auto": the config's.
         plan: as for :func:`parallelize`.
         overrides: values for the config (``attn_implementation="eager"``).
 
@@ -89,7 +89,7 @@ def load_model(
     path: str | os.PathLike[str],
     mesh: ParallelMesh,
     model_class: type[PreTrainedModel] | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     plan: Mapping[str, str] | None = None,
     checksums: bool = False,
     **overrides: Any,
