@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -232,6 +233,32 @@ def test_nothing_listens_outside_loopback(pair):
     assert pair.run(lambda mesh: collectives.all_reduce(torch.ones(2), mesh.tp).tolist()) == [[2.0, 2.0]] * 2
     addresses = {ip for ip, _ in faults.listeners([os.getpid(), *pair.pids])}
     assert addresses <= {"127.0.0.1", "::1"}
+
+
+LISTENERS = """
+import os, socket, psutil, torch
+import multicard as mc
+from multicard import collectives
+
+mesh = mc.init_mesh()
+collectives.all_reduce(torch.ones(1), mesh.tp)
+job = [psutil.Process(os.getppid()), *psutil.Process(os.getppid()).children()]
+listening = [each.laddr.ip for process in job for each in process.net_connections("inet") if each.status == "LISTEN"]
+print(socket.gethostbyname(socket.gethostname()), sorted(set(listening)))
+"""
+ELSEWHERE = (
+    'hostname elsewhere && cp /etc/hosts $0 && echo 10.9.9.9 elsewhere >> $0 && mount --bind $0 /etc/hosts && "$@"'
+)
+
+
+def test_a_host_name_that_resolves_elsewhere_changes_nothing(tmp_path):
+    inside = ["unshare", "--uts", "--mount", "bash", "-c", ELSEWHERE, str(tmp_path / "hosts")]
+    if shutil.which("unshare") is None or subprocess.run([*inside, "true"], capture_output=True).returncode:
+        pytest.skip("needs root for a host name of its own")
+    (tmp_path / "script.py").write_text(LISTENERS)
+    run = [sys.executable, "-m", "multicard", "run", "--tp", "2", "--backend", "gloo", str(tmp_path / "script.py")]
+    done = subprocess.run([*inside, *run], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "[0] 10.9.9.9 ['127.0.0.1']\n", done.stderr
 
 
 def test_strangers_at_the_ports_change_nothing(pair):

@@ -1,5 +1,6 @@
 """launch and Ranks: values, closures, kept objects, streams; wherever they are called from."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -241,6 +242,21 @@ def test_threads_take_turns(ranks):
     for thread in threads:
         thread.join()
     assert results == {i: [[10 * i, 10 * i + 1]] * 2 for i in range(4)}
+
+
+def test_a_forked_process_is_refused_and_harms_nothing(ranks):
+    def use():
+        try:
+            ranks.run(lambda mesh: mesh.rank)
+        except mc.errors.UnsupportedError:
+            ranks.close()
+            os._exit(42)
+
+    child = multiprocessing.get_context("fork").Process(target=use)
+    child.start()
+    child.join(60)
+    assert child.exitcode == 42
+    assert ranks.run(gather_ranks, 3) == [[3, 4]] * 2
 
 
 def test_an_unguarded_script_can_launch_from_a_thread_that_ends():

@@ -108,8 +108,8 @@ def test_a_rank_that_hangs_is_named_with_the_collective(checkpoint, moment, faul
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("backend", ["shm", "gloo"])
 @pytest.mark.parametrize(("size", "times"), [(2, 1), (3, 5), (4, 1)])
-def test_every_rank_that_dies_is_named(checkpoint, backend, size, times):
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_every_rank_that_dies_is_named(checkpoint, backend, size, times, moment):
     with mc.LLM(checkpoint, ring=size, backend=backend, timeout=30) as model:
-        for moment in MOMENTS:
-            for victim in list(range(size)) * times:
-                check_kill(model, victim, moment)
+        for victim in list(range(size)) * times:
+            check_kill(model, victim, moment)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import os
 import sys
 import threading
 import time
@@ -38,6 +39,7 @@ class Children:
     def __init__(self, settings: Settings, settle: float = SETTLE) -> None:
         self.settings = settings
         self.told = False
+        self._owner = os.getpid()
         self._settle_time = settle
         self._ranks = settings.ranks
         self._size = len(self._ranks)
@@ -120,6 +122,7 @@ class Children:
 
     def begin(self, kind: str, value: Any, label: str) -> int:
         """Send a command to every rank; returns the call's number, for :meth:`step` and :meth:`finish`."""
+        self._refuse_if_forked()
         message = wire.pack(kind, 0, value)
         with self._turn:
             self._refuse_if_broken()
@@ -130,6 +133,7 @@ class Children:
 
     def step(self, kind: str, call: int, label: str) -> None:
         """Send a further command of a call that has begun."""
+        self._refuse_if_forked()
         with self._turn:
             self._refuse_if_broken()
             self._calls.under_way[call] = Call(label)
@@ -156,11 +160,17 @@ class Children:
             raise elsewhere.error
 
     def end(self, why: str | BaseException, grace: float = 0.0) -> None:
-        """End all ranks; ``why`` is what later calls are told."""
+        """End all ranks; ``why`` is what later calls are told. In a process forked from theirs nothing happens."""
+        if os.getpid() != self._owner:
+            return
         self._calls.broken = self.broken or _ended(why)
         self._supervisor.end(grace)
         if self._neighbours is None:  # other hosts have yet to read there why
             self._store = None
+
+    def _refuse_if_forked(self) -> None:
+        if os.getpid() != self._owner:
+            raise UnsupportedError(f"these ranks are process {self._owner}'s: a process forked from it starts its own")
 
     def _refuse_if_broken(self) -> None:
         if self.broken is None and self._supervisor.dead:
