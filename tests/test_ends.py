@@ -22,7 +22,7 @@ import multicard as mc
 from multicard import collectives
 
 PARENT = """
-import json, sys, threading, time, torch
+import concurrent.futures, json, sys, threading, time, torch
 import multicard as mc
 from multicard import collectives
 
@@ -44,6 +44,9 @@ def main():
 
 if "{thread}" == "main":
     main()
+elif "{thread}" == "pool":
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        pool.submit(main).result()
 else:
     thread = threading.Thread(target=main)
     thread.start()
@@ -85,6 +88,7 @@ def test_ranks_end_with_their_parent(backend, moment, thread):
         ("shm", "collective", signal.SIGINT, "main"),
         ("gloo", "idle", signal.SIGINT, "main"),
         ("shm", "load", signal.SIGINT, "other"),
+        ("gloo", "collective", signal.SIGINT, "pool"),
         ("gloo", "load", signal.SIGTERM, "main"),
     ],
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -36,7 +37,7 @@ def multicard() -> None:
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command in ``args`` (None: the process's own) and exit with its code."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is imported; ranks do the same
-    before = signal.signal(signal.SIGTERM, _interrupt)  # ranks and files are cleaned up after, as on Ctrl-C
+    interrupts = _Interrupts()
     try:
         code = app(args=args, prog_name="multicard", standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
@@ -51,14 +52,45 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
             _fail(f"{usage()} See `multicard --help`.", 2)
         _fail(_describe(error), 1, error)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        interrupts.restore()
     if code == INTERRUPTED:  # typer has caught Ctrl-C itself
         _fail("interrupted", INTERRUPTED)
     sys.exit(code)
 
 
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+class _Interrupts:
+    """Ctrl-C and SIGTERM both raise KeyboardInterrupt, once: ranks and files are cleaned up after.
+
+    Some imports swallow exceptions of every kind: where the process lives on for ``PATIENCE`` seconds it is ended. Its
+    ranks end with it.
+    """
+
+    NUMBERS = (signal.SIGINT, signal.SIGTERM)
+    PATIENCE = 1.5
+
+    def __init__(self) -> None:
+        self._pressed, self._done = threading.Event(), threading.Event()
+        threading.Thread(target=self._watch, name="multicard-interrupts", daemon=True).start()
+        self._before = {number: signal.signal(number, self._interrupt) for number in self.NUMBERS}
+
+    def restore(self) -> None:
+        """Give the signals back."""
+        self._done.set()
+        self._pressed.set()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _interrupt(self, *_: object) -> None:
+        for number in self.NUMBERS:
+            signal.signal(number, signal.SIG_IGN)
+        self._pressed.set()
+        raise KeyboardInterrupt
+
+    def _watch(self) -> None:
+        self._pressed.wait()
+        if not self._done.wait(self.PATIENCE):
+            os.write(2, b"multicard: interrupted\n")
+            os._exit(INTERRUPTED)
 
 
 def _describe(error: Exception) -> str:

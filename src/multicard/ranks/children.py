@@ -5,14 +5,13 @@ from __future__ import annotations
 import collections
 import dataclasses
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from multicard.errors import CheckpointError, ConfigError, RankError, UnsupportedError
-from multicard.ranks import environment, failure, hang, wire
+from multicard.ranks import environment, failure, hang, interrupt, wire
 from multicard.ranks.calls import Call, Calls
 from multicard.ranks.failure import Failure
 from multicard.ranks.hosts import POLL, Neighbours
@@ -192,7 +191,7 @@ class Children:
 
     def _wait(self, number: int, deadline: float | None) -> list[Failure]:
         """Until every rank has answered the call or one has failed; returns the failures."""
-        mine = self._calls.under_way[number]
+        mine, interrupted = self._calls.under_way[number], interrupt.reached_main_thread()
         while True:
             for call in list(self._calls.under_way.values()):
                 if call.failures and not call.settled:
@@ -207,7 +206,7 @@ class Children:
             if self._neighbours is not None and (elsewhere := self._neighbours.failure) is not None:
                 self.end(elsewhere.error)
                 return [elsewhere]
-            if _main_thread_was_interrupted():
+            if not interrupted and interrupt.reached_main_thread():
                 raise KeyboardInterrupt
             self._calls.forget_abandoned(self._size)
 
@@ -263,11 +262,6 @@ def _ended(why: str | BaseException) -> RankError:
     known = {name: getattr(cause, name, None) for name in ("rank", "signal", "stderr")}
     text = cause if isinstance(cause, RankError) else why
     return RankError(f"these ranks have ended ({text}): restart() starts new ones", **known)
-
-
-def _main_thread_was_interrupted() -> bool:
-    """Whether Ctrl-C has ended the main thread while another one waits here, for which the interpreter then waits."""
-    return not threading.main_thread().is_alive() and getattr(sys, "last_type", None) is KeyboardInterrupt
 
 
 def _name(fn: Callable[..., Any]) -> str:
