@@ -109,10 +109,11 @@ def measure_faults(backend: str, size: int, rounds: int) -> list[dict[str, Any]]
 def measure_llm(backend: str, size: int, rounds: int) -> list[dict[str, Any]]:
     """Seconds from a rank's SIGKILL within a request, or while loading, to the caller's error."""
     rows = []
-    with tempfile.TemporaryDirectory() as folder, tempfile.NamedTemporaryFile("r") as clock:
+    with tempfile.TemporaryDirectory() as folder:
+        clock = pathlib.Path(folder, "clock")
 
         def fault() -> None:
-            pathlib.Path(clock.name).write_text(str(time.monotonic()))
+            clock.write_text(str(time.monotonic()))
             faults.kill()
 
         path, _ = tiny_decoders.write(pathlib.Path(folder), llm_faults.NAME)
@@ -126,8 +127,7 @@ def measure_llm(backend: str, size: int, rounds: int) -> list[dict[str, Any]]:
                     except mc.errors.RankError:
                         end = time.monotonic()
                     assert faults.gone(model._ranks.pids), "a process is left"
-                    clock.seek(0)
-                    happened = float(clock.read())
+                    happened = float(clock.read_text())
                     times.append((end - happened, time.monotonic() - happened))
                 told, gone = zip(*times, strict=True)
                 rows.append(described(f"LLM: SIGKILL in {moment}", backend, size, told, gone))
