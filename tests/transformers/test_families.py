@@ -68,7 +68,7 @@ def test_a_model_of_several_parts(run_on):
 
         vision = hf.CLIPVisionConfig(image_size=16, patch_size=4, **zoo.ENCODER)
         text = hf.LlamaConfig(**zoo.LLAMA)
-        config = hf.LlavaConfig(vision, text, image_token_index=130, vision_feature_layer=-1)
+        config = hf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=130, vision_feature_layer=-1)
         parts = {"": "eager", "text_config": "sdpa", "vision_config": "eager"}
         return zoo.scramble(hf.LlavaForConditionalGeneration._from_config(config, attn_implementation=parts))
 
@@ -88,7 +88,7 @@ def test_two_towers(run_on):
 
         text = hf.CLIPTextConfig(vocab_size=131, max_position_embeddings=64, eos_token_id=2, **zoo.ENCODER)
         vision = hf.CLIPVisionConfig(image_size=16, patch_size=4, **zoo.ENCODER)
-        return zoo.scramble(hf.CLIPModel(hf.CLIPConfig(text, vision, projection_dim=30)))
+        return zoo.scramble(hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=30)))
 
     @torch.no_grad()
     def logits(model):

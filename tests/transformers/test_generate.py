@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers as hf
 import zoo
 
 import multicard as mc
@@ -91,6 +92,7 @@ def test_encoder_decoders(run_on, kind):
 def test_what_ranks_cant_agree_on_or_a_split_sequence_cant_do_is_refused(run_on):
     refused = {
         "max_time": ({"max_time": 1.0}, {"tp": 2}),
+        "clocks differ": ({"stopping_criteria": [hf.MaxTimeCriteria(1.0)]}, {"tp": 2}),
         "paged": ({"cache_implementation": "paged"}, {"tp": 2}),
         "cache_implementation='static'": ({"cache_implementation": "static"}, {"ring": 2}),
         "use_cache=False": ({"use_cache": False}, {"ring": 2}),

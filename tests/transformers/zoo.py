@@ -19,7 +19,7 @@ GPT2 = {"vocab_size": 131, "n_embd": 60, "n_layer": 2, "n_head": 5, "n_positions
 
 ANY = {
     **MOE, "moe_intermediate_size": 20, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
-    "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "sliding_window": 7,
+    "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
 }  # fmt: skip
 """Sizes that most decoders understand; what one doesn't know, it ignores."""
 LATENT = ("axk1", "glm4_moe_lite", "longcat_flash", "minicpm3", "youtu")

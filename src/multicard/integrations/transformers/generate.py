@@ -67,7 +67,8 @@ def check(model: PreTrainedModel, mesh: ParallelMesh, kwargs: dict[str, Any]) ->
     def setting(name: str) -> Any:
         return kwargs[name] if kwargs.get(name) is not None else getattr(config, name, None)
 
-    if setting("max_time"):
+    timed = [type(each).__name__ for each in kwargs.get("stopping_criteria") or ()]
+    if setting("max_time") or "MaxTimeCriteria" in timed:
         raise UnsupportedError(f"max_time={setting('max_time')}: ranks' clocks differ; bound max_new_tokens instead")
     if mesh.sequence.size == 1:
         return

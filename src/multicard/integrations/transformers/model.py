@@ -17,6 +17,7 @@ from multicard.integrations.transformers.families import FUSED, HEAD_STYLES
 from multicard.integrations.transformers.generate import guard
 from multicard.integrations.transformers.heads import Heads, localize, read_heads
 from multicard.integrations.transformers.plans import ResolvedPlan, resolve_plan
+from multicard.integrations.transformers.sources import Sources
 from multicard.mesh import Axis, ParallelMesh
 from multicard.weights import LoadReport
 
@@ -96,7 +97,7 @@ def load_model(
 ) -> tuple[PreTrainedModel, LoadReport]:
     """:func:`from_pretrained`, and what the loading took."""
     model = loading.build(path, model_class, dtype, **overrides)
-    sources = loading.Sources(model)
+    sources = Sources(model)
     _split(model, mesh, plan)
     report = loading.load(model, path, mesh, sources, checksums)
     _finish(model, mesh)
