@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,8 +113,3 @@ def exchange(axis: Axis, mine: Sequence[Tensor], sizes: Sequence[int], device: t
     """
     buffer = torch.cat(list(mine)) if mine else torch.empty(0, dtype=torch.uint8, device=device)
     return collectives.all_gather(buffer, axis, sizes=sizes).split(list(sizes))
-
-
-def tensors_of(tree: Any) -> list[Tensor]:
-    """The tensors among the leaves of ``tree``, in order."""
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]

@@ -6,7 +6,7 @@ groups: a group's outputs depend on its own inputs alone.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +17,24 @@ from multicard.errors import ConfigError
 from multicard.layers.shard import Shard, shard_of, sharded
 from multicard.mesh import Axis
 
-PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
-
 
 class _ParallelConv2d(nn.Module):
-    """What both have in common: the numbers of the whole convolution."""
+    """What both have in common: the numbers of the whole convolution, and this rank's part of its parameters."""
 
-    def __init__(self, conv: nn.Conv2d, axis: Axis) -> None:
-        super().__init__()
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, *shape: Any, axis: Axis, device: torch.device | str | None = None, **options: Any) -> None:
+        with torch.device("meta"):
+            whole = nn.Conv2d(*shape, **options)
+        self._hold(whole, axis)
+        for name, parameter in list(self.named_parameters()):  # memory for them; the shard rules stay
+            data = torch.empty_like(parameter, device=device or torch.get_default_device())
+            setattr(self, name, sharded(data, shard_of(parameter)))
+
+    def _hold(self, conv: nn.Conv2d, axis: Axis) -> None:
+        """Be this rank's part of ``conv``."""
+        nn.Module.__init__(self)
         if type(conv) is not nn.Conv2d:
             raise ConfigError(f"{type(conv).__name__} isn't torch.nn.Conv2d: parallel convolutions compute no other")
         self.axis = axis
@@ -33,6 +43,13 @@ class _ParallelConv2d(nn.Module):
         self.padding, self.dilation, self.padding_mode = conv.padding, conv.dilation, conv.padding_mode
         # reflect, replicate and circular padding: before, with the amounts as torch.nn.Conv2d gives them to F.pad
         self._pad = None if conv.padding_mode == "zeros" else list(conv._reversed_padding_repeated_twice)
+        weight, bias = self._shards(conv)
+        self.weight = sharded(weight.take(conv.weight.detach()), weight)
+        self.bias = None if conv.bias is None else sharded(bias.take(conv.bias.detach()), bias)
+
+    def _shards(self, conv: nn.Conv2d) -> tuple[Shard, Shard]:
+        """The rules of the weight and of the bias."""
+        raise NotImplementedError
 
     def _spans(self, rank: int) -> tuple[range, range]:
         """The whole groups of a rank, as input and as output channels."""
@@ -54,23 +71,6 @@ class _ParallelConv2d(nn.Module):
         out = x.new_zeros(x.shape[0], weight.shape[0], *size)
         return out if bias is None else out + bias[:, None, None]
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-
-    def _fill(self, conv: nn.Conv2d, dim: int, span: range, bias_span: range) -> None:
-        weight = Shard(tuple(conv.weight.shape), dim, (span,) if span else ())
-        self.weight = sharded(weight.take(conv.weight.detach()), weight)
-        self.bias = None
-        if conv.bias is not None:
-            bias = Shard(tuple(conv.bias.shape), 0, (bias_span,) if bias_span else ())
-            self.bias = sharded(bias.take(conv.bias.detach()), bias)
-
-    def _allocate(self, device: torch.device | str | None) -> None:
-        """Memory for parameters on the meta device, whose shard rules stay."""
-        for name, parameter in list(self.named_parameters()):
-            data = torch.empty_like(parameter, device=device or torch.get_default_device())
-            setattr(self, name, sharded(data, shard_of(parameter)))
-
     def extra_repr(self) -> str:
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
@@ -83,48 +83,27 @@ class ColumnParallelConv2d(_ParallelConv2d):
     """A convolution where each rank computes some of the output channels, in order, the first ranks one more.
 
     Args:
-        in_channels: channels of the input, whole on every rank.
-        out_channels: output channels in all.
-        kernel_size, stride, padding, dilation, groups, padding_mode: as ``torch.nn.Conv2d``; groups are split whole.
+        shape, options: as ``torch.nn.Conv2d``, which are channels of the whole; groups are split whole. The input is
+            whole on every rank; each holds the bias of its own channels.
         axis: the ranks that share the output channels.
-        bias: add one; each rank holds its own channels' part.
         gather_output: return all channels on every rank (one all-gather) instead of this rank's.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | str | tuple[int, int] = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: PaddingMode = "zeros",
-        *,
-        axis: Axis,
-        gather_output: bool = False,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        whole = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, "meta", dtype
-        )
-        self._setup(whole, axis, gather_output)
-        self._allocate(device)
-
-    def _setup(self, conv: nn.Conv2d, axis: Axis, gather_output: bool) -> None:
-        _ParallelConv2d.__init__(self, conv, axis)
+    def __init__(self, *shape: Any, axis: Axis, gather_output: bool = False, **options: Any) -> None:
+        super().__init__(*shape, axis=axis, **options)
         self.gather_output = gather_output
-        self._fill(conv, 0, self.share(axis.rank), self.share(axis.rank))
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, axis: Axis, gather_output: bool = False) -> ColumnParallelConv2d:
         """This rank's copy of its part of ``conv``."""
         layer = cls.__new__(cls)
-        layer._setup(conv, axis, gather_output)
+        layer._hold(conv, axis)
+        layer.gather_output = gather_output
         return layer
+
+    def _shards(self, conv: nn.Conv2d) -> tuple[Shard, Shard]:
+        mine = _spans_of(self.share(self.axis.rank))
+        return Shard(tuple(conv.weight.shape), 0, mine), Shard((conv.out_channels,), 0, mine)
 
     def share(self, rank: int) -> range:
         """The output channels of ``rank``."""
@@ -150,53 +129,30 @@ class RowParallelConv2d(_ParallelConv2d):
     One all-reduce. The bias is whole on every rank and added once, after it.
 
     Args:
-        in_channels: input channels in all.
-        out_channels: output channels, whole on every rank.
-        kernel_size, stride, padding, dilation, groups, padding_mode: as ``torch.nn.Conv2d``; groups are split whole.
+        shape, options: as ``torch.nn.Conv2d``, which are channels of the whole; groups are split whole.
         axis: the ranks that share the input channels.
-        bias: add one.
         input_is_parallel: the input is this rank's channels already (a column-parallel convolution's output); False: it
             is whole and this layer takes its own.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | str | tuple[int, int] = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: PaddingMode = "zeros",
-        *,
-        axis: Axis,
-        input_is_parallel: bool = True,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        whole = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, "meta", dtype
-        )
-        self._setup(whole, axis, input_is_parallel)
-        self._allocate(device)
-
-    def _setup(self, conv: nn.Conv2d, axis: Axis, input_is_parallel: bool) -> None:
-        _ParallelConv2d.__init__(self, conv, axis)
+    def __init__(self, *shape: Any, axis: Axis, input_is_parallel: bool = True, **options: Any) -> None:
+        super().__init__(*shape, axis=axis, **options)
         self.input_is_parallel = input_is_parallel
-        whole = range(conv.out_channels)
-        if self.groups > 1:  # the weight's rows are output channels, each over its own group's inputs
-            self._fill(conv, 0, self._spans(axis.rank)[1], whole)
-        else:
-            self._fill(conv, 1, self.share(axis.rank), whole)
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, axis: Axis, input_is_parallel: bool = True) -> RowParallelConv2d:
         """This rank's copy of its part of ``conv``."""
         layer = cls.__new__(cls)
-        layer._setup(conv, axis, input_is_parallel)
+        layer._hold(conv, axis)
+        layer.input_is_parallel = input_is_parallel
         return layer
+
+    def _shards(self, conv: nn.Conv2d) -> tuple[Shard, Shard]:
+        if self.groups > 1:  # the weight's rows are output channels, each over its own group's inputs
+            weight = Shard(tuple(conv.weight.shape), 0, _spans_of(self._spans(self.axis.rank)[1]))
+        else:
+            weight = Shard(tuple(conv.weight.shape), 1, _spans_of(self.share(self.axis.rank)))
+        return weight, Shard((conv.out_channels,), 0, (range(conv.out_channels),))
 
     def share(self, rank: int) -> range:
         """The input channels of ``rank``."""
@@ -218,6 +174,10 @@ class RowParallelConv2d(_ParallelConv2d):
         """Every rank's groups are outputs of their own: gathered, nothing to add up."""
         y = self._convolve(x, None, len(partition.split(self.groups, self.axis.size)[self.axis.rank]))
         return collectives.all_gather(y, self.axis, 1, [len(self._spans(rank)[1]) for rank in range(self.axis.size)])
+
+
+def _spans_of(share: range) -> tuple[range, ...]:
+    return (share,) if share else ()
 
 
 def _grow(x: Tensor, pad: list[int]) -> Tensor:

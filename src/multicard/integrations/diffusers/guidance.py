@@ -14,10 +14,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from multicard.errors import UnsupportedError
 from multicard.guidance import BatchPlan, Branches, unwrap
+from multicard.integrations.diffusers.state import ModuleState
 from multicard.mesh import Axis
 
 DENOISER_NAMES = re.compile(r"transformer|unet|prior|denoiser|(^|_)dit($|_)|^decoder$")
@@ -32,8 +34,8 @@ class HookedDenoiser:
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name, self.module = name, module
-        self._modules = list(module.modules())
-        self._signature = inspect.signature(type(getattr(module, "_orig_mod", module)).forward)
+        self._modules = list(uncompiled(module).modules())
+        self._signature = inspect.signature(type(uncompiled(module)).forward)
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The call's arguments by name."""
@@ -49,6 +51,9 @@ class HookedDenoiser:
     def run(self, kwargs: Mapping[str, Any]) -> Any:
         call = type(self.module).__call__
         return getattr(call, PLAIN, call)(self.module, **kwargs)
+
+    def state(self) -> object:
+        return ModuleState(self._modules)
 
     def freeze(self) -> Callable[[Mapping[str, Any]], Any]:
         """``run`` with the hooks of now: diffusers' and accelerate's hooks live in ``forward`` of the instance."""
@@ -100,11 +105,11 @@ class GuidedPipeline:
         found = denoisers(pipe)
         for name, module in found.items():
             check_caches(name, module)
-            intercept(module, "__call__", GuidedPipeline.denoise, self)
+            intercept(module, "__call__", "denoise", self)
         self._denoisers = {module: HookedDenoiser(name, module) for name, module in found.items()}
         for component in pipe.components.values():
             if hasattr(component, "step") and hasattr(component, "set_timesteps"):
-                intercept(component, "step", GuidedPipeline.step, self)
+                intercept(component, "step", "step", self)
 
     def denoise(self, module: nn.Module, plain: Plain, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         denoiser = self._denoisers.get(module)
@@ -139,7 +144,7 @@ class GuidedModel:
         check_caches(type(module).__name__, module)
         self._denoiser = HookedDenoiser(type(module).__name__, module)
         self._branches = Branches(axis, batch, step_per_call=True)
-        intercept(module, "__call__", GuidedModel.denoise, self)
+        intercept(module, "__call__", "denoise", self)
 
     def __deepcopy__(self, memo: Any) -> GuidedModel:
         return self
@@ -158,7 +163,7 @@ def guide_pipeline(pipe: Any, axis: Axis, batch: BatchPlan) -> None:
     """CFG parallel for every later call of ``pipe``."""
     guide = GuidedPipeline(axis, batch)
     guide.attach(pipe)
-    intercept(pipe, "__call__", GuidedPipeline.run, guide)
+    intercept(pipe, "__call__", "run", guide)
 
 
 def guide_model(module: nn.Module, axis: Axis, batch: BatchPlan) -> None:
@@ -175,8 +180,15 @@ def denoisers(pipe: Any) -> dict[str, nn.Module]:
     return found
 
 
+def uncompiled(module: nn.Module) -> nn.Module:
+    """What ``torch.compile`` wraps; another module is itself."""
+    wrapped = getattr(module, "_orig_mod", module)
+    assert isinstance(wrapped, nn.Module)
+    return wrapped
+
+
 def _is_beside(module: nn.Module) -> bool:
-    packages = [base.__module__.split(".") for base in type(getattr(module, "_orig_mod", module)).__mro__]
+    packages = [base.__module__.split(".") for base in type(uncompiled(module)).__mro__]
     return any(p[0] == "transformers" or any(name in p for name in NO_DENOISERS) for p in packages)
 
 
@@ -192,8 +204,8 @@ def check_caches(name: str, module: nn.Module) -> None:
                 )
 
 
-def intercept(instance: Any, name: str, method: Callable[..., Any], guide: GuidedPipeline | GuidedModel) -> None:
-    """Let ``method(guide, instance, plain, args, kwargs)`` answer ``instance.name``, which was ``plain`` before."""
+def intercept(instance: Any, name: str, answer: str, guide: GuidedPipeline | GuidedModel) -> None:
+    """Let ``guide.answer(instance, plain, args, kwargs)`` answer ``instance.name``, which was ``plain`` before."""
     instance.__dict__[GUIDE] = guide
     cls = type(instance)
     plain = getattr(cls, name)
@@ -202,10 +214,10 @@ def intercept(instance: Any, name: str, method: Callable[..., Any], guide: Guide
 
     @functools.wraps(plain)
     def intercepted(self: Any, /, *args: Any, **kwargs: Any) -> Any:
-        guide = self.__dict__.get(GUIDE)
+        guide = None if torch.compiler.is_compiling() else self.__dict__.get(GUIDE)
         if guide is None:
             return plain(self, *args, **kwargs)
-        return method(guide, self, functools.partial(plain, self), args, kwargs)
+        return getattr(guide, answer)(self, functools.partial(plain, self), args, kwargs)
 
     setattr(intercepted, PLAIN, plain)
     setattr(cls, name, intercepted)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from multicard.errors import ConfigError
-from multicard.integrations.diffusers.guidance import denoisers, guide_model, guide_pipeline
+from multicard.errors import ConfigError, UnsupportedError
+from multicard.integrations.diffusers.guidance import denoisers, guide_model, guide_pipeline, uncompiled
 from multicard.integrations.diffusers.load import is_split
 from multicard.integrations.diffusers.plans import BATCH
-from multicard.integrations.diffusers.sequence import SequenceSplit, check_guidance, check_sequence, sequence_plan
-from multicard.integrations.diffusers.tensor import tensor_changes, tensor_plan
+from multicard.integrations.diffusers.sequence import (
+    SequenceSplit,
+    check_guidance,
+    check_sequence,
+    sequence_plan,
+    shares_sequence,
+)
+from multicard.integrations.diffusers.tensor import Change, tensor_changes, tensor_plan
 from multicard.mesh import ParallelMesh
 
 PLAN_KEYS = ("batch", "sequence", "tensor")
@@ -37,21 +44,30 @@ def parallelize(target: Any, mesh: ParallelMesh, plan: Mapping[str, Any] | None 
     if unknown := set(plan) - set(PLAN_KEYS):
         raise ConfigError(f"plan: unknown part {', '.join(sorted(unknown))}: must be {', '.join(PLAN_KEYS)}")
     models = {"": target} if isinstance(target, nn.Module) else denoisers(target)
-    changes = []
+    changes: list[Change] = []
     if mesh.tp.size > 1:
         for model in (model for model in models.values() if not is_split(model)):
+            check_uncompiled(model)
             changes += tensor_changes(model, mesh.tp, plan.get("tensor") or tensor_plan(model))
-    sequences = {}
     if mesh.sequence.size > 1:
         check_guidance(target)
-        sequences = {name: plan.get("sequence") or sequence_plan(model) for name, model in models.items()}
-        for name, sequence in sequences.items():
-            check_sequence(models[name], sequence)
+        for model in (model for model in models.values() if not shares_sequence(model, mesh)):
+            check_uncompiled(model)
+            sequence = plan.get("sequence") or sequence_plan(model)
+            check_sequence(model, sequence)
+            changes.append(functools.partial(SequenceSplit, model, mesh, sequence))
     for change in changes:
         change()
-    for name, sequence in sequences.items():
-        SequenceSplit(models[name], mesh, sequence)
     if mesh.cfg.size > 1:
         guide = guide_model if isinstance(target, nn.Module) else guide_pipeline
         guide(target, mesh.cfg, plan.get("batch", BATCH))
     return target
+
+
+def check_uncompiled(model: nn.Module) -> None:
+    """Refuse a compiled model: what was compiled wouldn't notice what is put in."""
+    name = type(uncompiled(model)).__name__
+    if uncompiled(model) is not model or model._compiled_call_impl is not None:
+        raise UnsupportedError(
+            f"{name} is compiled, and tp, ring and ulysses change it inside: parallelize, then compile; or use cfg"
+        )

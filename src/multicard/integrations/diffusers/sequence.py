@@ -26,6 +26,8 @@ from multicard.integrations.plan import Rule
 from multicard.mesh import ParallelMesh
 from multicard.partition import split
 
+DEGREES = "_multicard_sequence"
+
 
 def sequence_plan(model: nn.Module) -> SequencePlan:
     """Ours for this class, with the model's own ``_cp_plan`` merged in.
@@ -103,6 +105,19 @@ def check_sequence(model: nn.Module, plan: SequencePlan) -> None:
             )
 
 
+def shares_sequence(model: nn.Module, mesh: ParallelMesh) -> bool:
+    """Whether the model's sequence is split already: it may be a component of two pipelines.
+
+    Raises:
+        UnsupportedError: it is, at other degrees.
+    """
+    degrees = model.__dict__.get(DEGREES)
+    if degrees not in (None, (mesh.ring.size, mesh.ulysses.size)):
+        name, (ring, ulysses) = type(model).__name__, degrees
+        raise UnsupportedError(f"{name} is split by ring={ring} and ulysses={ulysses} already: load it once more")
+    return degrees is not None
+
+
 class SequenceSplit:
     """One model's image tokens over ``mesh.sequence``; every rank calls the model alike."""
 
@@ -110,6 +125,7 @@ class SequenceSplit:
         check_sequence(model, plan)
         self.mesh, self.plan = mesh, plan
         self._name = type(model).__name__
+        model.__dict__[DEGREES] = (mesh.ring.size, mesh.ulysses.size)
         self._length: int | None = None  # tokens of the whole sequence that is split now; None: none is
         self._outer: Tensor | None = None  # what the plan's outer_mask stands for, inside a forward
         model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True)
@@ -187,7 +203,8 @@ class SequenceSplit:
         def attending(*args: Any, **kwargs: Any) -> Any:
             if self._length is None:  # called by itself, outside the model
                 return forward(*args, **kwargs)
-            with _Attend(self) as mode:
+            mode = _Attend(self)
+            with mode:  # not "as mode": Dynamo has no value for that
                 output = forward(*args, **kwargs)
             if not mode.attended:
                 raise UnsupportedError(

@@ -20,7 +20,7 @@ FROM_HEADS = ("to_out", "to_add_out")
 NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 PLAIN_ACTIVATIONS, GATED_ACTIVATIONS = ("GELU", "ApproximateGELU", "LinearActivation"), ("GEGLU", "SwiGLU")
 
-Change = Callable[[], None]
+Change = Callable[[], object]
 
 
 def tensor_plan(model: nn.Module) -> Mapping[str, str]:

@@ -1,0 +1,91 @@
+"""A denoising step as it is remembered: its calls of denoisers, and which rank computes which of their rows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from multicard.guidance.batch import NotSplittableError, take_output
+from multicard.guidance.trees import tensors_of
+from multicard.partition import split
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Kind:
+    """What one call is like.
+
+    Attributes:
+        key: its signature: two calls of the same have arguments and outputs of the same shapes.
+        rows: rows of its batch.
+        output: its output, with meta tensors.
+        pure: its output is all that it leaves behind, so a rank may leave it out.
+    """
+
+    key: Hashable
+    rows: int
+    output: Any
+    device: torch.device
+    pure: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Step:
+    """The calls of a step, and the rows of each that every rank computes. ``number`` counts the steps remembered."""
+
+    kinds: tuple[Kind, ...]
+    shares: tuple[tuple[range, ...], ...]
+    number: int
+
+    def exchanged(self, call: int) -> bool:
+        """Whether the output of that call travels: no rank computes it whole for itself alone."""
+        return not all(len(share) == self.kinds[call].rows for share in self.shares[call])
+
+    def sent(self, rank: int) -> list[tuple[int, list[Tensor]]]:
+        """What ``rank`` sends: calls, and templates of the tensors of their outputs."""
+        mine = [(i, shares[rank]) for i, shares in enumerate(self.shares) if shares[rank] and self.exchanged(i)]
+        return [(i, tensors_of(part_of(self.kinds[i], share))) for i, share in mine]
+
+
+def part_of(kind: Kind, share: range) -> Any:
+    """What of the output's templates a call on ``share`` of the rows returns."""
+    return kind.output if len(share) == kind.rows else take_output(kind.output, share, kind.rows)
+
+
+def deal(kinds: Sequence[Kind], may_split: Mapping[Hashable, bool], ranks: int) -> tuple[tuple[range, ...], ...]:
+    """For every call the rows that each rank computes: even shares of the rows of all calls, in order.
+
+    A call that can't be split goes to the rank that its middle row falls to. A call that isn't pure, and a single one
+    that can't be split, is computed by every rank.
+    """
+    pure = [kind for kind in kinds if kind.pure]
+    turns = split(sum(kind.rows for kind in pure), ranks)
+    shares: list[tuple[range, ...]] = []
+    start = 0
+    for kind in kinds:
+        splits = _has_rows(kind) and may_split.get(kind.key, True)
+        if not kind.pure or (len(pure) == 1 and not splits):
+            shares.append((range(kind.rows),) * ranks)
+            continue
+        if splits:
+            shares.append(tuple(_overlap(turn, start, kind.rows) for turn in turns))
+        else:
+            middle = start + (kind.rows - 1) // 2
+            shares.append(tuple(range(kind.rows if middle in turn else 0) for turn in turns))
+        start += kind.rows
+    return tuple(shares)
+
+
+def _overlap(turn: range, start: int, rows: int) -> range:
+    first, end = max(turn.start - start, 0), min(turn.stop - start, rows)
+    return range(first, end) if first < end else range(0)
+
+
+def _has_rows(kind: Kind) -> bool:
+    try:
+        return kind.rows > 1 and bool(take_output(kind.output, range(1), kind.rows) is not None)
+    except NotSplittableError:
+        return False
