@@ -212,7 +212,6 @@ TENSOR: dict[str, dict[str, str]] = {
     "CogView3PlusTransformer2DModel": _SELF_BLOCKS,
     "CogView4Transformer2DModel": _SELF_BLOCKS,
     "ConsisIDTransformer3DModel": _SELF_BLOCKS,
-    "MochiTransformer3DModel": {**_SELF_BLOCKS, "transformer_blocks.*.ff_context": "feed_forward"},
     "AllegroTransformer3DModel": _CROSS_BLOCKS,
     "LatteTransformer3DModel": {
         "{transformer_blocks,temporal_transformer_blocks}.*.{attn1,attn2}": "attention",
