@@ -32,6 +32,8 @@ def build(name, **arguments):
 def sample(pipe, arguments, seed=0):
     """Final latents (DiT: the picture) of one run."""
     output = pipe(**arguments, generator=torch.Generator().manual_seed(seed))
+    if isinstance(output, torch.Tensor):
+        return output
     frames = getattr(output, "images", None)
     return frames if frames is not None else output.frames
 
