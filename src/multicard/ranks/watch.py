@@ -63,7 +63,8 @@ class Watch:
             if rank in call.answers or waits is None or waits.number is None:
                 continue
             for other in sorted(set(left).intersection(waits.ranks)):
-                if left[other].get(waits.key, 0) < waits.number:
+                entered = left[other].get(waits.key)  # None where it has destroyed the group since
+                if entered is not None and entered < waits.number:
                     return hang.left(other, call.label, waits, activities)
         return None
 
