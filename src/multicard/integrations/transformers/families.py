@@ -203,6 +203,15 @@ FAMILIES: dict[str, Family] = {
             "**.self_attn.k_norm.weight": "key_value_heads",
         }
     ),
+    "dinov3_vit": Family(
+        _rules(
+            query="attention.q_proj",
+            key_value="attention.{k_proj,v_proj}",
+            attention_out="attention.o_proj",
+            column="mlp.{gate_proj,up_proj}",
+            row="mlp.down_proj",
+        )
+    ),
     "distilbert": Family(
         _rules(
             query="attention.q_lin",
@@ -247,6 +256,9 @@ FAMILIES: dict[str, Family] = {
             row="mlp.fc_out",
         )
     ),
+    "lfm2": Family(
+        _rules(**_NAMES, attention_out="self_attn.out_proj", column="feed_forward.{w1,w3}", row="feed_forward.w2")
+    ),
     "mllama_text_model": Family(
         _rules(
             query="{self_attn,cross_attn}.q_proj",
@@ -256,6 +268,7 @@ FAMILIES: dict[str, Family] = {
             row="mlp.down_proj",
         )
     ),
+    "modernbert": Family(_rules(qkv="attn.Wqkv", attention_out="attn.Wo", gate_up="mlp.Wi", row="mlp.Wo")),
     "mpnet": Family(
         _rules(
             query="attention.attn.q",
