@@ -245,9 +245,7 @@ def leave_free(mesh, nbytes):
 def test_a_cache_that_does_not_fit_is_refused_and_the_next_request_served(checkpoint):
     with mc.LLM(checkpoint[0], tp=2) as llm:
         llm._ranks.run(leave_free, 10_000)
-        with pytest.raises(
-            ConfigError, match=r"keys and values of 3 × 41 tokens take .* GiB, and .* GiB free"
-        ):
+        with pytest.raises(ConfigError, match=r"keys and values of 3 × 41 tokens take .* GiB, and .* GiB free"):
             llm.generate([[1, 2]] * 3, max_new_tokens=40)
         assert llm.generate([1, 2], max_new_tokens=2).token_ids
 
