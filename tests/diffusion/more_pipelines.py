@@ -132,10 +132,10 @@ def cogview4():
 
 
 @family
-def stable_diffusion():
+def stable_diffusion(in_channels=4):
     """A U-Net, one batch."""
     unet = diffusers.UNet2DConditionModel(
-        block_out_channels=(8, 16), layers_per_block=1, sample_size=16, in_channels=4, out_channels=4,
+        block_out_channels=(8, 16), layers_per_block=1, sample_size=16, in_channels=in_channels, out_channels=4,
         norm_num_groups=2, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=32, attention_head_dim=4,
@@ -225,3 +225,43 @@ def guider_auto():
     """Two branches, the second by a model without some of its layers."""
     weaker = diffusers.LayerSkipConfig(indices=[0], fqn="transformer_blocks")
     return hunyuan_image(diffusers.AutoGuidance(guidance_scale=2.0, auto_guidance_config=weaker))
+
+
+@family
+def modular_wan():
+    """Blocks instead of a pipeline class: the guider loops over calls of the denoiser."""
+    pipe = diffusers.modular_pipelines.wan.modular_blocks_wan.WanCoreDenoiseStep().init_pipeline()
+    pipe.update_components(
+        transformer=wan_transformer(), scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        guider=diffusers.ClassifierFreeGuidance(guidance_scale=3.0, stop=0.8),
+    )  # fmt: skip
+    return pipe, {
+        "prompt_embeds": embeds(1, 9, 32), "negative_prompt_embeds": NEGATIVE, "height": 48, "width": 48,
+        "num_frames": 9, "num_inference_steps": 5, "output": "latents",
+    }  # fmt: skip
+
+
+@family
+def instruct_pix2pix():
+    """Three branches in one batch, with another image latent each."""
+    pipe, arguments = stable_diffusion(in_channels=8)
+    pipe = diffusers.StableDiffusionInstructPix2PixPipeline(
+        pipe.vae, None, None, pipe.unet, pipe.scheduler, None, None, requires_safety_checker=False
+    )
+    del arguments["height"], arguments["width"]
+    image = embeds(2, 3, 80, 48).sigmoid()
+    return pipe, {**arguments, "image": image, "image_guidance_scale": 1.5, "num_inference_steps": 4}
+
+
+@family
+def controlnet_heun():
+    """Two calls a step, and a network beside the denoiser."""
+    pipe, arguments = stable_diffusion()
+    net = diffusers.ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(4,) * 4)
+    for parameter in net.controlnet_mid_block.parameters():
+        torch.nn.init.normal_(parameter)
+    pipe = diffusers.StableDiffusionControlNetPipeline(
+        pipe.vae, None, None, pipe.unet, net, diffusers.HeunDiscreteScheduler(), None, None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+    return pipe, {**arguments, "image": embeds(2, 3, 80, 48).sigmoid()}

@@ -24,7 +24,9 @@ MESHES = {
     "ulysses=2 tp=2": {"ulysses": 2, "tp": 2},
     "cfg=2 tp=2": {"cfg": 2, "tp": 2},
 }
-ONLY_CFG = ("hidream", "guider_apg", "guider_slg", "guider_auto")  # slow, or the same model under another guider
+ONLY_CFG = (  # slow, or a model that is above under another guidance
+    "hidream", "guider_apg", "guider_slg", "guider_auto", "modular_wan", "instruct_pix2pix", "controlnet_heun",
+)  # fmt: skip
 
 
 def outcomes(mesh, names):
@@ -85,6 +87,12 @@ def test_the_page_shows_this_table(matrix):
         PAGE.write_text(page[: shown.start(1)] + table + "\n" + page[shown.end(1) :])
     else:
         assert shown[1] == table + "\n", "run UPDATE_DOCS=1 pytest tests/diffusion/test_models.py"
+
+
+def test_three_branches_on_three_ranks(run_on):
+    names = ["instruct_pix2pix", "sd3_skip_layers", "guider_slg", "controlnet_heun", "modular_wan"]
+    for found in run_on(outcomes, names, cfg=3):
+        assert all(error < 1e-5 for error, _ in found.values()), {name: error for name, (error, _) in found.items()}
 
 
 def scales(mesh, name):
