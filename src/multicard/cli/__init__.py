@@ -8,9 +8,7 @@ with one line on standard error. With ``--json`` standard output holds one JSON 
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -18,6 +16,7 @@ import typer
 
 from multicard import errors
 from multicard.cli import generate, image, info, run
+from multicard.cli.interrupts import INTERRUPTED, Interrupts
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command("generate")(generate.generate)
@@ -25,7 +24,6 @@ app.command("image")(image.image)
 app.command("info")(info.info)
 app.command("run", context_settings=run.CONTEXT)(run.run)
 
-INTERRUPTED = 130
 BAD_INPUT = (errors.ConfigError, errors.UnsupportedError, errors.CheckpointError)
 
 
@@ -37,7 +35,7 @@ def multicard() -> None:
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command in ``args`` (None: the process's own) and exit with its code."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is imported; ranks do the same
-    interrupts = _Interrupts()
+    interrupts = Interrupts()
     try:
         code = app(args=args, prog_name="multicard", standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
@@ -56,41 +54,6 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     if code == INTERRUPTED:  # typer has caught Ctrl-C itself
         _fail("interrupted", INTERRUPTED)
     sys.exit(code)
-
-
-class _Interrupts:
-    """Ctrl-C and SIGTERM both raise KeyboardInterrupt, once: ranks and files are cleaned up after.
-
-    Some imports swallow exceptions of every kind: where the process lives on for ``PATIENCE`` seconds it is ended. Its
-    ranks end with it.
-    """
-
-    NUMBERS = (signal.SIGINT, signal.SIGTERM)
-    PATIENCE = 1.5
-
-    def __init__(self) -> None:
-        self._pressed, self._done = threading.Event(), threading.Event()
-        threading.Thread(target=self._watch, name="multicard-interrupts", daemon=True).start()
-        self._before = {number: signal.signal(number, self._interrupt) for number in self.NUMBERS}
-
-    def restore(self) -> None:
-        """Give the signals back."""
-        self._done.set()
-        self._pressed.set()
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _interrupt(self, *_: object) -> None:
-        for number in self.NUMBERS:
-            signal.signal(number, signal.SIG_IGN)
-        self._pressed.set()
-        raise KeyboardInterrupt
-
-    def _watch(self) -> None:
-        self._pressed.wait()
-        if not self._done.wait(self.PATIENCE):
-            os.write(2, b"multicard: interrupted\n")
-            os._exit(INTERRUPTED)
 
 
 def _describe(error: Exception) -> str:
