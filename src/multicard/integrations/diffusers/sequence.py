@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from multicard import collectives
 from multicard.attention.attend import attend
 from multicard.errors import ConfigError, UnsupportedError
+from multicard.integrations.diffusers.calls import changed, named
 from multicard.integrations.diffusers.plans import SEQUENCE, SequencePlan
 from multicard.integrations.plan import Rule
 from multicard.mesh import ParallelMesh
@@ -147,21 +147,21 @@ class SequenceSplit:
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         self._length = self._outer = None
-        arguments = _named(module, args, kwargs)
+        arguments = named(module, args, kwargs)
         for name, allowed in self.plan.refused.items():
             if name in arguments and not any(arguments[name] is value for value in allowed):
                 raise UnsupportedError(f"{self._name}: {name} isn't covered by its sequence plan; use cfg, tp or dp")
         if self.plan.outer_mask is None:
             return None
         self._outer = arguments.get(self.plan.outer_mask)
-        return _changed(module, args, kwargs, {self.plan.outer_mask: lambda mask: None})
+        return changed(module, args, kwargs, {self.plan.outer_mask: lambda mask: None})
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         self._length = self._outer = None
 
     def _split_inputs(self, dims: Mapping[str, int], module: nn.Module, args: Any, kwargs: Any) -> Any:
         take = {name: functools.partial(self._take, dim=dim, what=name) for name, dim in dims.items()}
-        return _changed(module, args, kwargs, take)
+        return changed(module, args, kwargs, take)
 
     def _split_outputs(self, numbers: Mapping[int, int], module: nn.Module, args: Any, output: Any) -> Any:
         if isinstance(output, Tensor):
@@ -343,25 +343,3 @@ def _matching(model: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module]]
             names.append(f"{owner}.{int(number) - len(list(model.get_submodule(owner).children()))}")
         if any(rule.matches(name) for name in names):
             yield path, module
-
-
-def _parameters(module: nn.Module) -> list[str]:
-    return list(inspect.signature(type(module).forward).parameters)[1:]
-
-
-def _named(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    return {**dict(zip(_parameters(module), args, strict=False)), **kwargs}
-
-
-def _changed(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], changes: Mapping[str, Callable[[Any], Any]]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A call's arguments, changed by name and in the order of ``changes`` where they are given."""
-    names, given, named = _parameters(module), list(args), dict(kwargs)
-    for name, change in changes.items():
-        if name in named:
-            named[name] = change(named[name])
-        elif name in names[: len(given)]:
-            position = names.index(name)
-            given[position] = change(given[position])
-    return tuple(given), named

@@ -1,0 +1,35 @@
+"""A module's call: its arguments by name."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+
+@functools.cache
+def parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of what a class's ``forward`` takes, in order."""
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+def named(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All that are given."""
+    return {**dict(zip(parameters(type(module).forward), args, strict=False)), **kwargs}
+
+
+def changed(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], changes: Mapping[str, Callable[[Any], Any]]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call's arguments, changed by name and in the order of ``changes`` where they are given."""
+    names, given, others = parameters(type(module).forward), list(args), dict(kwargs)
+    for name, change in changes.items():
+        if name in others:
+            others[name] = change(others[name])
+        elif name in names[: len(given)]:
+            position = names.index(name)
+            given[position] = change(given[position])
+    return tuple(given), others
