@@ -139,6 +139,26 @@ def test_inner_strides():
     assert_matches(block_attention(q, k, v, scale=0.25), exact(q, k, v))
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [None, "bool 2 4 5"])
+def test_scales_that_are_not_positive(scale, causal, masked):
+    q, k, v = tensors(rows=7)
+    mask = make_mask(masked, 7, 7)
+    got = block_attention(q, k, v, scale=scale, causal=causal, mask=mask)
+    assert_matches(got, exact(q, k, v, mask, causal, scale))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("lowest", [-math.inf, "finfo"])
+def test_additive_masks_of_any_dtype(dtype, lowest):
+    q, k, v = tensors()
+    keep = make_mask("bool 2 1 5", 7, 5)
+    mask = torch.zeros(keep.shape, dtype=dtype)
+    mask = mask.masked_fill(~keep, torch.finfo(dtype).min if lowest == "finfo" else lowest)
+    assert_matches(block_attention(q, k, v, scale=0.25, mask=mask), exact(q, k, v, keep))
+
+
 def test_scores_large_enough_to_overflow_exp():
     q, k, v = tensors(rows=20)
     assert_matches(block_attention(q * 300, k, v, scale=1.0), exact(q * 300, k, v, scale=1.0), 1e-4)

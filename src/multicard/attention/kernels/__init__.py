@@ -76,6 +76,8 @@ def block_attention(
             torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device),
         )
     value_dim = v.shape[3]
+    if scale <= 0:  # a kernel that is causal itself may scale its -inf: to NaN by 0, to +inf by less
+        q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     asked, kernel = kernel, kernel or choose(_request(q, k, v, causal, mask is not None))
     if asked is None and kernel is reference.KERNEL:  # ask for something easier that comes to the same

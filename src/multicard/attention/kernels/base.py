@@ -68,7 +68,7 @@ def additive(mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     lowest = max(MASKED, torch.finfo(dtype).min)
     if mask.dtype == torch.bool:
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, lowest)
-    return mask.clamp(min=lowest).to(dtype)
+    return mask.to(dtype).clamp(min=lowest)  # in that order: float16 can't be clamped at a number beyond its own
 
 
 def repeat_kv(x: Tensor, heads: int) -> Tensor:
