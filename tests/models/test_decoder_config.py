@@ -105,6 +105,7 @@ def test_a_config_that_lacks_a_key(tmp_path):
     [
         ({"model_type": "mistral", "sliding_window": 16}, 16),
         ({"model_type": "mistral", "sliding_window": None, "layer_types": ["full_attention"]}, None),
+        ({"model_type": "mistral", "sliding_window": None, "num_key_value_heads": 4}, None),
         ({"model_type": "qwen2", "sliding_window": 16, "use_sliding_window": False}, None),
         ({"model_type": "qwen2", "sliding_window": 16, "use_sliding_window": True}, 16),
         ({}, None),

@@ -126,7 +126,8 @@ class DecoderConfig:
                 f"model_type {family!r} is not one that LLM has ({', '.join(FAMILIES)}): use mc.parallelize on the "
                 "transformers model"
             )
-        raw = {**FAMILIES[family], **{key: value for key, value in raw.items() if value is not None}}
+        stated = {**FAMILIES[family], **raw}  # null takes a family's default away: no window, as many kv heads as heads
+        raw = {key: value for key, value in stated.items() if value is not None}
         _refuse(raw)
         heads = raw["num_attention_heads"]
         attention_bias = bool(raw.get("attention_bias", False))
