@@ -33,6 +33,11 @@ def convolutions(mesh):
         outputs = {
             "column": (ColumnParallelConv2d.from_conv(whole, mesh.tp, gather_output=True)(x), expected),
             "row": (RowParallelConv2d.from_conv(whole, mesh.tp, input_is_parallel=False)(x), expected),
+            "column, no batch": (ColumnParallelConv2d.from_conv(whole, mesh.tp, gather_output=True)(x[0]), expected[0]),
+            "row, no batch": (
+                RowParallelConv2d.from_conv(whole, mesh.tp, input_is_parallel=False)(x[0]),
+                expected[0],
+            ),
         }
         row = RowParallelConv2d.from_conv(after, mesh.tp)
         if all(column.share(rank) == row.share(rank) for rank in range(mesh.tp.size)):  # with groups they may not

@@ -217,6 +217,8 @@ def test_shares_that_cannot_be_meant_are_refused():
         RowParallelLinear(4, 3, axis, shares=[[range(0, 2)], [range(3, 4)]])  # a row left out
     with pytest.raises(ConfigError, match="ranks hold 3"):
         ColumnParallelLinear(3, 4, axis, gather_output=True, shares=[[range(0, 2)], [range(3, 4)]])
+    with pytest.raises(ConfigError, match="max_norm=1"):
+        VocabParallelEmbedding.from_embedding(torch.nn.Embedding(4, 2, max_norm=1.0), axis)
     with pytest.raises(ConfigError, match="no bias"):
         ParallelLMHead.from_linear(nn.Linear(2, 3), axis)
     with pytest.raises(ConfigError, match="with and without"):

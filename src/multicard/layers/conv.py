@@ -112,7 +112,12 @@ class ColumnParallelConv2d(_ParallelConv2d):
         return partition.split(self.out_channels, self.axis.size)[rank]
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, in_channels, H, W)`` to ``(N, this rank's channels, H', W')``, or all with ``gather_output``."""
+        """``(N, in_channels, H, W)`` to ``(N, this rank's channels, H', W')``, or all with ``gather_output``.
+
+        N may be left out, as in torch.nn.Conv2d.
+        """
+        if x.dim() == 3:
+            return self.forward(x.unsqueeze(0)).squeeze(0)
         groups = 1
         if self.groups > 1:
             mine = self._spans(self.axis.rank)[0]
@@ -161,7 +166,12 @@ class RowParallelConv2d(_ParallelConv2d):
         return partition.split(self.in_channels, self.axis.size)[rank]
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, this rank's channels, H, W)``, or all of them, to ``(N, out_channels, H', W')`` on every rank."""
+        """``(N, this rank's channels, H, W)``, or all of them, to ``(N, out_channels, H', W')`` on every rank.
+
+        N may be left out, as in torch.nn.Conv2d.
+        """
+        if x.dim() == 3:
+            return self.forward(x.unsqueeze(0)).squeeze(0)
         if self.axis.size == 1:
             return self._convolve(x, self.bias, self.groups)
         if not self.input_is_parallel:

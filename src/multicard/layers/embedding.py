@@ -43,7 +43,9 @@ class VocabParallelEmbedding(nn.Module):
 
     @classmethod
     def from_embedding(cls, embedding: nn.Embedding, axis: Axis) -> VocabParallelEmbedding:
-        """This rank's copy of its rows of ``embedding``."""
+        """This rank's copy of its rows of ``embedding``. One with ``max_norm``, which changes its rows, is refused."""
+        if embedding.max_norm is not None:
+            raise ConfigError(f"max_norm={embedding.max_norm}: VocabParallelEmbedding looks rows up as they are")
         vocabulary, hidden = embedding.weight.shape
         layer = cls(vocabulary, hidden, axis, device="meta")
         shard = shard_of(layer.weight)
