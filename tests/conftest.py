@@ -1,12 +1,14 @@
 """Ranks for the tests: real processes, started once a test run and shared by all tests."""
 
 import os
+import signal
 import sys
 
 import cloudpickle
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would the ranks
 
 import multicard as mc
 from multicard.launch import Ranks
