@@ -8,10 +8,11 @@ import cloudpickle
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would the ranks
 
 import multicard as mc
 from multicard.launch import Ranks
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would the ranks
 
 
 def on_mesh(mesh, config, fn, args):

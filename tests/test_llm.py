@@ -236,6 +236,28 @@ def free_memory_of(mesh, folder, free):
     return "loaded"
 
 
+def test_token_ids_may_be_arrays_and_nothing_else_is_taken_for_a_prompt(checkpoint):
+    with mc.LLM(checkpoint[0]) as llm:
+        expected = llm.generate([1, 2, 3], max_new_tokens=3).token_ids
+        assert llm.generate(torch.tensor([1, 2, 3]), max_new_tokens=3).token_ids == expected
+        assert llm.generate(list(torch.tensor([1, 2, 3])), max_new_tokens=3).token_ids == expected
+        assert [g.token_ids for g in llm.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3)] == [expected]
+        assert llm.logits(torch.tensor([1, 2])).shape[0] == 2
+        for wrong in ([True], [1.0], None, 5, b"x", [[1.5]]):
+            with pytest.raises(ConfigError, match="is no prompt"):
+                llm.generate(wrong)
+        with pytest.raises(ConfigError, match="takes a list of token ids"):
+            llm.logits("hi")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"timeout": 0}, {"timeout": float("nan")}, {"timeout": "3"}, {"threads_per_rank": 0}]
+)
+def test_settings_that_cannot_be_meant_are_refused(checkpoint, wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        mc.LLM(checkpoint[0], **wrong)
+
+
 def leave_free(mesh, nbytes):
     import multicard.models.memory as module
 

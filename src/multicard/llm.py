@@ -130,6 +130,7 @@ class LLM:
             ConfigError: a value or a prompt that can't be meant, one longer than the model's context.
             UnsupportedError: more tokens than the checkpoint's sliding window.
         """
+        prompts = _plain(prompts)
         many = _is_list(prompts)
         each: Sequence[Any] = prompts if many else [prompts]
         ids = [self._encode(prompt, raw) for prompt in each]
@@ -160,14 +161,17 @@ class LLM:
         """
         if self.tokenizer is None:
             raise ConfigError(f"{self.path} has no tokenizer.json to stream text with: use generate")
-        ids = self._encode(prompt, raw)
+        ids = self._encode(_plain(prompt), raw)
         request = self._request([ids], max_new_tokens, Sampling(temperature, top_k, top_p, seed), ignore_eos)
         return self.tokenizer.pieces(self._alive().stream(_stream, self._model, request))
 
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Logits after every token: ``(sequence, vocabulary)`` float32 on the CPU."""
-        self._request([list(token_ids)], 1, Sampling(), True)
-        return self._alive().run(_logits, self._model, list(token_ids))[0]
+        ids = _plain(token_ids)
+        if not _is_ids(ids):
+            raise ConfigError(f"token_ids={token_ids!r}: logits takes a list of token ids")
+        self._request([ids], 1, Sampling(), True)
+        return self._alive().run(_logits, self._model, ids)[0]
 
     def restart(self) -> None:
         """End the ranks, start new ones, and load again."""
@@ -189,12 +193,14 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _encode(self, prompt: Prompt, raw: bool) -> list[int]:
-        if not isinstance(prompt, str) and all(isinstance(part, int) for part in prompt):
-            return list(prompt)  # type: ignore[arg-type]
+    def _encode(self, prompt: Any, raw: bool) -> list[int]:
+        if _is_ids(prompt):
+            return list(prompt)
+        if not isinstance(prompt, str) and not _is_chat(prompt):
+            raise ConfigError(f"{prompt!r} is no prompt: text, a list of token ids, or chat messages")
         if self.tokenizer is None:
             raise ConfigError(f"{self.path} has no tokenizer.json: give the prompt as token ids")
-        return self.tokenizer.encode(prompt, raw)  # type: ignore[arg-type]
+        return self.tokenizer.encode(prompt, raw)
 
     def _request(self, prompts: list[list[int]], new: int, sampling: Sampling, ignore_eos: bool) -> Request:
         request = Request(prompts, new, sampling, frozenset() if ignore_eos else frozenset(self.config.eos))
@@ -289,9 +295,24 @@ def _logits(mesh: ParallelMesh, slot: _Slot, token_ids: list[int]) -> torch.Tens
     return decoding.logits(slot.model, token_ids)
 
 
+def _plain(prompts: Any) -> Any:
+    """Tensors and arrays of token ids, and numbers out of them, as Python's own."""
+    if hasattr(prompts, "tolist"):
+        return prompts.tolist()
+    return [_plain(part) for part in prompts] if isinstance(prompts, list | tuple) else prompts
+
+
+def _is_ids(prompt: Any) -> bool:
+    return isinstance(prompt, list) and all(type(part) is int for part in prompt)
+
+
+def _is_chat(prompt: Any) -> bool:
+    return isinstance(prompt, list) and all(isinstance(part, Mapping) for part in prompt)
+
+
 def _is_list(prompts: Any) -> bool:
     """Whether these are several prompts, and not one of text, token ids or messages."""
-    return not isinstance(prompts, str) and not all(isinstance(part, int | Mapping) for part in prompts)
+    return isinstance(prompts, list) and not _is_ids(prompts) and not _is_chat(prompts)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,11 @@ import dataclasses
 from collections.abc import Mapping
 
 from multicard.config import ParallelConfig
+from multicard.errors import ConfigError
 from multicard.ranks.hosts import Hosts
+
+LONGEST = 1e9
+"""Seconds: thirty years."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,6 +18,9 @@ class Settings:
     """What a job is started with; :class:`multicard.launch.Ranks` describes the fields.
 
     ``log_mode`` is how log files are opened: "a" after a restart, which is when somebody wants to read them.
+
+    Raises:
+        ConfigError: a number that can't be meant.
     """
 
     config: ParallelConfig
@@ -28,6 +35,15 @@ class Settings:
     console: str = "rank0"
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
     hosts: Hosts = dataclasses.field(default_factory=Hosts)
+
+    def __post_init__(self) -> None:
+        for name in ("timeout", "start_timeout"):
+            seconds = getattr(self, name)
+            if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 < seconds < LONGEST:
+                raise ConfigError(f"{name}={seconds!r}: seconds, more than 0 and less than {LONGEST:g}")
+        threads = self.threads_per_rank
+        if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
+            raise ConfigError(f"threads_per_rank={threads!r}: a whole number of 1 or more, or None")
 
     @property
     def ranks(self) -> range:
