@@ -7,6 +7,7 @@ import os
 
 import psutil
 import torch
+import torch.distributed as dist
 
 from multicard.errors import ConfigError
 
@@ -14,8 +15,9 @@ GIB = float(1 << 30)
 
 
 def ranks_here() -> int:
-    """How many ranks share this host's memory."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    """How many ranks share this host's memory; where nobody says, all of them."""
+    everybody = dist.get_world_size() if dist.is_initialized() else 1
+    return int(os.environ.get("LOCAL_WORLD_SIZE", everybody))
 
 
 def free_bytes(device: torch.device, ranks: int) -> int:

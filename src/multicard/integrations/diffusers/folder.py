@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.util
-import json
 import pathlib
 import sys
 from typing import Any
@@ -20,6 +19,7 @@ from multicard.integrations.diffusers.parallelize import parallelize
 from multicard.integrations.diffusers.sequence import check_sequence, sequence_plan
 from multicard.integrations.diffusers.tensor import tensor_changes, tensor_plan
 from multicard.mesh import Axis, ParallelMesh
+from multicard.models.config import read_json
 from multicard.weights import agree
 from multicard.weights.checkpoint import read_header
 
@@ -111,7 +111,7 @@ class PipelineFolder:
         file = self.path / INDEX
         if not file.is_file():
             raise CheckpointError(f"{self.path}: no {INDEX} there, so it isn't a diffusers pipeline")
-        return _json(file)
+        return read_json(self.path, INDEX)
 
     def _check_class(self, name: Any) -> None:
         import diffusers
@@ -130,7 +130,7 @@ class PipelineFolder:
         if (folder / f"{library}.py").exists():
             self._check_code(f"{name}/{library}.py", f"{cls} is defined in")
         for file in sorted(folder.glob("*.index.json" if self.variant is None else f"*.index.{self.variant}.json")):
-            for shard in set(_json(file).get("weight_map", {}).values()):
+            for shard in set(read_json(folder, file.name).get("weight_map", {}).values()):
                 if not (folder / str(shard)).is_file():
                     raise CheckpointError(f"{folder / str(shard)}: no such file, and {file.name} names it")
         weights = sorted(folder.glob("*.safetensors"))
@@ -175,7 +175,7 @@ def _check_plans(folder: pathlib.Path, name: str, degrees: ParallelConfig) -> No
     cls = getattr(diffusers, name, None)
     if cls is None or not issubclass(cls, torch.nn.Module):
         return
-    config = {key: value for key, value in _json(folder / "config.json").items() if key != "quantization_config"}
+    config = {key: value for key, value in read_json(folder, "config.json").items() if key != "quantization_config"}
     try:
         with torch.device("meta"):
             model = cls.from_config(config)
@@ -186,18 +186,6 @@ def _check_plans(folder: pathlib.Path, name: str, degrees: ParallelConfig) -> No
         tensor_changes(model, tp, tensor_plan(model))
     if degrees.ring * degrees.ulysses > 1:
         check_sequence(model, sequence_plan(model))
-
-
-def _json(file: pathlib.Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: no such file") from None
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{file} is not a JSON object")
-    return found
 
 
 def _line(error: Exception) -> str:
