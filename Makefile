@@ -4,17 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 MODEL := .cache/smollm2
+INSTALL := python -m pip install --quiet --disable-pip-version-check
+EVERYTHING := .[transformers,diffusers,dev]
 QUESTION := What is the capital of France?
 
-.PHONY: help demo test soak check bench docs clean
+.PHONY: help demo test test-lowest test-latest soak check bench docs lock clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml requirements.lock
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"multicard needs Python 3.11 or newer, this is {sys.version.split()[0]}: make PYTHON=python3.11 ..."'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[transformers,diffusers,dev]'
+	$(BIN)/$(INSTALL) --constraint requirements.lock pip setuptools
+	$(BIN)/$(INSTALL) --constraint requirements.lock --no-build-isolation --editable '$(EVERYTHING)'
 	touch $@
 
 $(MODEL)/config.json: | $(READY)
@@ -26,6 +29,19 @@ demo: $(READY) $(MODEL)/config.json  ## a real model answers a question, and a p
 
 test: $(READY) $(MODEL)/config.json  ## all tests but the soak
 	$(BIN)/python -m pytest -m "not soak"
+
+test-lowest: $(MODEL)/config.json  ## the tests of seams into other libraries, with the lowest versions of pyproject.toml
+	$(PYTHON) -m venv .venv-lowest
+	$(PYTHON) tools/requirements.py lowest > .venv-lowest/constraints.txt
+	.venv-lowest/bin/$(INSTALL) --constraint .venv-lowest/constraints.txt --editable '$(EVERYTHING)'
+	.venv-lowest/bin/python -m pytest -m "seam and not soak"
+
+test-latest: $(MODEL)/config.json  ## the same, with the newest versions that there are today
+	$(PYTHON) -m venv .venv-latest
+	$(PYTHON) tools/requirements.py latest > .venv-latest/constraints.txt
+	.venv-latest/bin/$(INSTALL) --upgrade pip
+	.venv-latest/bin/$(INSTALL) --upgrade --upgrade-strategy eager --constraint .venv-latest/constraints.txt --editable '$(EVERYTHING)'
+	.venv-latest/bin/python -m pytest -m "seam and not soak"
 
 soak: $(READY) $(MODEL)/config.json  ## the long counts: faults, stress, long contexts
 	$(BIN)/python -m pytest -m soak
@@ -41,7 +57,11 @@ bench: $(READY) $(MODEL)/config.json  ## every benchmark, one after the other, o
 docs: $(READY)  ## write the generated tables in docs/ again
 	$(BIN)/python tests/attention/features.py
 	$(BIN)/python tests/transformers/table.py
+	$(BIN)/python tests/versions_table.py
 	UPDATE_DOCS=1 $(BIN)/python -m pytest tests/diffusion/test_models.py
 
+lock:  ## write requirements.lock again: the newest versions that go together
+	$(PYTHON) tools/requirements.py lock
+
 clean:  ## remove what these commands made
-	rm -rf $(VENV) .cache out build .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-lowest .venv-latest .cache out build .pytest_cache .hypothesis .ruff_cache .mypy_cache
