@@ -1,6 +1,7 @@
 """What pipelines do beside calling their denoiser: compare types, read signatures, store attention, compile, share."""
 
 import copy
+import dataclasses
 import inspect
 
 import diffusers
@@ -12,7 +13,7 @@ from test_guidance import Scripted, scripted
 
 import multicard as mc
 from multicard.errors import UnsupportedError
-from multicard.integrations.diffusers.guidance import guide_pipeline
+from multicard.integrations.diffusers.doors import open_pipeline
 from multicard.integrations.diffusers.plans import BATCH
 from multicard.mesh import Axis
 
@@ -24,7 +25,7 @@ def test_objects_keep_their_class_and_signatures():
     plain = [inspect.signature(scheduler.step) for scheduler in schedulers]
     for scheduler in schedulers:
         pipe = Scripted(transformer, scheduler)
-        guide_pipeline(pipe, Axis("cfg", 0, 2), BATCH)
+        open_pipeline(pipe, dataclasses.replace(mc.single(), cfg=Axis("cfg", 0, 2)), BATCH)
         assert type(pipe) is Scripted
     assert [inspect.signature(scheduler.step) for scheduler in schedulers] == plain
     assert "eta" in plain[0].parameters

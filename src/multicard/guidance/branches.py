@@ -24,12 +24,13 @@ from torch.utils._pytree import tree_map_only
 from multicard import collectives
 from multicard.errors import UnsupportedError
 from multicard.guidance.batch import BatchPlan, merge_outputs
-from multicard.guidance.exchange import Status, agree, exchange, fingerprint, pack, size_of, unpack
+from multicard.guidance.exchange import Agreed, agree, exchange, pack, size_of, unpack
 from multicard.guidance.lazy import Promise, promise_like, unwrap
-from multicard.guidance.step import Kind, Step, deal, part_of
+from multicard.guidance.step import Kind, Step, deal, is_torn, part_of
 from multicard.guidance.trees import clone, fill, is_transparent, same_shapes, signature, template, tensors_of
 from multicard.guidance.trial import passes, random_state
 from multicard.mesh import Axis
+from multicard.replica import Status
 
 CHANGES = 2
 """A denoiser that has changed in as many calls isn't just filling caches (positions, frequencies) for a new shape."""
@@ -87,7 +88,7 @@ class Branches:
         self._step: Step | None = None  # the remembered step that this one follows so far
         self._packed: list[Tensor] = []
         self._status = Status.OK
-        self._fingerprint = torch.zeros(0)
+        self._drifts = False
         self._device = torch.device("cpu")
 
     def call(self, denoiser: Denoiser, kwargs: Mapping[str, Any]) -> Any:
@@ -95,7 +96,7 @@ class Branches:
 
         Raises:
             RankError: another rank's denoiser raised.
-            MismatchError: ranks are in different steps or have different inputs.
+            MismatchError: ranks are in different steps.
         """
         if self._running:  # a denoiser inside a denoiser, or one wrapped twice
             return denoiser.run(kwargs)
@@ -104,7 +105,6 @@ class Branches:
         if not self._made:
             tensors = tensors_of(kwargs)
             self._step = self._steps.get(key)
-            self._fingerprint = fingerprint(tensors)
             self._device = tensors[0].device if tensors else self._device
         position = len(self._made)
         if self._step and (position == len(self._step.kinds) or self._step.kinds[position].key != key):
@@ -114,11 +114,15 @@ class Branches:
             self.end_step()
         return output
 
-    def end_step(self) -> None:
-        """A step has ended: whatever is still open is computed here; a step that was new is remembered."""
-        made, step = self._made, self._step
+    def end_step(self) -> bool:
+        """A step has ended: whatever is still open is computed here; a step that was new is remembered.
+
+        Returns:
+            whether ranks' numbers may differ by rounding: one computed a whole batch that others put together of parts.
+        """
+        made, step, drifts = self._made, self._step, self._drifts
         if not made:
-            return
+            return False
         for call in made:
             if call.promise is not None:
                 call.promise.values()
@@ -126,6 +130,7 @@ class Branches:
             self._agree(Status.OK, (0, 0, len(made)))
             self._remember(made)
         self._begin()
+        return drifts
 
     def finish(self, failed: bool = False) -> None:
         """The pipeline has ended; after a failure nothing is waited for."""
@@ -197,16 +202,18 @@ class Branches:
 
     # One step
 
-    def _agree(self, status: Status, facts: tuple[int, int, int]) -> Tensor:
-        return agree(self.axis, self._device, status, facts, self._fingerprint)
+    def _agree(self, status: Status, facts: tuple[int, int, int], early: bool = False) -> Agreed:
+        return agree(self.axis, self._device, status, facts, early)
 
     def _exchange(self, step: Step) -> list[Any]:
         """The outputs of all calls of the step; those that nobody has read here are filled in."""
         if not any(step.exchanged(i) for i in range(len(step.kinds))):
             return [None] * len(step.kinds)
-        statuses = self._agree(self._status, (1, step.number, len(step.kinds)))
-        if (statuses == Status.CHANGED).any():
+        early = any(made.promise is not None and made.promise.kept for made in self._made)
+        agreed = self._agree(self._status, (1, step.number, len(step.kinds)), early)
+        if agreed.changed:
             raise _changed()
+        self._drifts = agreed.early and any(step.torn(i) for i in range(len(step.kinds)))
         sent = [step.sent(rank) for rank in range(self.axis.size)]
         sizes = [sum(size_of(templates) for _, templates in calls) for calls in sent]
         parts: list[list[Any]] = [[] for _ in step.kinds]
@@ -226,7 +233,7 @@ class Branches:
     def _remember(self, made: Sequence[Made]) -> None:
         kinds = tuple(call.kind for call in made)
         shares = deal(kinds, self._may_split, self.axis.size)
-        torn = [i for i, parts in enumerate(shares) if any(0 < len(part) < kinds[i].rows for part in parts)]
+        torn = [i for i, parts in enumerate(shares) if is_torn(parts, kinds[i].rows)]
         untried = [i for i in torn if kinds[i].key not in self._may_split]
         self._steps.pop(kinds[0].key, None)
         fills_caches = any(0 < self._changes[kind.key] < CHANGES for kind in kinds if not kind.pure)

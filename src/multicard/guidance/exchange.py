@@ -2,83 +2,46 @@
 
 from __future__ import annotations
 
-import enum
-import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from multicard import collectives
-from multicard.errors import MismatchError, RankError
+from multicard.digest import describe
+from multicard.errors import MismatchError
 from multicard.mesh import Axis
-
-SAMPLES = 48
-"""Numbers in a fingerprint."""
-TOLERANCE = 0.05
-"""Replicas drift by rounding; other seeds and prompts differ by more than this, relative to the largest number."""
+from multicard.replica import Status, say
 
 
-class Status(enum.IntEnum):
-    OK = 0
-    RAISED = 1
-    CHANGED = 2
-    """The output of a call has another shape than its kind had before."""
+class Agreed(NamedTuple):
+    """What ranks have said: an output has ``changed`` its shape somewhere, or was read ``early``."""
 
+    changed: bool
+    early: bool
 
-def agree(axis: Axis, device: torch.device, status: Status, facts: Sequence[float], fingerprint: Tensor) -> Tensor:
-    """Everybody's status and facts, checked against each other. One all-gather of a fixed size.
+def agree(axis: Axis, device: torch.device, status: Status, facts: Sequence[int], early: bool = False) -> Agreed:
+    """Everybody's status, once all are known to be in the same step. One all-gather of a fixed size.
 
     Args:
         facts: numbers that must be the same on every rank for the next exchange to be possible.
-        fingerprint: ``(SAMPLES,)`` numbers out of the inputs.
-
-    Returns:
-        ``(ranks,)`` the statuses.
+        early: this rank has read an output before the exchange.
 
     Raises:
         RankError: the denoiser of another rank raised.
-        MismatchError: ranks are in different steps, or their inputs differ.
+        MismatchError: ranks are in different steps.
     """
-    head = torch.tensor([status, *facts], dtype=torch.float32, device=device)
-    everybody = collectives.all_gather(torch.cat([head, fingerprint.to(device)])[None], axis).cpu()
-    statuses, said = everybody[:, 0], everybody[:, 1 : 1 + len(facts)]
-    if status == Status.RAISED:
-        return statuses
-    for rank in (statuses == Status.RAISED).nonzero().flatten().tolist():
-        raise RankError(f"the denoiser raised on rank {rank} of the cfg axis", rank=rank, collective="cfg exchange")
-    for rank in range(1, axis.size):
-        if not torch.equal(said[rank], said[0]):
+    point = describe(facts).hash_here("cfg exchange")
+    everybody = say(axis, device, status, point, torch.tensor(int(early)))
+    for rank, (said, there, _) in enumerate(everybody):
+        if Status.RAISED not in (status, said) and there != point:
             raise MismatchError(
-                f"cfg ranks 0 and {rank} are in different denoising steps: the same pipeline must run with the same "
-                "arguments on every rank",
+                f"cfg ranks {axis.rank} and {rank} are in different denoising steps: the same pipeline must run with "
+                "the same arguments on every rank",
                 rank=rank,
             )
-    _check_inputs(everybody[:, 1 + len(facts) :])
-    return statuses
-
-
-def _check_inputs(samples: Tensor) -> None:
-    scale = samples.abs().nan_to_num().amax().clamp(min=1e-6)
-    for rank in range(1, len(samples)):
-        difference = (samples[rank] - samples[0]).abs().nan_to_num(nan=0.0).amax()
-        if difference > TOLERANCE * scale:
-            raise MismatchError(
-                f"cfg ranks 0 and {rank} called the denoiser with different inputs: give every rank the same prompt "
-                "and a generator with the same seed",
-                rank=rank,
-            )
-
-
-def fingerprint(tensors: Sequence[Tensor]) -> Tensor:
-    """``(SAMPLES,)`` float32: a few numbers out of the first three floating-point tensors with rows."""
-    picked = []
-    for t in itertools.islice((t for t in tensors if t.is_floating_point() and t.dim() > 1 and t.numel()), 3):
-        while t.dim() > 1:
-            t = t.select(0, t.shape[0] // 2)
-        picked.append(t[:: max(1, len(t) // 16)][:16].float())
-    out = torch.cat(picked) if picked else torch.zeros(0)
-    return torch.nn.functional.pad(out, (0, SAMPLES - len(out)))
+    return Agreed(any(said == Status.CHANGED for said, *_ in everybody), any(words[2] for words in everybody))
 
 
 def pack(leaves: Sequence[Tensor]) -> Tensor:

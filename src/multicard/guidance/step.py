@@ -44,10 +44,19 @@ class Step:
         """Whether the output of that call travels: no rank computes it whole for itself alone."""
         return not all(len(share) == self.kinds[call].rows for share in self.shares[call])
 
+    def torn(self, call: int) -> bool:
+        """Whether several ranks compute parts of that call's batch."""
+        return is_torn(self.shares[call], self.kinds[call].rows)
+
     def sent(self, rank: int) -> list[tuple[int, list[Tensor]]]:
         """What ``rank`` sends: calls, and templates of the tensors of their outputs."""
         mine = [(i, shares[rank]) for i, shares in enumerate(self.shares) if shares[rank] and self.exchanged(i)]
         return [(i, tensors_of(part_of(self.kinds[i], share))) for i, share in mine]
+
+
+def is_torn(parts: Sequence[range], rows: int) -> bool:
+    """Whether a rank has some of the ``rows``, but not all."""
+    return any(0 < len(part) < rows for part in parts)
 
 
 def part_of(kind: Kind, share: range) -> Any:

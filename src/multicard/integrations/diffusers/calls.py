@@ -1,4 +1,4 @@
-"""A module's call: its arguments by name."""
+"""A call's arguments by name."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import nn
 
 
 @functools.cache
-def parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
-    """The names of what a class's ``forward`` takes, in order."""
-    return tuple(inspect.signature(forward).parameters)[1:]
+def parameters(method: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of what a class's method takes, in order."""
+    return tuple(inspect.signature(method).parameters)[1:]
 
 
-def named(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def named(owner: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], method: str = "forward") -> dict[str, Any]:
     """All that are given."""
-    return {**dict(zip(parameters(type(module).forward), args, strict=False)), **kwargs}
+    return {**dict(zip(parameters(getattr(type(owner), method)), args, strict=False)), **kwargs}
 
 
 def changed(

@@ -13,7 +13,7 @@ import torch
 
 from multicard.config import ParallelConfig
 from multicard.errors import CheckpointError, ConfigError, MulticardError, UnsupportedError
-from multicard.integrations.diffusers.guidance import DENOISER_NAMES
+from multicard.integrations.diffusers.denoisers import NAMES
 from multicard.integrations.diffusers.load import load_slices
 from multicard.integrations.diffusers.parallelize import parallelize
 from multicard.integrations.diffusers.sequence import check_sequence, sequence_plan
@@ -60,7 +60,7 @@ class PipelineFolder:
             self._check_component(name, library, cls)
         if degrees.tp > 1 or degrees.ring * degrees.ulysses > 1:
             for name, (library, cls) in components(index).items():
-                if library == "diffusers" and DENOISER_NAMES.search(name):
+                if library == "diffusers" and NAMES.search(name):
                     _check_plans(self.path / name, cls, degrees)
 
     def load(self, mesh: ParallelMesh) -> Any:
@@ -100,7 +100,7 @@ class PipelineFolder:
 
         found: dict[str, Any] = {}
         for name, (library, cls) in components(self._index()).items() if mesh.tp.size > 1 else ():
-            if library == "diffusers" and DENOISER_NAMES.search(name) and self.variant is None:
+            if library == "diffusers" and NAMES.search(name) and self.variant is None:
                 loaded = load_slices(getattr(diffusers, cls), self.path / name, mesh, self.dtype)
                 found |= {name: loaded[0]} if loaded else {}
         return found

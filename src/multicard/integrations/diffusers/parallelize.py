@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from multicard.errors import ConfigError, UnsupportedError
-from multicard.integrations.diffusers.guidance import denoisers, guide_model, guide_pipeline, uncompiled
+from multicard.integrations.diffusers.denoisers import denoisers, uncompiled
+from multicard.integrations.diffusers.doors import check_caches, open_model, open_pipeline
 from multicard.integrations.diffusers.load import is_split
 from multicard.integrations.diffusers.plans import BATCH
 from multicard.integrations.diffusers.sequence import (
@@ -44,6 +45,8 @@ def parallelize(target: Any, mesh: ParallelMesh, plan: Mapping[str, Any] | None 
     if unknown := set(plan) - set(PLAN_KEYS):
         raise ConfigError(f"plan: unknown part {', '.join(sorted(unknown))}: must be {', '.join(PLAN_KEYS)}")
     models = {"": target} if isinstance(target, nn.Module) else denoisers(target)
+    for name, model in models.items():
+        check_caches(name or type(model).__name__, model, mesh)
     changes: list[Change] = []
     if mesh.tp.size > 1:
         for model in (model for model in models.values() if not is_split(model)):
@@ -58,9 +61,9 @@ def parallelize(target: Any, mesh: ParallelMesh, plan: Mapping[str, Any] | None 
             changes.append(functools.partial(SequenceSplit, model, mesh, sequence))
     for change in changes:
         change()
-    if mesh.cfg.size > 1:
-        guide = guide_model if isinstance(target, nn.Module) else guide_pipeline
-        guide(target, mesh.cfg, plan.get("batch", BATCH))
+    if mesh.cfg.size * mesh.sequence.size * mesh.tp.size > 1:
+        door = open_model if isinstance(target, nn.Module) else open_pipeline
+        door(target, mesh, plan.get("batch", BATCH))
     return target
 
 

@@ -7,6 +7,7 @@ Every attention in diffusers, whether it uses the library's dispatcher or a proc
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
@@ -23,10 +24,11 @@ from multicard.errors import ConfigError, UnsupportedError
 from multicard.integrations.diffusers.calls import changed, named
 from multicard.integrations.diffusers.plans import SEQUENCE, SequencePlan
 from multicard.integrations.plan import Rule
+from multicard.integrations.seams import Hooks, bypassed
 from multicard.mesh import ParallelMesh
 from multicard.partition import split
 
-DEGREES = "_multicard_sequence"
+SPLIT = "_multicard_sequence"
 
 
 def sequence_plan(model: nn.Module) -> SequencePlan:
@@ -111,11 +113,19 @@ def shares_sequence(model: nn.Module, mesh: ParallelMesh) -> bool:
     Raises:
         UnsupportedError: it is, at other degrees.
     """
-    degrees = model.__dict__.get(DEGREES)
-    if degrees not in (None, (mesh.ring.size, mesh.ulysses.size)):
-        name, (ring, ulysses) = type(model).__name__, degrees
+    split = split_of(model)
+    if split is None:
+        return False
+    ring, ulysses = split.mesh.ring.size, split.mesh.ulysses.size
+    if (ring, ulysses) != (mesh.ring.size, mesh.ulysses.size):
+        name = type(model).__name__
         raise UnsupportedError(f"{name} is split by ring={ring} and ulysses={ulysses} already: load it once more")
-    return degrees is not None
+    return True
+
+
+def split_of(model: nn.Module) -> SequenceSplit | None:
+    """How the model's sequence is split; None: it isn't."""
+    return model.__dict__.get(SPLIT)
 
 
 class SequenceSplit:
@@ -125,23 +135,50 @@ class SequenceSplit:
         check_sequence(model, plan)
         self.mesh, self.plan = mesh, plan
         self._name = type(model).__name__
-        model.__dict__[DEGREES] = (mesh.ring.size, mesh.ulysses.size)
+        model.__dict__[SPLIT] = self
         self._length: int | None = None  # tokens of the whole sequence that is split now; None: none is
         self._outer: Tensor | None = None  # what the plan's outer_mask stands for, inside a forward
-        model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True)
+        self._count()
+        hooks = self._hooks = Hooks("diffusers")
+        hooks.before(model, self._begin, prepend=True)
         for pattern, dims in plan.inputs.items():
             for _, module in _matching(model, pattern):
-                module.register_forward_pre_hook(functools.partial(self._split_inputs, dims), with_kwargs=True)
+                hooks.before(module, functools.partial(self._split_inputs, dims))
         for pattern, numbers in plan.outputs.items():
             for _, module in _matching(model, pattern):
-                module.register_forward_hook(functools.partial(self._split_outputs, numbers))
+                hooks.after(module, functools.partial(self._split_outputs, numbers))
         for pattern, dim in plan.gather.items():
             for _, module in _matching(model, pattern):
-                module.register_forward_hook(functools.partial(self._gather, dim))
+                hooks.after(module, functools.partial(self._gather, dim))
         for pattern in plan.attention:
             for path, module in _matching(model, pattern):
+                hooks.before(module, self._call_attention)
                 module.forward = self._attending(module.forward, path)
-        model.register_forward_hook(self._end, always_call=True)
+        hooks.after(model, self._end, always_call=True)
+
+    # Proof
+
+    def _count(self) -> None:
+        """From 0: tensors split, attention modules called and answered by us; whether a split was left open."""
+        self._splits = self._called = self._attended = 0
+        self._left_open = False
+
+    @contextlib.contextmanager
+    def proved(self) -> Iterator[None]:
+        """While the model runs. Raises UnsupportedError afterwards unless it was split as planned."""
+        self._hooks.check()
+        self._count()
+        yield
+        if not self._splits:
+            raise bypassed("diffusers", f"nothing of {self._name}'s sequence was split")
+        if self._attended != self._called or not self._attended:
+            raise bypassed(
+                "diffusers",
+                f"{self._called} attention modules of {self._name} ran on a split sequence, and multicard.attend "
+                f"answered {self._attended}",
+            )
+        if self._left_open:
+            raise bypassed("diffusers", f"{self._name}'s split sequence was never gathered")
 
     # Hooks
 
@@ -157,6 +194,7 @@ class SequenceSplit:
         return changed(module, args, kwargs, {self.plan.outer_mask: lambda mask: None})
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._left_open = self._length is not None
         self._length = self._outer = None
 
     def _split_inputs(self, dims: Mapping[str, int], module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -185,6 +223,7 @@ class SequenceSplit:
                 "doesn't cover this; use cfg, tp or dp"
             )
         mine = self._shares()[self.mesh.sequence.rank]
+        self._splits += 1
         return value.narrow(dim, mine.start, len(mine))
 
     def _gather(self, dim: int, module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -198,6 +237,9 @@ class SequenceSplit:
 
     # Attention
 
+    def _call_attention(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._called += self._length is not None
+
     def _attending(self, forward: Callable[..., Any], path: str) -> Callable[..., Any]:
         @functools.wraps(forward)
         def attending(*args: Any, **kwargs: Any) -> Any:
@@ -210,6 +252,7 @@ class SequenceSplit:
                 raise UnsupportedError(
                     f"{path} doesn't call scaled_dot_product_attention: give it diffusers' default processor"
                 )
+            self._attended += 1
             return output
 
         return attending

@@ -1,0 +1,96 @@
+"""The denoisers of a pipeline: which components they are, and how guidance calls them."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from multicard.errors import UnsupportedError
+from multicard.integrations.diffusers.state import ModuleState
+from multicard.integrations.intercept import plain
+
+NAMES = re.compile(r"transformer|unet|prior|denoiser|(^|_)dit($|_)|^decoder$")
+NOT_DENOISERS = ("autoencoders", "controlnets", "adapter")  # packages of diffusers.models
+
+
+def denoisers(pipe: Any) -> dict[str, nn.Module]:
+    """The components of ``pipe`` that may run once a step: by their role, never a text encoder or an autoencoder."""
+    modules = {name: c for name, c in pipe.components.items() if isinstance(c, nn.Module) and not _is_beside(c)}
+    found = {name: module for name, module in modules.items() if NAMES.search(name)} or modules
+    if not found:
+        raise UnsupportedError(f"{type(pipe).__name__} has no denoiser among {', '.join(pipe.components)}: use cfg=1")
+    return found
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """What ``torch.compile`` wraps; another module is itself."""
+    wrapped = getattr(module, "_orig_mod", module)
+    assert isinstance(wrapped, nn.Module)
+    return wrapped
+
+
+def _is_beside(module: nn.Module) -> bool:
+    packages = [base.__module__.split(".") for base in type(uncompiled(module)).__mro__]
+    return any(p[0] == "transformers" or any(name in p for name in NOT_DENOISERS) for p in packages)
+
+
+class HookedDenoiser:
+    """A denoising module as :class:`~multicard.guidance.Denoiser`; its arguments by name."""
+
+    def __init__(self, name: str, module: nn.Module, around: Callable[[], contextlib.AbstractContextManager[Any]]):
+        """``around()`` is entered for each call."""
+        self.name, self.module, self._around = name, module, around
+        self._modules = list(uncompiled(module).modules())
+        self._signature = inspect.signature(type(uncompiled(module)).forward)
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The call's arguments by name."""
+        bound = self._signature.bind(self.module, *args, **kwargs)
+        named = dict(list(bound.arguments.items())[1:])
+        for parameter in self._signature.parameters.values():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                named.update(named.pop(parameter.name, {}))
+            elif parameter.kind is parameter.VAR_POSITIONAL and named.get(parameter.name):
+                raise UnsupportedError(f"{self.name} takes *{parameter.name}: pass its arguments by name")
+        return named
+
+    def run(self, kwargs: Mapping[str, Any]) -> Any:
+        with self._around():
+            return plain(self.module, "__call__")(**kwargs)
+
+    def state(self) -> object:
+        return ModuleState(self._modules)
+
+    def freeze(self) -> Callable[[Mapping[str, Any]], Any]:
+        """``run`` with the hooks of now: diffusers' and accelerate's hooks live in ``forward`` of the instance."""
+        hooked = self._hooked()
+
+        def run(kwargs: Mapping[str, Any]) -> Any:
+            with _forwards(self._hooked(), hooked):
+                return self.run(kwargs)
+
+        return run
+
+    def _hooked(self) -> dict[nn.Module, Any]:
+        return {module: module.__dict__["forward"] for module in self._modules if "forward" in module.__dict__}
+
+
+@contextlib.contextmanager
+def _forwards(now: Mapping[nn.Module, Any], then: Mapping[nn.Module, Any]) -> Iterator[None]:
+    _set_forwards(now, then)
+    try:
+        yield
+    finally:
+        _set_forwards(then, now)
+
+
+def _set_forwards(old: Mapping[nn.Module, Any], new: Mapping[nn.Module, Any]) -> None:
+    for module in old.keys() - new.keys():
+        del module.__dict__["forward"]
+    for module, forward in new.items():
+        module.__dict__["forward"] = forward

@@ -1,0 +1,215 @@
+"""Doors of a diffusers pipeline: its call, its denoisers' and its schedulers' ``step``, intercepted in place.
+
+At each the ranks of a replica compare what they were given, so that none goes on with another's picture. Behind the
+denoisers' doors stand guidance, which shares out the calls, and the proof that a split sequence was split.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from multicard.errors import UnsupportedError
+from multicard.guidance import BatchPlan, Branches, unwrap
+from multicard.integrations.diffusers.calls import named
+from multicard.integrations.diffusers.denoisers import HookedDenoiser, denoisers, uncompiled
+from multicard.integrations.diffusers.sequence import check_guidance, split_of
+from multicard.integrations.intercept import DOOR, PLAIN, Plain, intercept
+from multicard.integrations.seams import RowProof, bypassed
+from multicard.mesh import ParallelMesh
+from multicard.replica import Replica
+
+
+class Door:
+    """What a denoiser's call goes through: comparison, guidance, proofs."""
+
+    def __init__(self, mesh: ParallelMesh, batch: BatchPlan, *, step_per_call: bool) -> None:
+        self.mesh, self.batch = mesh, batch
+        self.replica = Replica(mesh)
+        self.branches = Branches(mesh.cfg, batch, step_per_call=step_per_call) if mesh.cfg.size > 1 else None
+        self._denoisers: dict[nn.Module, HookedDenoiser] = {}
+        self._inside = False
+
+    def __deepcopy__(self, memo: Any) -> Door:
+        return self  # pipelines copy their schedulers; the copies count the same steps
+
+    def place(self, name: str, module: nn.Module) -> None:
+        """Intercept ``module`` from now on."""
+        check_caches(name, module, self.mesh)
+        intercept(module, "__call__", self, "denoise")
+        if module not in self._denoisers:
+            inner = uncompiled(module)
+            proof, split = RowProof("diffusers", inner), split_of(inner)
+
+            @contextlib.contextmanager
+            def around() -> Any:
+                with proof(name), split.proved() if split else contextlib.nullcontext():
+                    yield
+
+            self._denoisers[module] = HookedDenoiser(name, module, around)
+
+    def denoise(self, module: nn.Module, plain: Plain, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The denoiser's ``__call__``."""
+        denoiser = self._denoisers.get(module)
+        if denoiser is None or self._inside:  # a copy, or a denoiser inside a denoiser
+            return plain(*args, **kwargs)
+        given = unwrap(denoiser.bind(args, kwargs))
+        self.replica.compare(f"a call of {denoiser.name}", {**given, "its weights": _dtype(module)})
+        self._inside = True
+        try:
+            return self.share(denoiser, given)
+        finally:
+            self._inside = False
+
+    def share(self, denoiser: HookedDenoiser, given: Mapping[str, Any]) -> Any:
+        """This rank's part of the call."""
+        return self.branches.call(denoiser, given) if self.branches else denoiser.run(given)
+
+
+class PipelineDoor(Door):
+    """The doors of one pipeline."""
+
+    def __init__(self, mesh: ParallelMesh, batch: BatchPlan) -> None:
+        super().__init__(mesh, batch, step_per_call=False)
+        self._running = False
+        self._calls = self._steps = 0
+
+    def attach(self, pipe: Any) -> None:
+        """Intercept the components that ``pipe`` has now; some may have been replaced since the last call.
+
+        Raises:
+            UnsupportedError: no denoiser, one whose cache keeps state from step to step, or guidance inside attention
+                with the sequence split.
+        """
+        if self.mesh.sequence.size > 1:
+            check_guidance(pipe)
+        for name, module in denoisers(pipe).items():
+            self.place(name, module)
+        for component in pipe.components.values():
+            if hasattr(component, "step") and hasattr(component, "set_timesteps"):
+                intercept(component, "step", self, "step")
+
+    def share(self, denoiser: HookedDenoiser, given: Mapping[str, Any]) -> Any:
+        if not self._running:  # somebody calls a component of the pipeline by itself
+            return denoiser.run(given)
+        self._calls += 1
+        return super().share(denoiser, given)
+
+    def step(self, scheduler: Any, plain: Plain, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """A scheduler's ``step``: the branches of this step have all been called."""
+        if not self._running:
+            return plain(*args, **kwargs)
+        self._steps += 1
+        drifted = self.branches.end_step() if self.branches else False
+        args, kwargs = unwrap((args, dict(kwargs)))
+        if drifted:
+            args, kwargs = self.replica.same_numbers((args, kwargs))
+        self.replica.compare(f"{type(scheduler).__name__}.step", named(scheduler, args, kwargs, "step"))
+        return plain(*args, **kwargs)
+
+    def run(self, pipe: Any, plain: Plain, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The pipeline's own ``__call__``."""
+        if self._running:
+            return plain(*args, **kwargs)
+        self.attach(pipe)
+        name = type(pipe).__name__
+        self.replica.compare(f"a call of {name}", {**named(pipe, args, kwargs, "__call__"), **_components(pipe)})
+        self.replica.same_noise()
+        self._running, failed = True, True
+        self._calls = self._steps = 0
+        try:
+            output = plain(*args, **kwargs)
+            failed = False
+        finally:
+            self._running = False
+            if self.branches:
+                self.branches.finish(failed)
+        if (self._calls == 0) != (self._steps == 0):
+            raise bypassed("diffusers", f"{name} made {self._steps} scheduler steps and {self._calls} denoiser calls")
+        return unwrap(output)
+
+
+def open_pipeline(pipe: Any, mesh: ParallelMesh, batch: BatchPlan) -> None:
+    """Doors for every later call of ``pipe``, and of pipelines that are made of its components."""
+    door = PipelineDoor(mesh, batch)
+    door.attach(pipe)
+    intercept(pipe, "__call__", door, "run")
+    _hand_on()
+
+
+def open_model(module: nn.Module, mesh: ParallelMesh, batch: BatchPlan) -> None:
+    """A door for every later call of a denoiser that no pipeline calls: with cfg, each call's batch is shared out."""
+    ModelDoor(mesh, batch).place(type(module).__name__, module)
+
+
+class ModelDoor(Door):
+    """The door of a denoiser by itself; every call is a step."""
+
+    def __init__(self, mesh: ParallelMesh, batch: BatchPlan) -> None:
+        super().__init__(mesh, batch, step_per_call=True)
+
+    def share(self, denoiser: HookedDenoiser, given: Mapping[str, Any]) -> Any:
+        check_caches(denoiser.name, denoiser.module, self.mesh)
+        try:
+            return super().share(denoiser, given)
+        finally:
+            if self.branches:
+                self.branches.finish(failed=True)
+
+
+def check_caches(name: str, module: nn.Module, mesh: ParallelMesh) -> None:
+    """Refuse caches between steps where ranks compute different branches or tokens: each would decide by its own."""
+    if mesh.cfg.size == mesh.sequence.size == 1:
+        return
+    for part in module.modules():
+        registry = getattr(part, "_diffusers_hook", None)
+        for hook in registry.hooks.values() if registry else ():
+            if hook._is_stateful:
+                raise UnsupportedError(
+                    f"{name} has a {type(hook).__name__}, which keeps state from step to step: "
+                    "disable the cache (disable_cache()), or use tp or dp with cfg=1 and neither ring nor ulysses"
+                )
+
+
+def _components(pipe: Any) -> dict[str, Any]:
+    """What a pipeline is made of, as far as ranks can differ in it without an error."""
+    return {f"component {name}": _component(component) for name, component in pipe.components.items()}
+
+
+def _component(component: Any) -> Any:
+    if isinstance(component, nn.Module):
+        return [type(uncompiled(component)).__name__, _dtype(component)]
+    if hasattr(component, "set_timesteps"):
+        config = getattr(component, "config", {})
+        return [type(component).__name__, {key: config[key] for key in config if not key.startswith("_")}]
+    return type(component).__name__
+
+
+def _dtype(module: nn.Module) -> torch.dtype | None:
+    first = next(module.parameters(), None)
+    return None if first is None else first.dtype
+
+
+def _hand_on() -> None:
+    """A pipeline made of another's components (``from_pipe``) gets a door like that one's."""
+    from diffusers import DiffusionPipeline
+
+    method = DiffusionPipeline.register_modules
+    if hasattr(method, PLAIN):
+        return
+
+    @functools.wraps(method)
+    def register(pipe: Any, **components: Any) -> None:
+        method(pipe, **components)
+        doors = (vars(component).get(DOOR) for component in components.values() if hasattr(component, "__dict__"))
+        door = next((door for door in doors if isinstance(door, PipelineDoor)), None)
+        if door is not None:
+            intercept(pipe, "__call__", PipelineDoor(door.mesh, door.batch), "run")
+
+    setattr(register, PLAIN, method)
+    DiffusionPipeline.register_modules = register

@@ -1,0 +1,46 @@
+"""A method of somebody else's class, answered by us for the objects that we were given; others don't notice.
+
+So objects keep their class, which pipelines compare, a copy of one is intercepted like the original, and whatever is put
+around ``forward`` later (offloading, hooks, compilation) stays inside. Nothing that takes hooks off takes this off.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+DOOR, PLAIN = "_multicard_door", "_multicard_plain"
+
+Plain = Callable[..., Any]
+
+
+def intercept(instance: Any, name: str, door: Any, answer: str) -> None:
+    """Let ``door.answer(instance, plain, args, kwargs)`` answer ``instance.name``, which was ``plain`` before."""
+    instance.__dict__[DOOR] = door
+    intercept_class(type(instance), name, answer)
+
+
+def intercept_class(cls: type, name: str, answer: str) -> None:
+    """The same for all instances of a class that have a door; those without do as before."""
+    method = getattr(cls, name)
+    if hasattr(method, PLAIN):
+        return
+
+    @functools.wraps(method)
+    def intercepted(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+        door = None if torch.compiler.is_compiling() else self.__dict__.get(DOOR)
+        if door is None:
+            return method(self, *args, **kwargs)
+        return getattr(door, answer)(self, functools.partial(method, self), args, kwargs)
+
+    setattr(intercepted, PLAIN, method)
+    setattr(cls, name, intercepted)
+
+
+def plain(instance: Any, name: str) -> Plain:
+    """The method as it was before."""
+    method = getattr(type(instance), name)
+    return functools.partial(getattr(method, PLAIN, method), instance)

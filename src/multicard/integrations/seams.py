@@ -1,0 +1,103 @@
+"""Seams into other people's libraries, and proof in each run that they were used.
+
+A new release may rename an argument, call something else, or take a hook off; what was split is then wrong without an
+error. So every seam counts what goes through it, and one that was bypassed raises before its result is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from multicard import versions
+from multicard.errors import UnsupportedError
+from multicard.layers import RowParallelLinear
+
+
+def bypassed(library: str, what: str) -> UnsupportedError:
+    """The error for a seam that wasn't used as planned."""
+    return UnsupportedError(
+        f"{what}. The result would have been wrong. Installed is {versions.describe(library)}: another release, or "
+        "something that changed this model after it was split, is the likely cause"
+    )
+
+
+class Hooks:
+    """The hooks that a split model relies on."""
+
+    def __init__(self, library: str) -> None:
+        self._library = library
+        self._placed: list[tuple[RemovableHandle, str]] = []
+
+    def before(self, module: nn.Module, hook: Callable[..., Any], **options: Any) -> None:
+        """Before each forward of ``module``: ``hook(module, args, kwargs)``."""
+        self._keep(module, module.register_forward_pre_hook(hook, with_kwargs=True, **options))
+
+    def after(self, module: nn.Module, hook: Callable[..., Any], **options: Any) -> None:
+        """After each forward of ``module``: ``hook(module, args, output)``."""
+        self._keep(module, module.register_forward_hook(hook, **options))
+
+    def _keep(self, module: nn.Module, handle: RemovableHandle) -> None:
+        self._placed.append((handle, type(module).__name__))
+
+    def check(self) -> None:
+        """Raise UnsupportedError if one has been taken off."""
+        for handle, name in self._placed:
+            placed = handle.hooks_dict_ref()
+            if placed is None or handle.id not in placed:
+                raise bypassed(self._library, f"a hook that splits {name} has been taken off")
+
+
+class RowProof:
+    """Proof that a model's row-parallel layers are called, so that their sums over ranks are made.
+
+    Where a module runs and none of the row-parallel layers directly in it does, something multiplied by a shard of
+    their weights itself. Looked at once for every kind of call, with hooks that are taken off again.
+    """
+
+    def __init__(self, library: str, model: nn.Module) -> None:
+        self._library, self._model = library, model
+        self._seen: set[Any] = set()
+
+    @contextlib.contextmanager
+    def __call__(self, kind: Any) -> Iterator[None]:
+        """While the model runs; raises UnsupportedError after it."""
+        if kind in self._seen:
+            yield
+            return
+        rows = self._rows()
+        with counted([*rows, *(row for _, inside in rows.values() for row in inside)]) as calls:
+            yield
+        for owner, (path, inside) in rows.items():
+            if calls[owner] and not any(calls[row] for row in inside):
+                raise bypassed(self._library, f"{path} ({type(owner).__name__}) ran without its row-parallel layer")
+        self._seen.add(kind)
+
+    def _rows(self) -> dict[nn.Module, tuple[str, list[nn.Module]]]:
+        """For each module that has row-parallel layers directly in it (or in a list of its own): path, layers."""
+        found: dict[nn.Module, tuple[str, list[nn.Module]]] = {}
+        modules = dict(self._model.named_modules())
+        for path, module in modules.items():
+            if isinstance(module, RowParallelLinear):
+                owner = path.rpartition(".")[0]
+                while isinstance(modules[owner], nn.ModuleList):
+                    owner = owner.rpartition(".")[0]
+                found.setdefault(modules[owner], (owner, []))[1].append(module)
+        return found
+
+
+@contextlib.contextmanager
+def counted(modules: Iterable[nn.Module]) -> Iterator[Counter[nn.Module]]:
+    """How often each of ``modules`` is called inside."""
+    calls: Counter[nn.Module] = Counter()
+    handles = [module.register_forward_pre_hook(lambda module, args: calls.update([module])) for module in modules]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,179 @@
+"""The ranks that work on one request, and what must be equal on all of them: compared exactly before it is used.
+
+Where they compare is called a *point*: a request's arrival, a model's forward, a scheduler's step. Each rank hashes all
+that it was given there, on the device that holds it, and one all-gather of three numbers on each axis tells every rank
+whether all have the same. Only where they differ are words exchanged, to say who has what.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from multicard import collectives
+from multicard.digest import describe
+from multicard.errors import MismatchError, RankError
+from multicard.mesh import Axis, ParallelMesh
+
+PAGE = 4096
+"""Bytes that each rank has to say what it was given, once ranks differ."""
+
+
+class Status(enum.IntEnum):
+    """What a rank says first at a point."""
+
+    OK = 0
+    RAISED = 1
+    CHANGED = 2
+    """The output of a call has another shape than its kind had before."""
+    DIFFERS = 3
+    """Ranks of an axis before this one differ: those of this axis have to learn of it."""
+
+
+def comparing() -> bool:
+    """Whether ranks compare their inputs: unless MULTICARD_COMPARE_INPUTS=0, which ``compare_inputs=False`` sets."""
+    return os.environ.get("MULTICARD_COMPARE_INPUTS", "1") not in ("", "0")
+
+
+class Replica:
+    """The ranks of cfg × ring × ulysses × tp, as they compare what each was given.
+
+    Args:
+        mesh: whose ranks.
+        whole_mesh: also over dp, for what all replicas are given alike.
+    """
+
+    def __init__(self, mesh: ParallelMesh, *, whole_mesh: bool = False) -> None:
+        axes = (mesh.tp, mesh.sequence, mesh.cfg, *([mesh.dp] if whole_mesh else []))
+        self.axes = tuple(axis for axis in axes if axis.size > 1)
+        self.device = mesh.device
+        self.compares = comparing() and not any(_is_fake(axis) for axis in self.axes)
+
+    def compare(self, point: str, inputs: Mapping[str, Any]) -> None:
+        """Raise on every rank unless all are at ``point`` with equal ``inputs``. One small all-gather an axis.
+
+        Args:
+            point: where this is, in words.
+            inputs: by name: numbers, strings, tensors, arrays, pictures, generators, and containers of them. What
+                isn't known counts by its class, functions by their names.
+
+        Raises:
+            MismatchError: naming the inputs that differ, and what ranks have.
+            RankError: another rank raised instead of coming here.
+        """
+        if not self.compares or not self.axes or torch.compiler.is_compiling():
+            return
+        with torch.no_grad():
+            found = describe(inputs)
+            here, there = found.hash_here(point), found.hash_there()
+            status = Status.OK
+            for axis in self.axes:
+                everybody = say(axis, self.device, status, here, there)
+                if any(words != everybody[0] for words in everybody):
+                    status = Status.DIFFERS
+            if status is Status.DIFFERS:
+                raise self._disagreement(point, inputs)
+
+    def same_noise(self) -> None:
+        """Give every rank the first one's default random generators. One broadcast of 5 KB an axis and device."""
+        for device in {torch.device("cpu"), self.device}:
+            module = torch if device.type == "cpu" else torch.get_device_module(device)
+            state = module.get_rng_state()
+            shared = state.to(self.device)
+            for axis in self.axes:
+                shared = collectives.broadcast(shared, axis)
+            module.set_rng_state(shared.to(state.device))
+
+    def same_numbers(self, tree: Any) -> Any:
+        """``tree`` with the first rank's floating-point tensors. One broadcast each, on each axis."""
+
+        def share(t: Tensor) -> Tensor:
+            if t.is_floating_point():
+                t = t.clone(memory_format=torch.contiguous_format)
+                for axis in self.axes:
+                    t = collectives.broadcast(t, axis)
+            return t
+
+        return tree_map_only(Tensor, share, tree)
+
+    def _disagreement(self, point: str, inputs: Mapping[str, Any]) -> MismatchError:
+        """What every rank has, in words. One all-gather of a page an axis."""
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        told = {name: _tell(value) for name, value in inputs.items()}
+        pages = _page(rank, point, told).to(self.device)[None]
+        for axis in self.axes:
+            pages = collectives.all_gather(pages, axis)
+        return _explain([json.loads(bytes(page.tolist()).rstrip(b"\0")) for page in pages.cpu()])
+
+
+def say(
+    axis: Axis, device: torch.device, status: Status, number: int, on_device: Tensor | None = None
+) -> list[list[int]]:
+    """Everybody's status and two numbers, by rank. One all-gather of 24 bytes, the same size wherever ranks say something:
+    one that has raised is understood at whichever point the others are.
+
+    Raises:
+        RankError: a rank says that it has raised; not on a rank that says so itself.
+    """
+    mine = torch.tensor([[status, number, 0]], device=device)
+    if on_device is not None:
+        mine[0, 2] = on_device
+    everybody: list[list[int]] = collectives.all_gather(mine, axis).tolist()
+    if status != Status.RAISED:
+        for rank, (said, *_) in enumerate(everybody):
+            if said == Status.RAISED:
+                raise RankError(f"rank {rank} of the {axis.name} axis raised", rank=rank, collective="comparison")
+    return everybody
+
+
+def _is_fake(axis: Axis) -> bool:
+    return axis.group is None or dist.get_backend(axis.group) == "fake"
+
+
+def _tell(value: Any) -> list[Any]:
+    """A value's hash and what it is, shortly."""
+    found = describe(value)
+    there = found.hash_there()
+    return [f"{found.hash_here()} {0 if there is None else int(there)}", found.summary()]
+
+
+def _page(rank: int, point: str, told: Mapping[str, Sequence[Any]]) -> Tensor:
+    """As JSON of ``PAGE`` bytes; where that is too little, without words, and at last without hashes."""
+    for inputs in (told, {name: [digest, ""] for name, (digest, _) in told.items()}, {}):
+        text = json.dumps({"rank": rank, "point": point[:500], "inputs": inputs}).encode()
+        if len(text) <= PAGE:
+            break
+    return torch.frombuffer(bytearray(text.ljust(PAGE, b"\0")), dtype=torch.uint8)
+
+
+def _explain(pages: Sequence[Mapping[str, Any]]) -> MismatchError:
+    first = pages[0]
+    odd = next((page for page in pages if (page["point"], page["inputs"]) != (first["point"], first["inputs"])), first)
+    if odd["point"] != first["point"]:
+        return MismatchError(
+            f"ranks {first['rank']} and {odd['rank']} are at different points: {first['point']}, and {odd['point']}; "
+            "every rank must make the same calls with the same arguments",
+            rank=odd["rank"],
+        )
+    names = [
+        name for name in {**first["inputs"], **odd["inputs"]} if first["inputs"].get(name) != odd["inputs"].get(name)
+    ]
+    nothing = ["", "nothing"]
+    differences = "; ".join(
+        f"{name} is {first['inputs'].get(name, nothing)[1] or 'one'} on rank {first['rank']} and "
+        f"{odd['inputs'].get(name, nothing)[1] or 'another'} on rank {odd['rank']}"
+        for name in names[:4]
+    )
+    return MismatchError(
+        f"{first['point']}: ranks were given different inputs: {differences or 'too many to list'}. Give every rank "
+        "the same arguments, and generators with the same seed",
+        rank=odd["rank"],
+    )
