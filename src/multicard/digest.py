@@ -35,7 +35,7 @@ class Description:
         hasher = xxhash.xxh3_64("\x1f".join((*more, *self.parts)).encode("utf-8", "surrogatepass"))
         for t in self.tensors:
             if t.device.type == "cpu":
-                hasher.update(_bytes(t).numpy())
+                hasher.update(_bytes(t).numpy().data)
         number: int = hasher.intdigest()
         return number - (1 << 63)
 

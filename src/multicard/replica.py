@@ -117,8 +117,9 @@ class Replica:
 def say(
     axis: Axis, device: torch.device, status: Status, number: int, on_device: Tensor | None = None
 ) -> list[list[int]]:
-    """Everybody's status and two numbers, by rank. One all-gather of 24 bytes, the same size wherever ranks say something:
-    one that has raised is understood at whichever point the others are.
+    """Everybody's status and two numbers, by rank. One all-gather of 24 bytes.
+
+    It is as long wherever ranks say something: one that has raised is heard at whichever point the others are.
 
     Raises:
         RankError: a rank says that it has raised; not on a rank that says so itself.

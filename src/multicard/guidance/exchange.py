@@ -21,6 +21,7 @@ class Agreed(NamedTuple):
     changed: bool
     early: bool
 
+
 def agree(axis: Axis, device: torch.device, status: Status, facts: Sequence[int], early: bool = False) -> Agreed:
     """Everybody's status, once all are known to be in the same step. One all-gather of a fixed size.
 

@@ -1,7 +1,7 @@
 """A method of somebody else's class, answered by us for the objects that we were given; others don't notice.
 
-So objects keep their class, which pipelines compare, a copy of one is intercepted like the original, and whatever is put
-around ``forward`` later (offloading, hooks, compilation) stays inside. Nothing that takes hooks off takes this off.
+So objects keep their class, which pipelines compare, a copy of one is intercepted like the original, and whatever is
+put around ``forward`` later (offloading, hooks, compilation) stays inside. Nothing that takes hooks off takes this off.
 """
 
 from __future__ import annotations

@@ -197,9 +197,10 @@ def _dtype(module: nn.Module) -> torch.dtype | None:
 
 def _hand_on() -> None:
     """A pipeline made of another's components (``from_pipe``) gets a door like that one's."""
-    from diffusers import DiffusionPipeline
+    import diffusers
 
-    method = DiffusionPipeline.register_modules
+    pipelines: Any = diffusers.DiffusionPipeline
+    method = pipelines.register_modules
     if hasattr(method, PLAIN):
         return
 
@@ -212,4 +213,4 @@ def _hand_on() -> None:
             intercept(pipe, "__call__", PipelineDoor(door.mesh, door.batch), "run")
 
     setattr(register, PLAIN, method)
-    DiffusionPipeline.register_modules = register
+    pipelines.register_modules = register

@@ -37,12 +37,14 @@ class Step:
         chunk: the new tokens.
         keys: by rank, the positions of its keys, in the order in which they lie, the new ones included.
         keep: ``(batch, positions in all)`` bool, False for padding; None: no padding.
+        attended: the modules that have called attention.
     """
 
     mesh: ParallelMesh
     chunk: Chunk
     keys: tuple[Spans, ...]
     keep: Tensor | None
+    attended: set[nn.Module] = dataclasses.field(default_factory=set)
 
 
 def attention_forward(
@@ -69,6 +71,7 @@ def attention_forward(
             f"{type(module).__name__} with {', '.join(strange) or 'a mask or dropout of its own'}: "
             "not with the sequence split; use tp alone"
         )
+    step.attended.add(module)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     segments = getattr(module, "_multicard_segments", None) or ((range(q.shape[2]), range(k.shape[2])),)

@@ -8,20 +8,38 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from multicard import partition
 from multicard.errors import UnsupportedError
+from multicard.integrations.seams import bypassed
 from multicard.mesh import Axis
 
 PAGE = 32
 """Consecutive decoded tokens that one rank holds before it is the next one's turn."""
 
 Spans = tuple[range, ...]
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""What models' ``forward`` calls its cache: since transformers 5.24, and before."""
+
+
+def cache_name(module: nn.Module) -> str:
+    """What ``module.forward`` calls its cache.
+
+    Raises:
+        UnsupportedError: neither name that we know.
+    """
+    names = inspect.signature(module.forward).parameters
+    found = next((name for name in CACHE_NAMES if name in names), None)
+    if found is None:
+        raise bypassed("transformers", f"{type(module).__name__}.forward takes none of {', '.join(CACHE_NAMES)}")
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +182,11 @@ class ShardedCache(DynamicCache):
 
     def begin(self, chunk: Chunk) -> None:
         self.chunk = chunk
+
+    def written(self) -> int:
+        """How many layers have got the running pass's new tokens."""
+        assert self.chunk is not None
+        return sum(isinstance(layer, ShardedLayer) and layer.seen == self.chunk.stop for layer in self.layers)
 
     def end(self) -> None:
         """The pass is over: its tokens belong to the past."""

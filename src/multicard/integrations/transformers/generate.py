@@ -10,11 +10,9 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from multicard import collectives
 from multicard.errors import UnsupportedError
 from multicard.mesh import ParallelMesh
+from multicard.replica import Replica
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,17 +30,22 @@ def guard(model: PreTrainedModel, mesh: ParallelMesh) -> None:
     """Make ``model.generate`` agree over ``mesh``: transformers' own method, with checks before it."""
     if mesh.tp.size * mesh.sequence.size == 1:
         return
-    for name, why in FIXED.items():
-        object.__setattr__(model, name, functools.partial(_refuse, f"{type(model).__name__}.{name}", why))
+    name, replica = type(model).__name__, Replica(mesh)
+    for method, why in FIXED.items():
+        object.__setattr__(model, method, functools.partial(_refuse, f"{name}.{method}", why))
     if not model.can_generate():
         return
     generate: Callable[..., Any] = model.generate  # type: ignore[assignment]
 
     @functools.wraps(generate)
     def checked(*args: Any, **kwargs: Any) -> Any:
-        check(model, mesh, {**inspect.signature(generate).bind_partial(*args).arguments, **kwargs})
-        agree_on_noise(mesh)
-        return generate(*args, **kwargs)
+        given = {**inspect.signature(generate).bind_partial(*args).arguments, **kwargs}
+        check(model, mesh, given)
+        replica.compare(f"{name}.generate", {"generation_config": model.generation_config, **given})
+        replica.same_noise()
+        tokens = generate(*args, **kwargs)
+        replica.compare(f"the end of {name}.generate", {"tokens": getattr(tokens, "sequences", tokens)})
+        return tokens
 
     # A static cache made ahead would have every key/value head; one made by the first step has this rank's.
     ours = {
@@ -52,8 +55,8 @@ def guard(model: PreTrainedModel, mesh: ParallelMesh) -> None:
         ),
         "_get_static_cache_init_shape": lambda: None,
     }
-    for name, method in ours.items():
-        object.__setattr__(model, name, method)
+    for method, answer in ours.items():
+        object.__setattr__(model, method, answer)
 
 
 def check(model: PreTrainedModel, mesh: ParallelMesh, kwargs: dict[str, Any]) -> None:
@@ -81,16 +84,6 @@ def check(model: PreTrainedModel, mesh: ParallelMesh, kwargs: dict[str, Any]) ->
         raise UnsupportedError(f"num_beams={setting('num_beams')} {where}: use greedy or sampling, or tp alone")
     if any(setting(name) for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")):
         raise UnsupportedError(f"assisted generation {where}: use greedy or sampling, or tp alone")
-
-
-def agree_on_noise(mesh: ParallelMesh) -> None:
-    """Give every rank of a replica the first one's random generator. One broadcast of 5 KB an axis."""
-    module = torch if mesh.device.type == "cpu" else torch.get_device_module(mesh.device)
-    state = module.get_rng_state()
-    on_device = state.to(mesh.device)
-    for axis in (mesh.sequence, mesh.tp):
-        on_device = collectives.broadcast(on_device, axis)
-    module.set_rng_state(on_device.to(state.device))
 
 
 def _refuse(what: str, why: str, *args: Any, **kwargs: Any) -> Any:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from multicard import partition
 from multicard.errors import UnsupportedError
+from multicard.integrations.seams import Hooks
 from multicard.layers.shard import Shares
 from multicard.mesh import Axis
 from multicard.partition import HeadShard
@@ -33,6 +34,8 @@ KV_COUNTS = ("num_key_value_heads", "num_kv_heads", "kv_heads", "n_kv_heads")
 QUERY_WIDTHS = ("all_head_size",)
 SEGMENTED = "multicard_segments"
 """The name under which segment-by-segment attention is registered."""
+ATTENDED = "_multicard_attended"
+"""Where a module counts its segment-by-segment attentions."""
 
 IDLE = HeadShard(range(1), range(1), ((range(1), range(1)),))
 """What a rank without a head computes: head 0, of which nothing reaches the output (its output rows are zeros)."""
@@ -155,7 +158,7 @@ def uses_interface(module: nn.Module) -> bool:
     return "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(type(module).forward).__code__.co_names
 
 
-def localize(module: nn.Module, heads: Heads, family: Family) -> None:
+def localize(module: nn.Module, heads: Heads, family: Family, hooks: Hooks) -> None:
     """Tell an attention module that it has this rank's heads only, and how to attend with them."""
     mine = heads.mine
     for names, whole, local in ((QUERY_COUNTS, heads.query, mine.query), (KV_COUNTS, heads.kv, mine.kv)):
@@ -177,7 +180,7 @@ def localize(module: nn.Module, heads: Heads, family: Family) -> None:
     if not mine.uniform:
         _attend_by_segments(module, mine)
     for name in family.head_inputs:
-        module.register_forward_pre_hook(functools.partial(_cut_head_input, name, heads), with_kwargs=True)
+        hooks.before(module, functools.partial(_cut_head_input, name, heads))
 
 
 def _local_config(config: Any, heads: Heads) -> Any:
@@ -249,6 +252,7 @@ def attend_by_segments(
     Args and result are those of ``transformers``' attention interface: ``(batch, heads, length, head_dim)`` in,
     ``(batch, length, heads, head_dim)`` out.
     """
+    vars(module)[ATTENDED] = vars(module).get(ATTENDED, 0) + 1
     attend = attention_function(module, vars(module)["_multicard_attention"])
     outs = []
     for segment in vars(module)["_multicard_segments"]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from multicard import collectives, partition
 from multicard.errors import UnsupportedError
+from multicard.integrations.seams import Hooks
 from multicard.integrations.transformers.heads import Heads
 from multicard.layers import (
     ColumnParallelLinear,
@@ -87,14 +88,14 @@ def head(module: nn.Linear, axis: Axis) -> ColumnParallelLinear:
     return ColumnParallelLinear.from_linear(module, axis, gather_output=True)
 
 
-def embedding(module: nn.Embedding, axis: Axis) -> VocabParallelEmbedding | None:
+def embedding(module: nn.Embedding, axis: Axis, hooks: Hooks) -> VocabParallelEmbedding | None:
     """Vocabulary rows, or None where the class does something that we don't know; it then stays whole."""
     scaled = type(module).__name__.endswith("ScaledWordEmbedding") and len(list(module.parameters())) == 1
     if module.max_norm is not None or not (scaled or type(module) is nn.Embedding):
         return None
     layer = VocabParallelEmbedding.from_embedding(module, axis)
     if scaled:
-        layer.register_forward_hook(_scaler(module))
+        hooks.after(layer, _scaler(module))
     return layer
 
 
@@ -117,7 +118,7 @@ def cut_parameter(owner: nn.Module, name: str, dim: int, spans: tuple[range, ...
     owner._parameters[name] = sharded(shard.take(whole.detach()), shard)
 
 
-def experts(module: nn.Module, axis: Axis, path: str) -> None:
+def experts(module: nn.Module, axis: Axis, path: str, hooks: Hooks) -> None:
     """Every expert's width over the ranks, in place; the module's output is added up by one all-reduce.
 
     Packed weights are ``(experts, out, in)``, transposed where the class says so, and gate and up are one after the
@@ -151,7 +152,7 @@ def experts(module: nn.Module, axis: Axis, path: str) -> None:
         _silence(module, "down_proj")
     if "down_proj_bias" in parameters and axis.rank:
         _silence(module, "down_proj_bias")
-    module.register_forward_hook(lambda module, args, out: collectives.all_reduce(out, axis))
+    hooks.after(module, lambda module, args, out: collectives.all_reduce(out, axis))
 
 
 def _silence(owner: nn.Module, name: str) -> None:

@@ -15,6 +15,7 @@ from multicard import mesh as meshes
 from multicard.config import ParallelConfig
 from multicard.errors import UnsupportedError
 from multicard.integrations.transformers import load as loading
+from multicard.integrations.transformers.cache import cache_name
 from multicard.integrations.transformers.model import load_model, parallelize
 from multicard.mesh import Axis, ParallelMesh
 from multicard.weights import Checkpoint, LoadReport
@@ -95,6 +96,7 @@ class TransformersDecoder:
     def __init__(self, model: PreTrainedModel, mesh: ParallelMesh) -> None:
         self.model, self.config = model, ModelConfig.of(model)
         self.takes = inspect.signature(model.forward).parameters
+        self.cache_name = cache_name(model)
         self.mesh = meshes.single(mesh.device)
         self.vocabulary = range(self.config.vocab_size)
 
@@ -112,7 +114,7 @@ class TransformersDecoder:
         stop = cache.length + ids.shape[1]
         starts = torch.tensor(cache.starts, device=ids.device)[:, None]
         slots = torch.arange(stop, device=ids.device)[None]
-        given: dict[str, Any] = {"input_ids": ids, "past_key_values": cache.past, "use_cache": True}
+        given: dict[str, Any] = {"input_ids": ids, self.cache_name: cache.past, "use_cache": True}
         if any(cache.starts):
             given["attention_mask"] = (slots >= starts).long()
         if "position_ids" in self.takes:
@@ -120,7 +122,7 @@ class TransformersDecoder:
         if last_only and "logits_to_keep" in self.takes:
             given["logits_to_keep"] = 1
         out = self.model(**given)
-        cache.past, cache.length = out.past_key_values, stop
+        cache.past, cache.length = out[self.cache_name], stop
         return out.logits[:, -1:] if last_only else out.logits
 
 

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from multicard.errors import UnsupportedError
+from multicard.integrations.seams import Hooks
 from multicard.integrations.transformers import layers
 from multicard.integrations.transformers import load as loading
 from multicard.integrations.transformers.checks import check_structure
+from multicard.integrations.transformers.doors import open_door
 from multicard.integrations.transformers.families import FUSED, HEAD_STYLES
 from multicard.integrations.transformers.generate import guard
 from multicard.integrations.transformers.heads import Heads, localize, read_heads
@@ -23,6 +25,8 @@ from multicard.weights import LoadReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from multicard.integrations.transformers.sequence import Sequence
 
 
 def parallelize(model: PreTrainedModel, mesh: ParallelMesh, plan: Mapping[str, str] | None = None) -> PreTrainedModel:
@@ -37,25 +41,29 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh, plan: Mapping[str, s
         ConfigError: the plan doesn't fit the model.
         UnsupportedError: the model can't be split exactly; the message names the module and why.
     """
-    _split(model, mesh, plan)
+    opened = _split(model, mesh, plan)
     if model.device.type != "meta":
         nn.Module.to(model, mesh.device)
-    _finish(model, mesh)
+    _finish(model, mesh, *opened)
     return model
 
 
-def _split(model: PreTrainedModel, mesh: ParallelMesh, plan: Mapping[str, str] | None) -> None:
+def _split(model: PreTrainedModel, mesh: ParallelMesh, plan: Mapping[str, str] | None) -> tuple[Hooks, Sequence | None]:
     """Weights over tp, the sequence over ring and ulysses; what can't be is refused before anything is changed."""
+    hooks, split = Hooks("transformers"), None
     if mesh.sequence.size > 1:
         from multicard.integrations.transformers import sequence
 
         sequence.check(model, mesh)
-        sequence.attach(model, mesh)
-    split_tensors(model, mesh.tp, plan)
+        split = sequence.attach(model, mesh, hooks)
+    split_tensors(model, mesh.tp, hooks, plan)
+    return hooks, split
 
 
-def _finish(model: PreTrainedModel, mesh: ParallelMesh) -> None:
+def _finish(model: PreTrainedModel, mesh: ParallelMesh, hooks: Hooks, sequence: Sequence | None) -> None:
     guard(model, mesh)
+    if mesh.tp.size * mesh.sequence.size > 1:
+        open_door(model, mesh, hooks, sequence)
     model.requires_grad_(False).eval()
     layers.pack_linears(model)
 
@@ -98,13 +106,13 @@ def load_model(
     """:func:`from_pretrained`, and what the loading took."""
     model = loading.build(path, model_class, dtype, **overrides)
     sources = Sources(model)
-    _split(model, mesh, plan)
+    opened = _split(model, mesh, plan)
     report = loading.load(model, path, mesh, sources, checksums)
-    _finish(model, mesh)
+    _finish(model, mesh, *opened)
     return model, report
 
 
-def split_tensors(model: PreTrainedModel, axis: Axis, plan: Mapping[str, str] | None = None) -> None:
+def split_tensors(model: PreTrainedModel, axis: Axis, hooks: Hooks, plan: Mapping[str, str] | None = None) -> None:
     """Tensor parallel only: each rank keeps its part of every planned module."""
     if axis.size == 1:
         return
@@ -113,10 +121,10 @@ def split_tensors(model: PreTrainedModel, axis: Axis, plan: Mapping[str, str] | 
     check_structure(model, resolved, attentions, trusted=plan is not None)
     for path, style in resolved.styles.items():
         if style not in ("whole", "embedding", "head"):
-            _convert(model, path, style, _heads_of(path, attentions) if style in HEAD_STYLES else None, axis)
+            _convert(model, path, style, _heads_of(path, attentions) if style in HEAD_STYLES else None, axis, hooks)
     for path, heads in attentions.items():
-        localize(model.get_submodule(path), heads, resolved.family(path))
-    _split_vocabulary(model, axis)
+        localize(model.get_submodule(path), heads, resolved.family(path), hooks)
+    _split_vocabulary(model, axis, hooks)
 
 
 def _attentions(model: PreTrainedModel, resolved: ResolvedPlan, axis: Axis) -> dict[str, Heads]:
@@ -138,7 +146,7 @@ def _heads_of(path: str, attentions: Mapping[str, Heads]) -> Heads:
     raise UnsupportedError(f"the plan splits {path} by heads, but no query projection is near it")
 
 
-def _convert(model: nn.Module, path: str, style: str, heads: Heads | None, axis: Axis) -> None:
+def _convert(model: nn.Module, path: str, style: str, heads: Heads | None, axis: Axis, hooks: Hooks) -> None:
     parent, _, name = path.rpartition(".")
     owner = model.get_submodule(parent)
     if name in owner._parameters:
@@ -146,7 +154,7 @@ def _convert(model: nn.Module, path: str, style: str, heads: Heads | None, axis:
         return
     module = owner.get_submodule(name)
     if style == "experts":
-        layers.experts(module, axis, path)
+        layers.experts(module, axis, path, hooks)
     elif style == "head_columns" and heads is not None:
         shares = heads.query_shares(module.get_parameter("weight").shape[1])
         layers.cut_parameter(module, "weight", 1, shares[axis.rank])
@@ -186,7 +194,7 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 owner._modules[name] = new
 
 
-def _split_vocabulary(model: PreTrainedModel, axis: Axis) -> None:
+def _split_vocabulary(model: PreTrainedModel, axis: Axis, hooks: Hooks) -> None:
     """Input embeddings and the output head by vocabulary rows, one shared parameter where they are tied."""
     try:
         table, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -196,7 +204,7 @@ def _split_vocabulary(model: PreTrainedModel, axis: Axis) -> None:
     tied = isinstance(head, nn.Linear) and head.weight is whole
     if isinstance(table, nn.Embedding):
         tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is whole]
-        splits = [layers.embedding(table, axis) for table in tables]
+        splits = [layers.embedding(table, axis, hooks) for table in tables]
         for old, new in zip(tables, splits, strict=True):
             if new is None or None in splits:
                 continue

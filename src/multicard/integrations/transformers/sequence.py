@@ -7,7 +7,7 @@ tokens are computed by every rank. ``generate()`` and the modelling code stay wh
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from multicard import collectives
 from multicard.attention.sequence import flatten, to_natural_order
 from multicard.errors import UnsupportedError
+from multicard.integrations.seams import Hooks, bypassed
 from multicard.integrations.transformers import attention
-from multicard.integrations.transformers.cache import Chunk, ShardedCache, take
+from multicard.integrations.transformers.cache import CACHE_NAMES, Chunk, ShardedCache, cache_name, take
 from multicard.integrations.transformers.heads import uses_interface
 from multicard.mesh import ParallelMesh
 
@@ -63,22 +64,22 @@ def _is_causal(holder: object) -> bool:
     return getattr(holder, "is_causal", True) is not False
 
 
-def attach(model: PreTrainedModel, mesh: ParallelMesh) -> None:
+def attach(model: PreTrainedModel, mesh: ParallelMesh, hooks: Hooks) -> Sequence:
     """Split the sequence of ``model`` over ``mesh.sequence`` from now on. Before its weights are split."""
     attention.register()
     model.config._attn_implementation = attention.NAME
-    sequence = Sequence(model, mesh)
     decoder = model.get_decoder()
-    for module in decoder.modules():
-        if hasattr(module, "forward") and uses_interface(module):
-            object.__setattr__(module, "_multicard_sequence", sequence)
-        if type(module).__name__.endswith("RotaryEmbedding"):
-            module.register_forward_pre_hook(sequence.before_rotary(module), with_kwargs=True)
-            module.register_forward_hook(sequence.after_rotary)
-    decoder.register_forward_pre_hook(sequence.before(decoder), with_kwargs=True)
-    decoder.register_forward_hook(sequence.after)
-    if decoder is not model:
-        model.register_forward_pre_hook(sequence.before_head(model), with_kwargs=True)
+    attentions = {module for module in decoder.modules() if hasattr(module, "forward") and uses_interface(module)}
+    rotary = [module for module in decoder.modules() if type(module).__name__.endswith("RotaryEmbedding")]
+    sequence = Sequence(model, mesh, attentions, bool(rotary))
+    for module in attentions:
+        object.__setattr__(module, "_multicard_sequence", sequence)
+    for module in rotary:
+        hooks.before(module, sequence.before_rotary(module))
+        hooks.after(module, sequence.after_rotary)
+    hooks.before(decoder, sequence.before(decoder))
+    hooks.after(decoder, sequence.after)
+    return sequence
 
 
 class Sequence:
@@ -88,26 +89,39 @@ class Sequence:
         step: the pass that is running, or None.
     """
 
-    def __init__(self, model: PreTrainedModel, mesh: ParallelMesh) -> None:
+    def __init__(
+        self, model: PreTrainedModel, mesh: ParallelMesh, attentions: set[nn.Module], has_rotary: bool
+    ) -> None:
         self.config, self.mesh = model.config, mesh
         self.step: attention.Step | None = None
         self.cache: ShardedCache | None = None
         self.positions: Tensor | None = None
         self.logits_to_keep = 0
+        self._attentions, self._has_rotary = attentions, has_rotary
+        self._rotations = [0, 0]  # rotary embeddings that were begun and ended in this pass
+        self._passes = 0
 
-    def before_head(self, model: nn.Module) -> Callable[..., None]:
-        signature = inspect.signature(model.forward)
+    def begin_call(self, given: Mapping[str, Any]) -> None:
+        """The whole model is called, with these arguments."""
+        wanted = given.get("logits_to_keep", 0)  # the decoder never hears of it
+        self.logits_to_keep = wanted if isinstance(wanted, int) else 0
+        self._passes, self.step = 0, None
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            wanted = signature.bind_partial(*args, **kwargs).arguments.get("logits_to_keep", 0)
-            self.logits_to_keep = wanted if isinstance(wanted, int) else 0
+    def end_call(self) -> None:
+        """The call has ended.
 
-        return hook
+        Raises:
+            UnsupportedError: the decoder did not run through our hooks.
+        """
+        unfinished, self.step = self.step is not None, None
+        if unfinished or not self._passes:
+            raise bypassed("transformers", "the decoder ran without the hooks that split and gather its tokens")
 
     def before(self, decoder: nn.Module) -> Callable[..., Any]:
         """The decoder's pre-hook: make the step, give the decoder its slice and the sharded cache."""
         signature = inspect.signature(decoder.forward)
         rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
+        cache = cache_name(decoder)
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             given = dict(signature.bind_partial(*args, **kwargs).arguments)
@@ -116,23 +130,25 @@ class Sequence:
             tokens = given.get("input_ids", given.get("inputs_embeds"))
             if tokens is None:
                 raise UnsupportedError("a forward pass without input_ids or inputs_embeds can't be split")
-            _refuse_arguments(given, self.config, tokens.shape[:2])
-            self.cache = self._cache(given)
+            past = [given.pop(name) for name in CACHE_NAMES if name in given]
+            _refuse_arguments(given, self.config, tokens.shape[:2], fresh=not past)
+            self.cache = self._cache(given, past)
             chunk = Chunk.of(self.cache.length if self.cache else 0, tokens.shape[1], self.mesh.sequence)
             if self.cache is not None:
                 self.cache.begin(chunk)
-                given["past_key_values"] = self.cache
+                given[cache] = self.cache
             keys = self.cache.spans() if self.cache is not None else chunk.held
             keep = _padding(given.get("attention_mask"), chunk)
             self.step = attention.Step(self.mesh, chunk, keys, keep)
+            self._rotations = [0, 0]
             if chunk.sliced:
                 self._slice(given, chunk, tokens)
             return (), given
 
         return hook
 
-    def _cache(self, given: dict[str, Any]) -> ShardedCache | None:
-        cache = given.get("past_key_values")
+    def _cache(self, given: dict[str, Any], past: list[Any]) -> ShardedCache | None:
+        cache = past[0] if past else None
         if isinstance(cache, ShardedCache):
             return cache
         if cache is not None and (type(cache).__name__ != "DynamicCache" or cache.get_seq_length()):
@@ -157,13 +173,34 @@ class Sequence:
         """The decoder's hook: every rank gets the rows that the head will read. One all-gather."""
         step, cache = self.step, self.cache
         assert step is not None
+        self._prove(step, cache)
         if cache is not None:
             cache.end()
         if step.chunk.sliced:
             output["last_hidden_state"] = self._gather(output["last_hidden_state"], step.chunk)
         self.step = self.cache = self.positions = None
         self.logits_to_keep = 0
+        self._passes += 1
         return output
+
+    def _prove(self, step: attention.Step, cache: ShardedCache | None) -> None:
+        """Raise UnsupportedError unless this pass went through every seam."""
+        count = len(self._attentions)
+        if step.attended != self._attentions:
+            raise bypassed(
+                "transformers",
+                f"{len(step.attended & self._attentions)} of {count} attention modules called the attention function "
+                "that knows of the split sequence",
+            )
+        if cache is not None and cache.written() != count:
+            raise bypassed(
+                "transformers",
+                f"{cache.written()} of {count} attention modules wrote the {step.chunk.length} new tokens into the "
+                "cache that is split over ranks",
+            )
+        begun, ended = self._rotations
+        if step.chunk.sliced and self._has_rotary and (begun != ended or not begun):
+            raise bypassed("transformers", "rotary embeddings weren't made from all positions")
 
     def _gather(self, hidden: Tensor, chunk: Chunk) -> Tensor:
         """``(batch, rows here, hidden)`` to the last ``logits_to_keep`` rows of the chunk, or all, on every rank."""
@@ -182,6 +219,7 @@ class Sequence:
             if self.step is None or not self.step.chunk.sliced:
                 return None
             given = dict(signature.bind_partial(*args, **kwargs).arguments)
+            self._rotations[0] += 1
             return (), {**given, "position_ids": self.positions}
 
         return hook
@@ -190,6 +228,7 @@ class Sequence:
         if self.step is None or not self.step.chunk.sliced:
             return output
         chunk = self.step.chunk
+        self._rotations[1] += 1
         if isinstance(output, Tensor):
             return take(output, chunk.mine, chunk.start, 1)
         return tuple(take(x, chunk.mine, chunk.start, 1) for x in output)
@@ -208,16 +247,16 @@ def _padding(mask: Tensor | None, chunk: Chunk) -> Tensor | None:
     return None if bool(keep.all()) else keep
 
 
-def _refuse_arguments(given: dict[str, Any], config: Any, shape: torch.Size) -> None:
+def _refuse_arguments(given: dict[str, Any], config: Any, shape: torch.Size, *, fresh: bool) -> None:
     for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
         if given.get(name, getattr(config, name, False)):
             raise UnsupportedError(f"{name}=True with the sequence split would give slices: use tp alone")
     if given.get("return_dict") is False:
         raise UnsupportedError("return_dict=False with the sequence split: leave it True")
-    known = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values"}
+    known = {"input_ids", "inputs_embeds", "attention_mask", "position_ids"}
     for name, value in given.items():
         if name not in known and isinstance(value, Tensor) and value.dim() >= 2 and value.shape[1] == shape[1] > 1:
             raise UnsupportedError(f"{name} of shape {tuple(value.shape)} with the sequence split: use tp alone")
-    positions, packed = given.get("position_ids"), "attention_mask" not in given and "past_key_values" not in given
+    positions, packed = given.get("position_ids"), "attention_mask" not in given and fresh
     if positions is not None and packed and bool((positions.diff(dim=-1) != 1).any()):
         raise UnsupportedError("position_ids of packed sequences with the sequence split: pass one sequence a row")
