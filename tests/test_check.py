@@ -159,6 +159,7 @@ def test_a_wrong_message_is_named_by_its_receiver(checked, request):
         assert "rank 2" in text
 
 
+@pytest.mark.seam
 def test_the_launcher_raises_it(checked):
     with pytest.raises(MismatchError, match="all_reduce") as caught:
         checked.run(lambda mesh: different_shape(mesh.tp.group, mesh.rank == 1))
@@ -167,6 +168,7 @@ def test_the_launcher_raises_it(checked):
     checked.restart()
 
 
+@pytest.mark.seam
 def test_what_agrees_is_let_through(checked):
     def agree(mesh):
         axis, n, r = mesh.tp, mesh.tp.size, mesh.tp.rank

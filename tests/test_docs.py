@@ -23,21 +23,29 @@ def blocks(page: pathlib.Path, language: str) -> list[tuple[str, str]]:
     return [(how, code) for lang, how, code in FENCE.findall(page.read_text()) if lang == language]
 
 
+def seam(page: pathlib.Path) -> list:
+    return [pytest.mark.seam] if page.name == "README.md" else []
+
+
 def programs() -> list:
     found = []
     for page in PAGES:
         python = blocks(page, "python")
         plain = "\n".join(code for how, code in python if not how)
         if plain:
-            found.append(pytest.param([sys.executable], plain, id=page.stem))
+            found.append(pytest.param([sys.executable], plain, id=page.stem, marks=seam(page)))
         for i, (how, code) in enumerate((how, code) for how, code in python if how):
-            found.append(pytest.param(shlex.split(how), code, id=f"{page.stem}-{i}"))
+            found.append(pytest.param(shlex.split(how), code, id=f"{page.stem}-{i}", marks=seam(page)))
     return found
 
 
 def commands() -> list:
     lines = [(page, line) for page in PAGES for _, code in blocks(page, "console") for line in code.splitlines()]
-    return [pytest.param(line[2:], id=f"{page.stem}: {line[2:]}") for page, line in lines if line.startswith("$ ")]
+    return [
+        pytest.param(line[2:], id=f"{page.stem}: {line[2:]}", marks=seam(page))
+        for page, line in lines
+        if line.startswith("$ ")
+    ]
 
 
 def run(command: list[str] | str, **kwargs) -> None:

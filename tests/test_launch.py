@@ -42,6 +42,7 @@ def run_python(code: str, **env: str) -> subprocess.CompletedProcess:
 # ---- what goes in and out
 
 
+@pytest.mark.seam
 def test_values_come_back_by_rank(run_on):
     assert run_on(gather_ranks, 10, tp=2) == [[10, 11]] * 2
     assert run_on(gather_ranks, 10, tp=2, backend="gloo") == [[10, 11]] * 2
@@ -56,6 +57,7 @@ def test_one_pool_carries_every_mesh_of_its_size(run_on):
     assert run_on(place) == [(0, 0, 1, 1)]
 
 
+@pytest.mark.seam
 def test_tensors_arrive_bit_by_bit(ranks):
     base = torch.arange(24, dtype=torch.float64).reshape(4, 6)
     sent = {
@@ -82,6 +84,7 @@ def _numpy(value):
     return value.float().numpy() if value.dtype == torch.bfloat16 else value.resolve_conj().numpy()
 
 
+@pytest.mark.seam
 def test_messages_hold_tensors_beside_the_pickle():
     large = torch.zeros(1 << 20)
     message = wire.pack("value", 3, {"x": large, "view": large[5:6]})
@@ -100,6 +103,7 @@ def test_messages_hold_tensors_beside_the_pickle():
     os.close(end)
 
 
+@pytest.mark.seam
 def test_an_unpicklable_value_is_an_error_and_the_ranks_live_on(ranks):
     with pytest.raises(TypeError, match="cannot pickle"):
         ranks.run(lambda mesh: threading.Lock())
@@ -129,6 +133,7 @@ def test_an_exception_keeps_its_type_and_names_its_rank(ranks):
     assert ranks.run(gather_ranks, 0) == [[0, 1]] * 2
 
 
+@pytest.mark.seam
 def test_an_exception_that_cannot_be_pickled_keeps_its_text(ranks):
     def fail(mesh):
         raise Unpicklable("what happened", 2)
@@ -155,6 +160,7 @@ class Holding(Exception):
         self.tensor = tensor
 
 
+@pytest.mark.seam
 def test_exceptions_of_every_make_keep_their_type(ranks):
     def fail(mesh, make):
         raise make()
@@ -180,6 +186,7 @@ def count_up(mesh, start, n):
         yield i + start["at"] if mesh.rank == 0 else None
 
 
+@pytest.mark.seam
 def test_kept_values_stay_on_their_ranks(ranks):
     kept = ranks.keep(lambda mesh: {"rank": mesh.rank, "lock": threading.Lock()})
     assert ranks.run(lambda mesh, own: own["rank"], kept) == [0, 1]
@@ -259,6 +266,7 @@ def test_a_forked_process_is_refused_and_harms_nothing(ranks):
     assert ranks.run(gather_ranks, 3) == [[3, 4]] * 2
 
 
+@pytest.mark.seam
 def test_an_unguarded_script_can_launch_from_a_thread_that_ends():
     done = run_python(
         """
@@ -272,6 +280,7 @@ def test_an_unguarded_script_can_launch_from_a_thread_that_ends():
     assert done.stdout == "[0, 1]\n", done.stderr
 
 
+@pytest.mark.seam
 def test_functions_may_live_in_a_module_beside_the_script(tmp_path):
     (tmp_path / "beside.py").write_text("def place(mesh):\n    return mesh.tp.rank\n")
     (tmp_path / "main.py").write_text(

@@ -75,6 +75,7 @@ def test_a_prompt_and_a_list_of_unequal_ones(llm, checkpoint):
     assert "".join(llm.stream("w5 w7 w9", max_new_tokens=6)) == llm.generate("w5 w7 w9", max_new_tokens=6).text
 
 
+@pytest.mark.seam
 def test_logits_are_those_of_transformers(llm, checkpoint):
     ids = tiny.prompts(NAME)[0]
     with torch.no_grad():
@@ -183,6 +184,7 @@ def test_without_a_tokenizer_prompts_are_token_ids(tmp_path):
             llm.stream(ids)
 
 
+@pytest.mark.seam
 def test_chat_templates(tmp_path):
     folder = tmp_path / "chat"
     folder.mkdir()
@@ -208,6 +210,7 @@ def test_chat_templates(tmp_path):
     assert Tokenizer(folder).encode("w1") == [8, 9]
 
 
+@pytest.mark.seam
 def test_pieces_of_text_are_whole_characters():
     if not (SMOLLM2 / "tokenizer.json").exists():
         pytest.skip("needs a byte-level tokenizer")
@@ -350,6 +353,7 @@ def test_a_world_that_disagrees_with_the_environment(checkpoint, monkeypatch, ca
     assert "the mesh needs 2 ranks and this job has 3" in said
 
 
+@pytest.mark.seam
 def test_generate_prints_json_and_nothing_else(checkpoint):
     done = command("generate", "--model", checkpoint[0], "--tp", 2, "w1 w2", "--max-new-tokens", 4, "--json")
     assert done.returncode == 0, done.stderr
@@ -377,6 +381,7 @@ def test_inside_a_job_its_own_ranks_are_used(checkpoint, tmp_path):
     assert f"answer 0 {expected}" in done.stdout
 
 
+@pytest.mark.seam
 def test_info():
     found = json.loads(command("info", "--json").stdout)
     assert found["versions"]["torch"] == torch.__version__

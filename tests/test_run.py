@@ -59,6 +59,7 @@ def run(*args: str, **env: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.seam
 def test_a_script_runs_on_every_rank_and_logs_are_kept_apart(script, tmp_path):
     done = run("--tp", "2", "--log-dir", str(tmp_path), script)
     assert (done.returncode, done.stderr) == (0, "")
@@ -98,6 +99,7 @@ def test_a_hang_prints_every_ranks_stack(script):
     assert "time.sleep(60)" in done.stderr
 
 
+@pytest.mark.seam
 @pytest.mark.parametrize(
     ("args", "line"),
     [

@@ -228,6 +228,7 @@ def test_memory_while_loading_is_the_shard_and_little_more(run_on, tmp_path, mon
         assert growth <= 1.1 * report.shard_bytes
 
 
+@pytest.mark.seam
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_any_slice_is_what_safetensors_reads(tmp_path_factory, data):

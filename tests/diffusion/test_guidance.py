@@ -166,7 +166,7 @@ def errors_of_rules(mesh):
     return errors
 
 
-@pytest.mark.parametrize("cfg", [2, 3])
+@pytest.mark.parametrize("cfg", [pytest.param(2, marks=pytest.mark.seam), 3])
 def test_exact_whatever_the_pipeline_does(run_on, cfg):
     by_rank = run_on(errors_of_rules, cfg=cfg)
     wrong = {case: error for case, (error, _) in by_rank[0].items() if not error < 1e-5}
@@ -234,6 +234,7 @@ def failures(mesh):
     return seen
 
 
+@pytest.mark.seam
 def test_failures_reach_every_rank(run_on):
     first, second = run_on(failures, cfg=2)
     for step in (0, 3):
@@ -265,6 +266,7 @@ def caches(mesh):
     return refused
 
 
+@pytest.mark.seam
 def test_caches_between_steps_are_refused(run_on):
     for refused in run_on(caches, cfg=2):
         assert len(refused) == 3

@@ -29,6 +29,7 @@ def loaded(mesh, folder, names):
     return found
 
 
+@pytest.mark.seam
 @pytest.mark.parametrize("tp", [2])
 def test_each_rank_reads_its_own_slices(run_on, tmp_path, tp):
     names = ["dit", "sd3", "flux2", "wan", "ltx"]
@@ -46,6 +47,7 @@ def bfloat16(mesh, folder):
     return {name: parameter.dtype for name, parameter in model.named_parameters()}
 
 
+@pytest.mark.seam
 def test_some_modules_stay_in_float32(run_on, tmp_path):
     build("wan")[0].transformer.save_pretrained(tmp_path)
     dtypes = run_on(bfloat16, str(tmp_path), tp=2)[0]

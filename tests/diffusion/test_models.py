@@ -54,12 +54,16 @@ def outcomes(mesh, names):
     return found
 
 
+def seams(label):
+    return [pytest.mark.seam] if label in ("cfg=2 ulysses=2", "cfg=2 tp=2") else []
+
+
 @pytest.fixture(scope="session")
 def matrix():
     return {}
 
 
-@pytest.mark.parametrize("label", MESHES)
+@pytest.mark.parametrize("label", [pytest.param(label, marks=seams(label)) for label in MESHES])
 def test_exact_or_refused(run_on, matrix, label):
     names = [name for name in FAMILIES if name not in ONLY_CFG or label == "cfg=2"]
     by_rank = run_on(outcomes, names, **MESHES[label])

@@ -48,6 +48,7 @@ def near(found, expected, tolerance=1e-4):
     assert expected.std() > 0.1  # a picture, not a grey field
 
 
+@pytest.mark.seam
 def test_pictures_are_those_of_one_process(digits, expected):
     near(digits(**REQUEST, seed=SEED).images, expected)
     assert np.abs(digits(**REQUEST, seed=6).images - expected).max() > 0.1
@@ -58,6 +59,7 @@ def test_pictures_are_those_of_one_process(digits, expected):
     near(as_tensor.permute(0, 2, 3, 1).numpy(), expected)
 
 
+@pytest.mark.seam
 def test_refused_requests_leave_the_ranks_as_they_are(digits, expected):
     pids = digits._ranks.pids
     for wrong, said in (
@@ -106,6 +108,7 @@ def sd3(tmp_path_factory):
     return folder, pipe, arguments
 
 
+@pytest.mark.seam
 def test_callbacks_run_on_every_rank_and_fail_alone(sd3):
     folder, plain, arguments = sd3
 
@@ -167,6 +170,7 @@ def test_noise_is_the_whole_batchs():
             draw()
 
 
+@pytest.mark.seam
 def test_outputs_survive_the_way_home():
     picture = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(2, 2, 3))
     fields = {"images": [picture], "scores": np.arange(3.0), "flags": [True, None], "latents": torch.ones(2)}
@@ -245,6 +249,7 @@ def image(capsys, *args):
     return ended.value.code, capsys.readouterr()
 
 
+@pytest.mark.seam
 def test_image_writes_files_and_says_so_as_json(capsys, tmp_path, expected):
     labels = [part for label in REQUEST["class_labels"] for part in ("--class-label", label)]
     target = tmp_path / "new" / "digit.png"

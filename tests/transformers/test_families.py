@@ -7,8 +7,8 @@ import zoo
 import multicard as mc
 from multicard.integrations.transformers.sequence import FAMILIES
 
-TP = (2, 3, 4)
-SEQUENCES = ({"ring": 2}, {"ulysses": 3}, {"ring": 2, "tp": 2})
+TP = (pytest.param(2, marks=pytest.mark.seam), 3, 4)
+SEQUENCES = (pytest.param({"ring": 2}, marks=pytest.mark.seam), {"ulysses": 3}, {"ring": 2, "tp": 2})
 
 
 @pytest.mark.parametrize("tp", TP)
@@ -48,6 +48,7 @@ def test_a_sequence_that_cant_be_split_is_refused_by_name(measured, name):
         assert "use tp=2" in refusal
 
 
+@pytest.mark.seam
 def test_a_family_without_a_plan_is_refused_before_anything_is_split(run_on):
     def check(mesh):
         import transformers as hf
@@ -60,6 +61,7 @@ def test_a_family_without_a_plan_is_refused_before_anything_is_split(run_on):
     assert run_on(check, tp=2) == ["Linear", "Linear"]
 
 
+@pytest.mark.seam
 def test_a_model_of_several_parts(run_on):
     """Each part attends by its own implementation, and a vision tower is split as well."""
 
@@ -99,6 +101,7 @@ def test_two_towers(run_on):
         assert zoo.relative_error(found, expected) <= 1e-5
 
 
+@pytest.mark.seam
 def test_what_a_split_model_cant_do_any_more_is_refused(run_on):
     def check(mesh):
         model, found = mc.parallelize(zoo.build("llama"), mesh), []

@@ -28,7 +28,7 @@ def answers(model, name, ranks_seed=0):
     return found
 
 
-@pytest.mark.parametrize("degrees", [{"tp": 2}, {"tp": 3}], ids=str)
+@pytest.mark.parametrize("degrees", [pytest.param({"tp": 2}, marks=pytest.mark.seam), {"tp": 3}], ids=str)
 def test_every_way_of_choosing_is_that_of_one_process(run_on, degrees):
     names = ("llama", "gemma3", "gpt2")
     expected = {name: answers(zoo.build(name), name) for name in names}
@@ -45,6 +45,7 @@ def test_every_way_of_choosing_is_that_of_one_process(run_on, degrees):
                 assert torch.equal(tokens, expected[name][way]), (name, way)
 
 
+@pytest.mark.seam
 def test_sampling_with_a_split_sequence(run_on):
     given = zoo.inputs("llama")
     alone = zoo.build("llama")
@@ -60,6 +61,7 @@ def test_sampling_with_a_split_sequence(run_on):
         assert torch.equal(tokens, expected)
 
 
+@pytest.mark.seam
 @pytest.mark.parametrize("kind", ["t5", "bart"])
 def test_encoder_decoders(run_on, kind):
     def build():

@@ -10,6 +10,8 @@ import zoo
 
 import multicard as mc
 
+pytestmark = pytest.mark.seam
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -41,7 +41,9 @@ def load_and_compare(mesh, folder, references):
     return found
 
 
-@pytest.mark.parametrize("degrees", [{"tp": 2}, {"tp": 3}, {"ulysses": 2}], ids=str)
+@pytest.mark.parametrize(
+    "degrees", [pytest.param({"tp": 2}, marks=pytest.mark.seam), {"tp": 3}, {"ulysses": 2}], ids=str
+)
 def test_each_rank_reads_its_slices_only(run_on, oracles, checkpoints, degrees):
     sizes = {name: sum(path.stat().st_size for path in (checkpoints / name).glob("*.safetensors")) for name in NAMES}
     names = [name for name in NAMES if "tp" in degrees or name in ("gemma3", "llama-tied", "mixtral")]
@@ -99,6 +101,7 @@ def test_what_transformers_takes_and_we_dont_is_refused(checkpoints):
     assert mc.from_pretrained(checkpoints / "gpt2", mc.single(), dtype="auto").dtype == torch.float32
 
 
+@pytest.mark.seam
 def test_what_transformers_keeps_for_itself_is_asked_for_by_name(checkpoints, monkeypatch):
     from transformers import core_model_loading
 

@@ -40,7 +40,14 @@ def turns(model, ids, lengths):
 
 
 @pytest.mark.parametrize(
-    "degrees", [{"ring": 2}, {"ulysses": 2}, {"ring": 2, "ulysses": 2}, {"ring": 2, "tp": 2}], ids=str
+    "degrees",
+    [
+        pytest.param({"ring": 2}, marks=pytest.mark.seam),
+        {"ulysses": 2},
+        {"ring": 2, "ulysses": 2},
+        {"ring": 2, "tp": 2},
+    ],
+    ids=str,
 )
 def test_turns_on_one_cache(run_on, degrees):
     lengths = (11, 1, 1, 40, 3, PAGE + 2, 1, 9)
@@ -56,6 +63,7 @@ def test_turns_on_one_cache(run_on, degrees):
             assert zoo.relative_error(logits, expected[name]) <= 1e-5, name
 
 
+@pytest.mark.seam
 @pytest.mark.parametrize("kind", ["longrope", "dynamic", "yarn"])
 def test_rope_that_reads_the_largest_position(run_on, kind):
     def build():
@@ -91,6 +99,7 @@ def test_a_cache_takes_its_share_of_the_memory(run_on):
         assert length == 8008
 
 
+@pytest.mark.seam
 def test_heads_other_than_the_language_model(run_on):
     def build(kind):
         import transformers as hf
@@ -111,6 +120,7 @@ def test_heads_other_than_the_language_model(run_on):
             assert zoo.relative_error(found, reference) <= 1e-5, kind
 
 
+@pytest.mark.seam
 def test_a_model_that_looks_ahead_is_refused(run_on):
     def check(mesh):
         import transformers as hf
