@@ -11,7 +11,7 @@ SOURCE = pathlib.Path(__file__).parents[1] / "src" / "multicard"
 
 FLOORS = [  # what a module may import at its top level: its own floor and those above it in this list
     {"errors", "config", "partition"},
-    {"mesh", "process_group", "collectives", "backends"},
+    {"mesh", "process_group", "collectives", "digest", "replica", "backends"},
     {"layers", "attention", "guidance"},
     {"weights", "models"},
     {"integrations"},

@@ -25,6 +25,7 @@ from multicard.integrations.diffusers.output import join, pack, unpack
 from multicard.launch import Ranks
 from multicard.mesh import ParallelMesh
 from multicard.models.load import folder_path, parse_dtype
+from multicard.replica import Replica
 
 OURS = {
     "generator": "seed= gives every rank the same one",
@@ -56,7 +57,8 @@ class DiffusionPipeline:
         variant: the part of weight files' names that tells several sets apart, "fp16" say.
         trust_remote_code: whether Python files in the folder may run; as in diffusers.
         progress: show each request's steps on standard error; None: on a terminal.
-        options: those of :class:`multicard.Ranks`: timeout, start_timeout, threads_per_rank, backend, device, check.
+        options: those of :class:`multicard.Ranks`: timeout, start_timeout, threads_per_rank, backend, device, check,
+            compare_inputs.
 
     Raises:
         ConfigError, UnsupportedError, CheckpointError: before a rank starts where the folder and the degrees tell.
@@ -174,6 +176,7 @@ def _generate(
     mesh: ParallelMesh, pipe: Any, arguments: Mapping[str, Any], seed: int, bar: str | bool
 ) -> dict[str, Any] | None:
     """This copy's share of a request; its output from the copy's first rank, None from others."""
+    Replica(mesh, whole_mesh=True).compare("a call of DiffusionPipeline", {**arguments, "seed": seed})
     batch = Batch(arguments, mesh.dp.size)
     mine = batch.arguments(mesh.dp.rank)
     if mine is None:

@@ -35,6 +35,7 @@ def launch(
     backend: str = "auto",
     device: str = "auto",
     check: bool = False,
+    compare_inputs: bool = True,
     log_dir: str | os.PathLike[str] | None = None,
 ) -> list[Any]:
     """Run ``fn(mesh, *args, **kwargs)`` on every rank of ``config`` and return the values by rank.
@@ -55,6 +56,7 @@ def launch(
         backend=backend,
         device=device,
         check=check,
+        compare_inputs=compare_inputs,
         log_dir=log_dir,
     ) as ranks:
         return ranks.run(fn, *args, **(kwargs or {}))
@@ -77,6 +79,8 @@ class Ranks:
         backend: "auto", "shm", "gloo", or what ``torch.distributed`` knows.
         device: "auto", "cpu", "cuda", "npu", "xpu".
         check: compare every collective's arguments between ranks before it runs. MULTICARD_CHECK=1 means the same.
+        compare_inputs: ranks that work on one request compare what each was given before they use it.
+            MULTICARD_COMPARE_INPUTS=0 leaves it out too.
         log_dir: a folder that gets one file for each rank with all that it prints.
         console: whose output this process prints, with the rank's number before each line: "rank0", "all", "none".
         env: environment variables of the ranks beside this process's own.
@@ -95,6 +99,7 @@ class Ranks:
         backend: str = "auto",
         device: str = "auto",
         check: bool = False,
+        compare_inputs: bool = True,
         log_dir: str | os.PathLike[str] | None = None,
         console: str = "rank0",
         env: Mapping[str, str] | None = None,
@@ -107,6 +112,7 @@ class Ranks:
             backend=backend,
             device=device,
             check=check,
+            compare_inputs=compare_inputs,
             log_dir=os.fspath(log_dir) if log_dir is not None else None,
             console=console,
             env=dict(env or {}),

@@ -23,6 +23,7 @@ from multicard.models.generate import Request
 from multicard.models.load import check_folder, folder_path, load_decoder, parse_dtype
 from multicard.models.sampling import Sampling
 from multicard.models.tokenizer import Tokenizer
+from multicard.replica import Replica
 from multicard.weights import LoadReport
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
@@ -65,7 +66,8 @@ class LLM:
         dtype: "auto" (the checkpoint's), "float32", "bfloat16", "float16".
         verify: compare the files with SHA256SUMS in their folder first.
         progress: show a bar on standard error while loading; None: on a terminal.
-        options: those of :class:`multicard.Ranks`: timeout, start_timeout, threads_per_rank, backend, device, check.
+        options: those of :class:`multicard.Ranks`: timeout, start_timeout, threads_per_rank, backend, device, check,
+            compare_inputs.
 
     Raises:
         ConfigError, UnsupportedError, CheckpointError: before a rank starts where the folder and the degrees tell;
@@ -215,7 +217,7 @@ class LLM:
         return self._ranks
 
     def _load(self) -> None:
-        self._model = self._ranks.keep(_Slot.on)
+        self._model = self._ranks.keep(_Slot)
         steps = self._ranks.stream(_load, self._model, *self._loading)
         with _bar(self._progress, f"loading {self.path.name} on {self.degrees}") as show:
             for share in steps:
@@ -224,14 +226,13 @@ class LLM:
 
 
 class _Slot:
-    """Where a rank keeps its model."""
+    """Where a rank keeps its model. All ranks are given the same requests, those of dp too."""
 
     model: ParallelTransformer
     report: LoadReport
 
-    @classmethod
-    def on(cls, mesh: ParallelMesh) -> _Slot:
-        return cls()
+    def __init__(self, mesh: ParallelMesh) -> None:
+        self.replicas = Replica(mesh, whole_mesh=True)
 
 
 def _check_folder(path: pathlib.Path, degrees: ParallelConfig) -> tuple[Any, str]:
@@ -267,6 +268,7 @@ def _check_with_transformers(path: pathlib.Path, degrees: ParallelConfig) -> Any
 def _load(
     mesh: ParallelMesh, slot: _Slot, engine: str, path: str, dtype: torch.dtype | None, verify: bool
 ) -> Iterator[float]:
+    slot.replicas.compare("loading an LLM", {"engine": engine, "dtype": dtype, "verify": verify})
     load: Any = load_decoder
     if engine == "transformers":
         from multicard.integrations.transformers.llm import load_decoder as load
@@ -282,16 +284,19 @@ def _report(mesh: ParallelMesh, slot: _Slot) -> dict[str, Any]:
 
 
 def _generate(mesh: ParallelMesh, slot: _Slot, request: Request) -> tuple[list[list[int]], dict[str, float]]:
+    slot.replicas.compare("LLM.generate", vars(request))
     return decoding.answer(slot.model, mesh, request)
 
 
 def _stream(mesh: ParallelMesh, slot: _Slot, request: Request) -> Iterator[int]:
     # Every data-parallel copy computes it: the others have nothing else to do.
+    slot.replicas.compare("LLM.stream", vars(request))
     for step in decoding.generate(slot.model, request):
         yield step[0]  # type: ignore[misc]
 
 
 def _logits(mesh: ParallelMesh, slot: _Slot, token_ids: list[int]) -> torch.Tensor:
+    slot.replicas.compare("LLM.logits", {"token_ids": token_ids})
     return decoding.logits(slot.model, token_ids)
 
 

@@ -44,6 +44,7 @@ class ParallelMesh:
         sequence: ring x ulysses as one axis; its rank is ``ring·ULYSSES + ulysses`` and names the slice held.
         world: all ranks as one axis.
         device_mesh: the same as torch's own mesh, for code that wants one; None with one rank.
+        compares_inputs: whether ranks compare what they are given (see :mod:`multicard.replica`).
     """
 
     config: ParallelConfig
@@ -57,6 +58,7 @@ class ParallelMesh:
     sequence: Axis
     world: Axis
     device_mesh: DeviceMesh | None = None
+    compares_inputs: bool = True
 
     @property
     def world_size(self) -> int:
@@ -75,7 +77,12 @@ _meshes: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[ParallelConfig, Paral
 
 
 def init_mesh(
-    config: ParallelConfig | None = None, *, backend: str = "auto", device: str = "auto", timeout: float = 60.0
+    config: ParallelConfig | None = None,
+    *,
+    backend: str = "auto",
+    device: str = "auto",
+    timeout: float = 60.0,
+    compare_inputs: bool = True,
 ) -> ParallelMesh:
     """Join the job that this process is a rank of, and return its mesh; called again, the same mesh.
 
@@ -88,6 +95,8 @@ def init_mesh(
             ``torch.distributed`` knows.
         device: "auto", "cpu", "cuda", "npu", "xpu".
         timeout: seconds that one collective may wait.
+        compare_inputs: whether the ranks that work on one request compare what each was given before they use it.
+            MULTICARD_COMPARE_INPUTS=0 leaves it out too.
 
     Raises:
         ConfigError: no job to join, or one whose world size isn't the config's.
@@ -108,7 +117,7 @@ def init_mesh(
     known = _meshes.setdefault(world, {})
     if config not in known:
         known[config] = _build(config, process_group.rank_device(device), timeout)
-    return known[config]
+    return dataclasses.replace(known[config], compares_inputs=compare_inputs and process_group.comparing())
 
 
 def _build(config: ParallelConfig, device: torch.device, timeout: float) -> ParallelMesh:

@@ -111,6 +111,11 @@ def checking() -> bool:
     return os.environ.get("MULTICARD_CHECK", "0") not in ("", "0")
 
 
+def comparing() -> bool:
+    """Whether ranks compare what they are given: unless MULTICARD_COMPARE_INPUTS=0."""
+    return os.environ.get("MULTICARD_COMPARE_INPUTS", "1") not in ("", "0")
+
+
 def pick_device(device: str = "auto") -> torch.device:
     """The device asked for, or the best one here. Raises ConfigError where it isn't available."""
     if importlib.util.find_spec("torch_npu"):

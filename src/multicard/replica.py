@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import enum
 import json
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,11 +37,6 @@ class Status(enum.IntEnum):
     """Ranks of an axis before this one differ: those of this axis have to learn of it."""
 
 
-def comparing() -> bool:
-    """Whether ranks compare their inputs: unless MULTICARD_COMPARE_INPUTS=0, which ``compare_inputs=False`` sets."""
-    return os.environ.get("MULTICARD_COMPARE_INPUTS", "1") not in ("", "0")
-
-
 class Replica:
     """The ranks of cfg × ring × ulysses × tp, as they compare what each was given.
 
@@ -55,7 +49,7 @@ class Replica:
         axes = (mesh.tp, mesh.sequence, mesh.cfg, *([mesh.dp] if whole_mesh else []))
         self.axes = tuple(axis for axis in axes if axis.size > 1)
         self.device = mesh.device
-        self.compares = comparing() and not any(_is_fake(axis) for axis in self.axes)
+        self.compares = mesh.compares_inputs and not any(_is_fake(axis) for axis in self.axes)
 
     def compare(self, point: str, inputs: Mapping[str, Any]) -> None:
         """Raise on every rank unless all are at ``point`` with equal ``inputs``. One small all-gather an axis.

@@ -31,6 +31,7 @@ def generate(
     device: options.Device = "auto",
     backend: options.Backend = "auto",
     check: options.Check = False,
+    compare_inputs: options.CompareInputs = True,
     log_dir: options.LogDir = None,
     as_json: options.Json = False,
 ) -> None:
@@ -59,6 +60,7 @@ def generate(
         device=device,
         backend=backend,
         check=check,
+        compare_inputs=compare_inputs,
         log_dir=log_dir,
     ) as llm:
         if llm.engine != "multicard":

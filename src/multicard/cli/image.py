@@ -45,6 +45,7 @@ def image(
     device: options.Device = "auto",
     backend: options.Backend = "auto",
     check: options.Check = False,
+    compare_inputs: options.CompareInputs = True,
     log_dir: options.LogDir = None,
     as_json: options.Json = False,
 ) -> None:
@@ -79,6 +80,7 @@ def image(
         device=device,
         backend=backend,
         check=check,
+        compare_inputs=compare_inputs,
         log_dir=log_dir,
     ) as pipe:
         loaded = time.perf_counter()

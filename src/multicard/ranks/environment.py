@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 
+from multicard import process_group
 from multicard.errors import ConfigError
 from multicard.ranks.settings import Settings
 
@@ -61,6 +62,7 @@ def of_rank(wanted: Settings, rank: int, port: int) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(_search_path()),
         "MULTICARD_PYTHONPATH": os.environ.get("PYTHONPATH", ""),  # what ranks hand on to their own children
         "MULTICARD_CHECK": int(wanted.check or os.environ.get("MULTICARD_CHECK", "0") not in ("", "0")),
+        "MULTICARD_COMPARE_INPUTS": int(wanted.compare_inputs and process_group.comparing()),
         "MULTICARD_MESH": json.dumps(wanted.config.degrees),
         "MULTICARD_BACKEND": wanted.backend,
         "MULTICARD_DEVICE": wanted.device,

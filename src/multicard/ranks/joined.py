@@ -30,7 +30,13 @@ class Joined:
 
     def join(self) -> None:
         wanted = self._settings
-        self._mesh = init_mesh(wanted.config, backend=wanted.backend, device=wanted.device, timeout=wanted.timeout)
+        self._mesh = init_mesh(
+            wanted.config,
+            backend=wanted.backend,
+            device=wanted.device,
+            timeout=wanted.timeout,
+            compare_inputs=wanted.compare_inputs,
+        )
 
     def run(self, fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """``fn(mesh, ...)`` here; everybody's values by rank. Two all-gathers."""

@@ -30,6 +30,7 @@ class Settings:
     backend: str = "auto"
     device: str = "auto"
     check: bool = False
+    compare_inputs: bool = True
     log_dir: str | None = None
     log_mode: str = "w"
     console: str = "rank0"
