@@ -38,7 +38,7 @@ def test_functions_keep_the_file_that_call_sites_name():
             def method(self):
                 return lambda: 1
 
-        return Inner, [x for x in (1, 2)]
+        return Inner, [x + 1 for x in (1, 2)]
 
     sent = outer.__code__
     arrived = pickle.loads(wire.dumps(outer)).__code__

@@ -117,7 +117,7 @@ def dumps(value: Any, buffer_callback: Callable[[pickle.PickleBuffer], Any] | No
 
 
 class _Pickler(cloudpickle.Pickler):
-    """cloudpickle, with tensors as raw bytes, and functions that know their file. Values on a card arrive on the CPU."""
+    """cloudpickle, with tensors as raw bytes and functions that know their file. Values on a card arrive on the CPU."""
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, types.CodeType):  # from 3.1.3 on cloudpickle forgets the file, which call sites are told by
