@@ -20,6 +20,7 @@ import multicard as mc
 from multicard.cli import main
 from multicard.errors import CheckpointError, ConfigError, RankError, UnsupportedError
 from multicard.integrations.diffusers.batch import Batch
+from multicard.integrations.diffusers.folder import PipelineFolder, variants
 from multicard.integrations.diffusers.output import pack, unpack
 from multicard.integrations.diffusers.request import check_request
 
@@ -210,6 +211,23 @@ def edit(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def become(*variants):
+    """Give every component's weights that variant's names."""
+
+    def rename(folder):
+        for file in sorted(folder.glob("*/*.safetensors")):
+            for variant in variants:
+                shutil.copy(file, file.with_suffix(f".{variant}.safetensors"))
+            file.unlink()
+
+    return rename
+
+
+def shards(folder):
+    file = folder / WEIGHTS
+    file.rename(file.with_name("diffusion_pytorch_model.fp16-00001-of-00001.safetensors"))
+
+
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 BAD = {
     "missing folder": (remove, {}, CheckpointError, "no such folder"),
@@ -224,6 +242,11 @@ BAD = {
     "pickled weights": (
         lambda f: (f / WEIGHTS).rename((f / WEIGHTS).with_suffix(".bin")), {}, UnsupportedError, "pickled weights",
     ),
+    "a variant alone": (become("fp16"), {}, CheckpointError, r"variant fp16, no plain ones: .*\(--variant fp16\)"),
+    "several variants": (become("fp16", "ema"), {}, CheckpointError, r"variant ema, fp16, no plain .* variant='ema'"),
+    "another variant": (become("fp16"), {"variant": "bf16"}, CheckpointError, r"fp16, none of variant bf16: .*'fp16'"),
+    "a variant of one component": (shards, {}, CheckpointError, r"transformer has weights of variant fp16, no"),
+    "no such variant": (lambda f: None, {"variant": "fp16"}, CheckpointError, "variant 'fp16'; variants there: none"),
     "code of its own": (
         lambda f: edit(f / "model_index.json", _class_name=["mine", "Mine"]), {}, UnsupportedError, "trust_remote_code",
     ),
@@ -246,6 +269,16 @@ def test_bad_input_before_ranks_start(tmp_path, monkeypatch, fault):
     monkeypatch.setattr("multicard.diffusion.Ranks", None)
     with pytest.raises(error, match=said):
         mc.DiffusionPipeline(folder, **degrees)
+
+
+def testvariants_that_diffusers_loads(tmp_path):
+    folder = tmp_path / "pipeline"
+    shutil.copytree(DIGITS, folder)
+    PipelineFolder(folder).check(mc.ParallelConfig())
+    shards(folder)  # one component of the variant; the other is taken plain, as diffusers does
+    PipelineFolder(folder, variant="fp16").check(mc.ParallelConfig())
+    assert sorted(variants(folder / "transformer")) == ["fp16"]
+    assert sorted(variants(folder / "vae")) == [""]
 
 
 def test_without_diffusers(monkeypatch):
