@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -128,7 +129,8 @@ def test_an_exception_keeps_its_type_and_names_its_rank(ranks):
     cause = caught.value.__cause__
     assert isinstance(cause, mc.errors.RankError)
     assert str(cause.rank) in str(caught.value)
-    assert "in refuse" in caught.value.__notes__[0]
+    place = rf'File "{re.escape(__file__)}", line \d+, in refuse\n +raise mc.errors.ConfigError\('
+    assert re.search(place, caught.value.__notes__[0])  # with its source line
     assert ranks.alive
     assert ranks.run(gather_ranks, 0) == [[0, 1]] * 2
 

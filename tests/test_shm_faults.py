@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from multicard.backends.shm_segment import Invitation
 from multicard.errors import CollectiveTimeout, RankError
 
 RANKS = 4
@@ -182,3 +183,14 @@ def test_a_rank_that_leaves_is_named_and_groups_can_be_made_again(tmp_path):
     assert told[0][0] == 1
     assert "left the group" in told[0][1]
     assert "shut down" in told[1][1]
+
+
+@pytest.mark.parametrize("left", ["", "0f2c", "0f2c/pid 7 8 ", "\0\0\0\0"])
+def test_a_rank_that_was_ended_while_it_joined_is_named(left):
+    store = dist.HashStore()
+    store.set("1", left)
+    invitation = Invitation(store, 0, (4, 6))
+    with pytest.raises(RankError, match="rank 6 is gone") as caught:
+        invitation.accept(timeout=20)
+    assert caught.value.rank == 6
+    assert repr(left.encode()) in str(caught.value)

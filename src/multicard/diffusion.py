@@ -22,6 +22,7 @@ from multicard.errors import ConfigError
 from multicard.integrations.diffusers.batch import Batch
 from multicard.integrations.diffusers.folder import PipelineFolder
 from multicard.integrations.diffusers.output import join, pack, unpack
+from multicard.integrations.diffusers.request import check_request
 from multicard.launch import Ranks
 from multicard.mesh import ParallelMesh
 from multicard.models.load import folder_path, parse_dtype
@@ -106,12 +107,13 @@ class DiffusionPipeline:
             the output's fields, brought here from rank 0 (with dp, from each copy's first rank).
 
         Raises:
-            ConfigError: an argument that the pipeline doesn't have, a seed that isn't one.
+            ConfigError: an argument that the pipeline doesn't have, a seed that isn't one, no steps or no pixels.
             UnsupportedError: with dp, a list of prompts for a pipeline whose noise can't be shared out.
             the pipeline's own exception for values that it refuses, or a callback's; the ranks live on.
         """
         ranks = self._alive()
         arguments = self._named(args, kwargs)
+        check_request(arguments)
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
             raise ConfigError(f"seed={seed!r}: a whole number from 0 to 2^63-1, the same on every rank")
         with _bar(self._progress and bool(ranks.pids)) as bar:

@@ -7,6 +7,7 @@ import inspect
 import diffusers
 import pytest
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName
 from more_pipelines import sd3_pag
 from pipelines import build, embeds, sample
 from test_guidance import Scripted, scripted
@@ -15,6 +16,7 @@ import multicard as mc
 from multicard.errors import UnsupportedError
 from multicard.integrations.diffusers.doors import open_pipeline
 from multicard.integrations.diffusers.plans import BATCH
+from multicard.integrations.diffusers.sequence import check_sequence, sequence_plan
 from multicard.mesh import Axis
 
 
@@ -139,6 +141,34 @@ def test_compiled_denoisers(run_on, degrees):
             assert found["before"] < 1e-5
         else:
             assert "parallelize, then compile" in found["before"]
+
+
+def with_backends(mesh):
+    """Errors with attention backends that end in torch's own, chosen by name."""
+    pipe, arguments = build("flux")
+    expected, found = sample(pipe, arguments), {}
+    for backend in ("_native_math", "native"):  # the last stays every model's: it is the default
+        pipe, arguments = build("flux")
+        pipe.transformer.set_attention_backend(backend)
+        assert pipe.transformer.transformer_blocks[0].attn.processor._attention_backend == backend
+        mc.parallelize(pipe, mesh)
+        found[backend] = float((sample(pipe, arguments) - expected).abs().max() / expected.abs().max())
+    return found
+
+
+@pytest.mark.parametrize("degrees", [{"ulysses": 2}, {"ring": 2}], ids=str)
+def test_backends_that_end_in_torchs_own(run_on, degrees):
+    for found in run_on(with_backends, **degrees):
+        assert all(error < 1e-5 for error in found.values()), found
+
+
+@pytest.mark.parametrize("backend", ["FLEX", "SAGE", "_NATIVE_NPU"])
+def test_other_backends_are_refused_before_a_forward(backend):
+    model = build("flux")[0].transformer
+    model.transformer_blocks[0].attn.processor._attention_backend = AttentionBackendName[backend]
+    said = f"attention backend {backend.lower()}: set_attention_backend\\('native'\\)"
+    with pytest.raises(UnsupportedError, match=said):
+        check_sequence(model, sequence_plan(model))
 
 
 def shared(mesh):

@@ -1,6 +1,7 @@
 """DiffusionPipeline and ``multicard image`` on real ranks, against diffusers in this process."""
 
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -19,7 +20,9 @@ import multicard as mc
 from multicard.cli import main
 from multicard.errors import CheckpointError, ConfigError, RankError, UnsupportedError
 from multicard.integrations.diffusers.batch import Batch
+from multicard.integrations.diffusers.folder import PipelineFolder, variants
 from multicard.integrations.diffusers.output import pack, unpack
+from multicard.integrations.diffusers.request import check_request
 
 DIGITS = pathlib.Path(__file__).parents[2] / "examples" / "digits" / "pipeline"
 REQUEST = {"class_labels": [3, 7, 1], "num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "np"}
@@ -39,6 +42,7 @@ def digits():
         yield pipe
 
 
+NO_COUNTS = (0, -3, True, 2.5, "x")
 GREY = 1.01 / 255  # a level: what is 1e-6 apart may be rounded to neighbours
 
 
@@ -68,6 +72,9 @@ def test_refused_requests_leave_the_ranks_as_they_are(digits, expected):
         ({"generator": None}, "seed="),
         ({"seed": -1}, "seed=-1"),
         ({"seed": 1.5}, "seed=1.5"),
+        *(({"num_inference_steps": n}, f"num_inference_steps={n!r}: a whole number of 1 or more") for n in NO_COUNTS),
+        ({"guidance_scale": float("nan")}, "guidance_scale=nan: a finite number"),
+        ({"guidance_scale": "3"}, "guidance_scale='3': a finite number"),
     ):
         with pytest.raises(ConfigError, match=said):
             digits(**{**REQUEST, **wrong})
@@ -130,7 +137,19 @@ def test_callbacks_run_on_every_rank_and_fail_alone(sd3):
     torch.testing.assert_close(again, pipelines.sample(plain, arguments, SEED), rtol=0, atol=1e-4)
 
 
-# How a request is shared out, without ranks
+# What a request may say, and how it is shared out, without ranks
+
+
+def test_requests_that_cannot_be_meant():
+    check_request({"height": 64, "width": np.int64(32), "num_frames": None, "guidance_scale": 0, "eta": -0.5})
+    check_request({"guidance_scale": [1.0, 2.0], "strength": torch.tensor(0.5), "prompt": "", "skip_layers": 0})
+    for name in ("height", "width", "num_frames", "num_images_per_prompt", "num_videos_per_prompt"):
+        for value in NO_COUNTS:
+            with pytest.raises(ConfigError, match=f"^{name}={value!r}: a whole number of 1 or more"):
+                check_request({"prompt": "a cat", name: value})
+    for value in (math.nan, -math.inf, True, "x"):
+        with pytest.raises(ConfigError, match=f"^strength={value!r}: a finite number"):
+            check_request({"strength": value})
 
 
 def test_what_is_shared_out_and_what_is_not():
@@ -196,6 +215,23 @@ def edit(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def become(*variants):
+    """Give every component's weights that variant's names."""
+
+    def rename(folder):
+        for file in sorted(folder.glob("*/*.safetensors")):
+            for variant in variants:
+                shutil.copy(file, file.with_suffix(f".{variant}.safetensors"))
+            file.unlink()
+
+    return rename
+
+
+def shards(folder):
+    file = folder / WEIGHTS
+    file.rename(file.with_name("diffusion_pytorch_model.fp16-00001-of-00001.safetensors"))
+
+
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 BAD = {
     "missing folder": (remove, {}, CheckpointError, "no such folder"),
@@ -210,6 +246,11 @@ BAD = {
     "pickled weights": (
         lambda f: (f / WEIGHTS).rename((f / WEIGHTS).with_suffix(".bin")), {}, UnsupportedError, "pickled weights",
     ),
+    "a variant alone": (become("fp16"), {}, CheckpointError, r"variant fp16, no plain ones: .*\(--variant fp16\)"),
+    "several variants": (become("fp16", "ema"), {}, CheckpointError, r"variant ema, fp16, no plain .* variant='ema'"),
+    "another variant": (become("fp16"), {"variant": "bf16"}, CheckpointError, r"fp16, none of variant bf16: .*'fp16'"),
+    "a variant of one component": (shards, {}, CheckpointError, r"transformer has weights of variant fp16, no"),
+    "no such variant": (lambda f: None, {"variant": "fp16"}, CheckpointError, "variant 'fp16'; variants there: none"),
     "code of its own": (
         lambda f: edit(f / "model_index.json", _class_name=["mine", "Mine"]), {}, UnsupportedError, "trust_remote_code",
     ),
@@ -232,6 +273,16 @@ def test_bad_input_before_ranks_start(tmp_path, monkeypatch, fault):
     monkeypatch.setattr("multicard.diffusion.Ranks", None)
     with pytest.raises(error, match=said):
         mc.DiffusionPipeline(folder, **degrees)
+
+
+def testvariants_that_diffusers_loads(tmp_path):
+    folder = tmp_path / "pipeline"
+    shutil.copytree(DIGITS, folder)
+    PipelineFolder(folder).check(mc.ParallelConfig())
+    shards(folder)  # one component of the variant; the other is taken plain, as diffusers does
+    PipelineFolder(folder, variant="fp16").check(mc.ParallelConfig())
+    assert sorted(variants(folder / "transformer")) == ["fp16"]
+    assert sorted(variants(folder / "vae")) == [""]
 
 
 def test_without_diffusers(monkeypatch):
@@ -266,9 +317,19 @@ def test_image_writes_files_and_says_so_as_json(capsys, tmp_path, expected):
 
 @pytest.mark.parametrize(
     ("args", "said"),
-    [(("--output", "a.txt"), "--output a.txt"), (("--set", "3"), "NAME=VALUE"), (("--cfg", 0), "cfg=0")],
+    [
+        (("--output", "a.txt"), "--output a.txt"),
+        (("--set", "3"), "NAME=VALUE"),
+        (("--cfg", 0), "cfg=0"),
+        (("--steps", 0), "num_inference_steps=0: a whole number of 1 or more"),
+        (("--steps", -3), "num_inference_steps=-3: a whole number of 1 or more"),
+        (("--height", 0), "height=0: a whole number of 1 or more"),
+        (("--guidance-scale", "nan"), "guidance_scale=nan: a finite number"),
+        (("--set", "num_images_per_prompt=0"), "num_images_per_prompt=0: a whole number of 1 or more"),
+    ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(capsys, args, said):
+def test_bad_input_is_one_line_and_exit_code_2(capsys, monkeypatch, args, said):
+    monkeypatch.setattr("multicard.diffusion.Ranks", None)  # nothing is loaded
     code, printed = image(capsys, *args)
     assert code == 2
     assert printed.out == ""

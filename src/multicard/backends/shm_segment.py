@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import mmap
 import os
+import re
 import secrets
 import time
 import weakref
@@ -46,6 +47,8 @@ ENTRY = 4
 CHANNEL = TABLE + DEPTH * ENTRY
 NONCE = 0
 ROWS = LINE // WORD
+
+INVITATION = re.compile(rb"(\S+) (\d+) (\d+) (-?\d+) (\d+)")  # place, pid, start time, descriptor, nonce
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +120,7 @@ class Invitation:
 
         Raises:
             CollectiveTimeout: a rank didn't make its group in time.
+            RankError: a rank was ended while it made its group.
             UnsupportedError: ranks that can't share memory.
         """
         deadline = time.monotonic() + timeout
@@ -134,13 +138,22 @@ class Invitation:
     def _read(self, rank: int, deadline: float) -> tuple[Process, int, int]:
         while not self.store.check([str(rank)]):
             self._wait(rank, deadline)
-        place, pid, start, fd, nonce = self.store.get(str(rank)).decode().split()
-        if place != _place():
+        said = self.store.get(str(rank))
+        whole = INVITATION.fullmatch(said)
+        if whole is None:  # a file store keeps the half that a rank had written when it was killed
+            raise RankError(
+                f"rank {self.ranks[rank]} is gone: it was ended while it made its process group (the store has "
+                f"{said!r} of it); start the ranks again, with a store of their own",
+                rank=self.ranks[rank],
+            )
+        place, *numbers = whole.groups()
+        pid, start, fd, nonce = map(int, numbers)
+        if place.decode() != _place():
             raise UnsupportedError(
                 f"rank {self.ranks[rank]} is on another host or in another pid namespace than rank "
                 f"{self.ranks[self.rank]}: shm can't reach it; use backend='gloo'"
             )
-        return Process(int(pid), int(start)), int(fd), int(nonce)
+        return Process(pid, start), fd, nonce
 
     def _wait(self, rank: int, deadline: float) -> None:
         if time.monotonic() > deadline:

@@ -30,7 +30,7 @@ def image(
     dp: options.Dp = 1,
     negative_prompt: Negative = None,
     class_label: Labels = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps; default: the pipeline's.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="num_inference_steps; default: the pipeline's.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Default: the pipeline's.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; default: the pipeline's.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; default: the pipeline's.")] = None,
@@ -52,6 +52,7 @@ def image(
     """Draw PROMPTS with a diffusers pipeline, split over ranks; videos become animated pictures."""
     from multicard import process_group
     from multicard.diffusion import DiffusionPipeline
+    from multicard.integrations.diffusers.request import check_request
 
     target = _target(output)
     asked = {
@@ -65,6 +66,7 @@ def image(
         "num_frames": num_frames,
         **_settings(set_ or []),
     }
+    check_request(asked)  # before minutes of loading
     begin = time.perf_counter()
     with DiffusionPipeline(
         model,

@@ -117,9 +117,11 @@ def dumps(value: Any, buffer_callback: Callable[[pickle.PickleBuffer], Any] | No
 
 
 class _Pickler(cloudpickle.Pickler):
-    """cloudpickle, with tensors as raw bytes. Values on a card arrive on the CPU."""
+    """cloudpickle, with tensors as raw bytes and functions that know their file. Values on a card arrive on the CPU."""
 
     def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, types.CodeType):  # from 3.1.3 on cloudpickle forgets the file, which call sites are told by
+            return _code, (obj.co_filename, *self.dispatch_table[types.CodeType](obj))
         if _is_plain_tensor(obj):
             flat = obj.detach().cpu().contiguous().resolve_conj().resolve_neg().reshape(-1)
             # of the array, not of a memoryview of it: collecting a cycle with that one crashes CPython 3.11
@@ -128,6 +130,10 @@ class _Pickler(cloudpickle.Pickler):
         if isinstance(obj, types.ModuleType) and type(obj) is not types.ModuleType:
             return importlib.import_module, (obj.__name__,)  # lazy modules are of a class of their own
         return super().reducer_override(obj)
+
+
+def _code(file: str, make: Callable[..., types.CodeType], arguments: tuple[Any, ...]) -> types.CodeType:
+    return make(*arguments).replace(co_filename=file)
 
 
 def _is_plain_tensor(obj: Any) -> bool:

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import importlib.util
 import pathlib
+import re
 import sys
 from typing import Any
 
@@ -25,6 +26,7 @@ from multicard.weights.checkpoint import read_header
 
 INDEX = "model_index.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+VARIANT = re.compile(r"[^.]+\.(.+?)(-\d+-of-\d+)?\.safetensors")
 WITHOUT_WEIGHTS = ("Scheduler", "Tokenizer", "Processor", "Extractor")
 
 
@@ -58,6 +60,7 @@ class PipelineFolder:
         self._check_class(index.get("_class_name"))
         for name, (library, cls) in components(index).items():
             self._check_component(name, library, cls)
+        self._check_variant(list(components(index)))
         if degrees.tp > 1 or degrees.ring * degrees.ulysses > 1:
             for name, (library, cls) in components(index).items():
                 if library == "diffusers" and NAMES.search(name):
@@ -142,11 +145,34 @@ class PipelineFolder:
             raise UnsupportedError(f"{folder} holds pickled weights only, which can run code: convert to safetensors")
         raise CheckpointError(f"{folder}: no safetensors weights there")
 
+    def _check_variant(self, names: list[str]) -> None:
+        """Each component has the variant that was asked for, or plain weights; and not all of them plain ones."""
+        found = {name: variants(self.path / name) for name in names}
+        for name, there in found.items():
+            if there and not there & {"", self.variant}:
+                missing = "no plain ones" if self.variant is None else f"none of variant {self.variant}"
+                raise CheckpointError(
+                    f"{self.path / name} has weights of variant {', '.join(sorted(there))}, {missing}: "
+                    f"pass variant={min(there)!r} (--variant {min(there)})"
+                )
+        if self.variant is not None and not any(self.variant in there for there in found.values()):
+            have = ", ".join(sorted(set().union(*found.values()) - {""})) or "none"
+            raise CheckpointError(
+                f"{self.path}: no weights of variant {self.variant!r}; variants there: {have}. Pass one of them, or no "
+                "variant (--variant)"
+            )
+
     def _check_code(self, file: str, why: str) -> None:
         if not self.trust_remote_code:
             raise UnsupportedError(
                 f"{why} {file}, Python code of the folder's own: read it, and pass trust_remote_code=True to run it"
             )
+
+
+def variants(folder: pathlib.Path) -> set[str]:
+    """Of which variants a component has weights; "" stands for plain ones."""
+    found = [VARIANT.fullmatch(file.name) for file in folder.glob("*.safetensors")]
+    return {match.group(1) if match else "" for match in found}
 
 
 def components(index: dict[str, Any]) -> dict[str, tuple[str, str]]:

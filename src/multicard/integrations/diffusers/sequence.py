@@ -29,6 +29,8 @@ from multicard.mesh import ParallelMesh
 from multicard.partition import split
 
 SPLIT = "_multicard_sequence"
+TORCH_BACKENDS = ("native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math")
+"""diffusers' attention backends that end in torch's ``scaled_dot_product_attention``."""
 
 
 def sequence_plan(model: nn.Module) -> SequencePlan:
@@ -101,7 +103,8 @@ def check_sequence(model: nn.Module, plan: SequencePlan) -> None:
         raise ConfigError(f"sequence plan: none of {', '.join(plan.attention)} is in {type(model).__name__}")
     for path, module in attentions:
         backend = getattr(getattr(module, "processor", None), "_attention_backend", None)
-        if backend is not None and "native" not in str(backend):
+        backend = getattr(backend, "value", backend)  # of diffusers' AttentionBackendName
+        if backend is not None and backend not in TORCH_BACKENDS:
             raise UnsupportedError(
                 f"{path} uses the attention backend {backend}: set_attention_backend('native') first"
             )

@@ -1,0 +1,57 @@
+"""A request's values that pipelines take without a word and make nonsense of: refused by name, before anything runs."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+from multicard.errors import ConfigError
+
+COUNTS = frozenset(
+    [
+        "num_inference_steps",
+        "height",
+        "width",
+        "num_frames",
+        "num_images_per_prompt",
+        "num_videos_per_prompt",
+        "num_waveforms_per_prompt",
+    ]
+)
+"""Whole numbers of 1 or more."""
+
+SCALES = frozenset(
+    [
+        "guidance_scale",
+        "guidance_scale_2",
+        "true_cfg_scale",
+        "image_guidance_scale",
+        "guidance_rescale",
+        "strength",
+        "eta",
+    ]
+)
+"""Finite numbers; what isn't a number (a list by prompt, say) is the pipeline's to judge."""
+
+
+def check_request(arguments: Mapping[str, Any]) -> None:
+    """Refuse what can't be meant; None is the pipeline's default.
+
+    Raises:
+        ConfigError: naming the argument, its value and the limit.
+    """
+    for name, value in arguments.items():
+        if name in COUNTS and value is not None and not _is_count(value):
+            raise ConfigError(f"{name}={value!r}: a whole number of 1 or more, or None for the pipeline's default")
+        if name in SCALES and not _may_be_scale(value):
+            raise ConfigError(f"{name}={value!r}: a finite number, or None for the pipeline's default")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 1
+
+
+def _may_be_scale(value: Any) -> bool:
+    return not isinstance(value, bool | str) and (not isinstance(value, numbers.Real) or math.isfinite(value))
