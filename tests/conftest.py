@@ -36,7 +36,7 @@ def pools():
         ranks.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_on(pools):
     """``run_on(fn, *args, backend="auto", **degrees)``: ``fn(mesh, *args)`` on every rank of that mesh, by rank.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -67,7 +68,7 @@ class ParallelMesh:
 
 def single(device: str | torch.device = "cpu") -> ParallelMesh:
     """The mesh of one rank: no process group, every collective the identity."""
-    axes = {name: Axis(name, 0, 1) for name in (*AXES, "sequence", "world")}
+    axes: Any = {name: Axis(name, 0, 1) for name in (*AXES, "sequence", "world")}
     return ParallelMesh(config=ParallelConfig(), rank=0, device=torch.device(device), device_mesh=None, **axes)
 
 
@@ -129,7 +130,7 @@ def _build(config: ParallelConfig, device: torch.device, timeout: float) -> Para
         size = getattr(config, name)
         return Axis(name, place[name], size, device_mesh.get_group(name) if size > 1 else None)
 
-    axes = {name: axis(name) for name in AXES}
+    axes: Any = {name: axis(name) for name in AXES}
     sequence = _sequence_axis(axes["ring"], axes["ulysses"], device_mesh)
     for group in {axis.group for axis in (*axes.values(), sequence) if axis.group is not None}:
         process_group.limit_waits(group, timeout)  # torch gives sub-groups its own default, half an hour

@@ -42,6 +42,13 @@ def embeds(*shape, seed=1):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def last_bit(x):
+    """``x`` with the last bit of its last number flipped."""
+    x = x.clone().contiguous()
+    x.view(torch.uint8).view(-1)[-x.element_size()] ^= 1
+    return x
+
+
 NEGATIVE, NEGATIVE_2 = embeds(1, 9, 32, seed=2), embeds(2, 9, 32, seed=2)
 
 
