@@ -22,7 +22,10 @@ LOCK = ROOT / "requirements.lock"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = "transformers,diffusers,dev"
 
-VERSIONS = runpy.run_path(str(ROOT / "src" / "multicard" / "versions.py"))  # multicard itself needs what isn't there yet
+# a file by itself: multicard needs packages that are not there yet
+VERSIONS = runpy.run_path(str(ROOT / "src" / "multicard" / "versions.py"))
+    str(ROOT / "src" / "multicard" / "versions.py")
+)  # multicard itself needs what isn't there yet
 TORCH = f"torch=={VERSIONS['BY_NAME']['torch'].newest}"
 """In every environment: a newer torch is several GB of CUDA on most machines, and changes on its own day."""
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -25,6 +26,20 @@ def bypassed(library: str, what: str) -> UnsupportedError:
         f"{what}. The result would have been wrong. Installed is {versions.describe(library)}: another release, or "
         "something that changed this model after it was split, is the likely cause"
     )
+
+
+def facts(model: nn.Module) -> dict[str, Any]:
+    """What ranks compare of a whole model before it is split: its class, config, parameters, some of their numbers."""
+    config = getattr(model, "config", {})
+    settings = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    parameters = list(model.named_parameters())
+    some = [p.detach().flatten()[:: max(1, p.numel() // 8)][:9].float() for _, p in parameters if not p.is_meta]
+    return {
+        "class": type(model).__qualname__,
+        "config": {key: value for key, value in settings.items() if not key.startswith("_")},
+        "parameters": [(name, p.shape, p.dtype) for name, p in parameters],
+        "numbers among its parameters": torch.cat(some) if some else None,
+    }
 
 
 class Hooks:
@@ -61,7 +76,8 @@ class RowProof:
     """
 
     def __init__(self, library: str, model: nn.Module) -> None:
-        self._library, self._model = library, model
+        self._library = library
+        self._rows = _rows(model)
         self._seen: set[Any] = set()
 
     @contextlib.contextmanager
@@ -70,25 +86,25 @@ class RowProof:
         if kind in self._seen:
             yield
             return
-        rows = self._rows()
-        with counted([*rows, *(row for _, inside in rows.values() for row in inside)]) as calls:
+        with counted([*self._rows, *(row for _, inside in self._rows.values() for row in inside)]) as calls:
             yield
-        for owner, (path, inside) in rows.items():
+        for owner, (path, inside) in self._rows.items():
             if calls[owner] and not any(calls[row] for row in inside):
                 raise bypassed(self._library, f"{path} ({type(owner).__name__}) ran without its row-parallel layer")
         self._seen.add(kind)
 
-    def _rows(self) -> dict[nn.Module, tuple[str, list[nn.Module]]]:
-        """For each module that has row-parallel layers directly in it (or in a list of its own): path, layers."""
-        found: dict[nn.Module, tuple[str, list[nn.Module]]] = {}
-        modules = dict(self._model.named_modules())
-        for path, module in modules.items():
-            if isinstance(module, RowParallelLinear):
-                owner = path.rpartition(".")[0]
-                while isinstance(modules[owner], nn.ModuleList):
-                    owner = owner.rpartition(".")[0]
-                found.setdefault(modules[owner], (owner, []))[1].append(module)
-        return found
+
+def _rows(model: nn.Module) -> dict[nn.Module, tuple[str, list[nn.Module]]]:
+    """For each module that has row-parallel layers directly in it (or in a list of its own): path, layers."""
+    found: dict[nn.Module, tuple[str, list[nn.Module]]] = {}
+    modules = dict(model.named_modules())
+    for path, module in modules.items():
+        if isinstance(module, RowParallelLinear):
+            owner = path.rpartition(".")[0]
+            while isinstance(modules[owner], nn.ModuleList):
+                owner = owner.rpartition(".")[0]
+            found.setdefault(modules[owner], (owner, []))[1].append(module)
+    return found
 
 
 @contextlib.contextmanager

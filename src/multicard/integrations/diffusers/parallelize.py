@@ -21,7 +21,9 @@ from multicard.integrations.diffusers.sequence import (
     shares_sequence,
 )
 from multicard.integrations.diffusers.tensor import Change, tensor_changes, tensor_plan
+from multicard.integrations.seams import facts
 from multicard.mesh import ParallelMesh
+from multicard.replica import Replica
 
 PLAN_KEYS = ("batch", "sequence", "tensor")
 
@@ -40,11 +42,14 @@ def parallelize(target: Any, mesh: ParallelMesh, plan: Mapping[str, Any] | None 
     Raises:
         ConfigError: the plan doesn't fit the model.
         UnsupportedError: a denoiser without a plan for what the mesh asks, or with a cache; before anything is changed.
+        MismatchError: ranks have different denoisers.
     """
     plan = plan or {}
     if unknown := set(plan) - set(PLAN_KEYS):
         raise ConfigError(f"plan: unknown part {', '.join(sorted(unknown))}: must be {', '.join(PLAN_KEYS)}")
     models = {"": target} if isinstance(target, nn.Module) else denoisers(target)
+    whole = {name: facts(model) for name, model in models.items() if not is_split(model)}
+    Replica(mesh).compare("mc.parallelize", whole)
     for name, model in models.items():
         check_caches(name or type(model).__name__, model, mesh)
     changes: list[Change] = []

@@ -45,6 +45,8 @@ class ModelDoor:
         self._model, self._hooks, self._sequence = model, hooks, sequence
         self._replica = Replica(mesh)
         self._rows = RowProof("transformers", model)
+        self._tables = [m for m in model.modules() if isinstance(m, VocabParallelEmbedding)]
+        self._segmented = [m for m in model.modules() if _attends_by_segments(m)]
         self._seen: set[Any] = set()
         self._inside = False
 
@@ -79,14 +81,12 @@ class ModelDoor:
 
     def _first(self, kind: Any, plain: Plain, args: Any, kwargs: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
         """The first call of its kind, with counting hooks."""
-        tables = [m for m in self._model.modules() if isinstance(m, VocabParallelEmbedding)]
-        segmented = [m for m in self._model.modules() if _attends_by_segments(m)]
-        before = {module: vars(module).get(ATTENDED, 0) for module in segmented}
-        with counted([*tables, *segmented]) as calls, self._rows(kind):
+        tables, before = self._tables, {module: vars(module).get(ATTENDED, 0) for module in self._segmented}
+        with counted([*tables, *self._segmented]) as calls, self._rows(kind):
             output = plain(*args, **kwargs)
         if tables and isinstance(given.get("input_ids"), Tensor) and not any(calls[table] for table in tables):
             raise bypassed("transformers", "token ids were looked up without the vocabulary-parallel embedding")
-        for module in segmented:
+        for module in self._segmented:
             if calls[module] and vars(module).get(ATTENDED, 0) == before[module]:
                 raise bypassed(
                     "transformers", f"{type(module).__name__} didn't call the attention function it was given"

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from multicard.errors import UnsupportedError
-from multicard.integrations.seams import Hooks
+from multicard.integrations.seams import Hooks, facts
 from multicard.integrations.transformers import layers
 from multicard.integrations.transformers import load as loading
 from multicard.integrations.transformers.checks import check_structure
@@ -21,6 +21,7 @@ from multicard.integrations.transformers.heads import Heads, localize, read_head
 from multicard.integrations.transformers.plans import ResolvedPlan, resolve_plan
 from multicard.integrations.transformers.sources import Sources
 from multicard.mesh import Axis, ParallelMesh
+from multicard.replica import Replica
 from multicard.weights import LoadReport
 
 if TYPE_CHECKING:
@@ -40,7 +41,9 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh, plan: Mapping[str, s
     Raises:
         ConfigError: the plan doesn't fit the model.
         UnsupportedError: the model can't be split exactly; the message names the module and why.
+        MismatchError: ranks have different models.
     """
+    Replica(mesh).compare("mc.parallelize", facts(model))
     opened = _split(model, mesh, plan)
     if model.device.type != "meta":
         nn.Module.to(model, mesh.device)
@@ -105,6 +108,7 @@ def load_model(
 ) -> tuple[PreTrainedModel, LoadReport]:
     """:func:`from_pretrained`, and what the loading took."""
     model = loading.build(path, model_class, dtype, **overrides)
+    Replica(mesh).compare("mc.from_pretrained", facts(model))
     sources = Sources(model)
     opened = _split(model, mesh, plan)
     report = loading.load(model, path, mesh, sources, checksums)
