@@ -50,7 +50,7 @@ def check_request(arguments: Mapping[str, Any]) -> None:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def _may_be_scale(value: Any) -> bool:
