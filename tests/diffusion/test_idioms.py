@@ -193,3 +193,52 @@ def test_perturbed_attention_is_refused_before_a_forward(run_on):
         return str(caught.value)
 
     assert all("StableDiffusion3Pipeline" in message for message in run_on(refusal, ulysses=2))
+
+
+class Adapted(torch.nn.Module):
+    """A layer and what is added to it, as peft wraps one: the module that was there is inside, hooks and all."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+        noise = torch.Generator().manual_seed(3)
+        self.more = torch.nn.Linear(base_layer.in_features, base_layer.out_features, bias=False).requires_grad_(False)
+        self.more.weight.copy_(torch.randn(self.more.weight.shape, generator=noise) / 10)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.more(x)
+
+
+def adapted(mesh, layer):
+    """Errors of a pipeline with an adapter on ``layer``, by when it was put there; and what the adapter changes."""
+
+    def adapt(pipe):
+        setattr(pipe.transformer, layer, Adapted(getattr(pipe.transformer, layer)))
+
+    pipe, arguments = build("flux")
+    plain = sample(pipe, arguments)
+    adapt(pipe)
+    expected = sample(pipe, arguments)
+    found = {"changes": float((expected - plain).abs().max() / expected.abs().max())}
+    for when in ("before", "after"):
+        pipe, arguments = build("flux")
+        steps = [lambda pipe: mc.parallelize(pipe, mesh), adapt]
+        for step in steps if when == "after" else reversed(steps):
+            step(pipe)
+        found[when] = float((sample(pipe, arguments) - expected).abs().max() / expected.abs().max())
+    return found
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        "x_embedder",
+        pytest.param(
+            "proj_out", marks=pytest.mark.xfail(strict=True, reason="its hook gathers before the adapter adds")
+        ),
+    ],
+)
+def test_adapters_at_the_ends_of_a_split_sequence(run_on, layer):
+    for found in run_on(adapted, layer, ulysses=2):
+        assert found["changes"] > 0.01
+        assert max(found["before"], found["after"]) < 1e-5
