@@ -229,15 +229,7 @@ def adapted(mesh, layer):
     return found
 
 
-@pytest.mark.parametrize(
-    "layer",
-    [
-        "x_embedder",
-        pytest.param(
-            "proj_out", marks=pytest.mark.xfail(strict=True, reason="its hook gathers before the adapter adds")
-        ),
-    ],
-)
+@pytest.mark.parametrize("layer", ["x_embedder", "proj_out"])
 def test_adapters_at_the_ends_of_a_split_sequence(run_on, layer):
     for found in run_on(adapted, layer, ulysses=2):
         assert found["changes"] > 0.01

@@ -60,8 +60,14 @@ class Hooks:
     def _keep(self, module: nn.Module, handle: RemovableHandle) -> None:
         self._placed.append((handle, type(module).__name__))
 
+    def remove(self) -> None:
+        """Take all of them off."""
+        for handle, _ in self._placed:
+            handle.remove()
+        self._placed.clear()
+
     def check(self) -> None:
-        """Raise UnsupportedError if one has been taken off."""
+        """Raise UnsupportedError if one has been taken off by somebody else."""
         for handle, name in self._placed:
             placed = handle.hooks_dict_ref()
             if placed is None or handle.id not in placed:

@@ -40,11 +40,14 @@ class Door:
 
     def place(self, name: str, module: nn.Module) -> None:
         """Intercept ``module`` from now on."""
+        inner = uncompiled(module)
+        split = split_of(inner)
         check_caches(name, module, self.mesh)
+        if split:
+            split.renew()
         intercept(module, "__call__", self, "denoise")
         if module not in self._denoisers:
-            inner = uncompiled(module)
-            proof, split = RowProof("diffusers", inner), split_of(inner)
+            proof = RowProof("diffusers", inner)
 
             @contextlib.contextmanager
             def around() -> Any:
@@ -96,6 +99,7 @@ class PipelineDoor(Door):
 
     def share(self, denoiser: HookedDenoiser, given: Mapping[str, Any]) -> Any:
         if not self._running:  # somebody calls a component of the pipeline by itself
+            self.place(denoiser.name, denoiser.module)
             return denoiser.run(given)
         self._calls += 1
         return super().share(denoiser, given)
@@ -154,7 +158,7 @@ class ModelDoor(Door):
         super().__init__(mesh, batch, step_per_call=True)
 
     def share(self, denoiser: HookedDenoiser, given: Mapping[str, Any]) -> Any:
-        check_caches(denoiser.name, denoiser.module, self.mesh)
+        self.place(denoiser.name, denoiser.module)
         try:
             return super().share(denoiser, given)
         finally:

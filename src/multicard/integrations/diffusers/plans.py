@@ -68,6 +68,11 @@ class SequencePlan:
     refused: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     outer_mask: str | None = None
 
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """Every module that the plan means."""
+        return (*self.attention, *self.inputs, *self.outputs, *self.gather)
+
 
 _TWO_STREAMS = ("transformer_blocks.*.attn", "single_transformer_blocks.*.attn")
 _TEXT = ("encoder_hidden_states", "encoder_attention_mask", "encoder_hidden_states_mask", "txt_ids")

@@ -94,7 +94,7 @@ def check_sequence(model: nn.Module, plan: SequencePlan) -> None:
                 f"{type(model).__name__} with {key}={config[key]!r} can't be split by sequence: it treats some image "
                 "tokens differently by their place; use cfg, tp or dp"
             )
-    for pattern in (*plan.attention, *plan.inputs, *plan.outputs, *plan.gather):
+    for pattern in plan.patterns:
         found = list(_matching(model, pattern))
         if not found and "*" not in pattern:
             raise ConfigError(f"sequence plan: {type(model).__name__} has no module {pattern!r}")
@@ -137,12 +137,19 @@ class SequenceSplit:
     def __init__(self, model: nn.Module, mesh: ParallelMesh, plan: SequencePlan) -> None:
         check_sequence(model, plan)
         self.mesh, self.plan = mesh, plan
-        self._name = type(model).__name__
+        self._model, self._name = model, type(model).__name__
         model.__dict__[SPLIT] = self
         self._length: int | None = None  # tokens of the whole sequence that is split now; None: none is
         self._outer: Tensor | None = None  # what the plan's outer_mask stands for, inside a forward
+        self._hooks = Hooks("diffusers")
+        self._attentions: set[nn.Module] = set()
         self._count()
-        hooks = self._hooks = Hooks("diffusers")
+        self._place()
+
+    def _place(self) -> None:
+        """Put hooks on the modules that the plan's paths lead to."""
+        model, plan, hooks = self._model, self.plan, self._hooks
+        self._hooked = {path: module for pattern in plan.patterns for path, module in _matching(model, pattern)}
         hooks.before(model, self._begin, prepend=True)
         for pattern, dims in plan.inputs.items():
             for _, module in _matching(model, pattern):
@@ -156,8 +163,16 @@ class SequenceSplit:
         for pattern in plan.attention:
             for path, module in _matching(model, pattern):
                 hooks.before(module, self._call_attention)
-                module.forward = self._attending(module.forward, path)
+                if module not in self._attentions:
+                    self._attentions.add(module)
+                    module.forward = self._attending(module.forward, path)
         hooks.after(model, self._end, always_call=True)
+
+    def renew(self) -> None:
+        """Move the hooks to layers that have taken a planned one's place since (peft wraps a layer in an adapter)."""
+        if any(self._model.get_submodule(path) is not module for path, module in self._hooked.items()):
+            self._hooks.remove()
+            self._place()
 
     # Proof
 
