@@ -22,9 +22,9 @@ LOCK = ROOT / "requirements.lock"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = "transformers,diffusers,dev"
 
-VERSIONS = runpy.run_path(str(ROOT / "src" / "multicard" / "versions.py"))  # multicard itself needs what isn't there yet
-TORCH = f"torch=={VERSIONS['BY_NAME']['torch'].newest}"
-"""In every environment: a newer torch is several GB of CUDA on most machines, and changes on its own day."""
+TESTED = runpy.run_path(str(ROOT / "src/multicard/versions.py"))["BY_NAME"]  # a file: multicard isn't installed yet
+TORCH = f"torch=={TESTED['torch'].newest}"
+"""The same in every environment: torch moves by hand, since every figure has to be measured again with it."""
 
 HEADER = """\
 # Everything that `make` installs, pip and the build backend included: ordinary pip reads it as `--constraint`.
@@ -47,6 +47,9 @@ def resolve(folder: str) -> dict[str, str]:
 
 
 def lock() -> None:
+    assert sys.version_info[:2] == (3, 11), (
+        "what is newest for a later Python may not exist for 3.11: make lock PYTHON=python3.11"
+    )
     with tempfile.TemporaryDirectory() as folder:
         found = resolve(folder)
     found.pop(PROJECT["project"]["name"])
