@@ -48,7 +48,7 @@ def resolve(folder: str) -> dict[str, str]:
 
 def lock() -> None:
     assert sys.version_info[:2] == (3, 11), (
-        "what is newest for a later Python may not exist for 3.11: make lock PYTHON=python3.11"
+        "a later Python's newest may not exist for 3.11: make lock PYTHON=python3.11"
     )
     with tempfile.TemporaryDirectory() as folder:
         found = resolve(folder)
