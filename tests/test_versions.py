@@ -62,20 +62,20 @@ def install(monkeypatch):
     return pretend
 
 
-NEWER, OLDER = "newer than 5.24.0, the newest tested", "older than 5.18.0, the lowest tested"
+NEWER, OLDER = "newer than 5.24.0, the newest tested", "older than 5.21.0, the lowest tested"
 
 
 @pytest.mark.parametrize(
     ("version", "remark"),
-    [("5.24.0", None), ("5.18.0", None), ("5.18", None), ("5.20.1", None), (None, None), ("5.24.1", NEWER),
-     ("5.25.0.dev0", NEWER), ("6.0", NEWER), ("5.17.9", OLDER), ("4.57.6", OLDER)],
+    [("5.24.0", None), ("5.21.0", None), ("5.21", None), ("5.22.1", None), (None, None), ("5.24.1", NEWER),
+     ("5.25.0.dev0", NEWER), ("6.0", NEWER), ("5.20.1", OLDER), ("4.57.6", OLDER)],
 )  # fmt: skip
 def test_what_lies_outside_is_said(install, monkeypatch, version, remark):
-    monkeypatch.setitem(versions.BY_NAME, "transformers", versions.Tested("transformers", "5.18.0", "5.24.0"))
+    monkeypatch.setitem(versions.BY_NAME, "transformers", versions.Tested("transformers", "5.21.0", "5.24.0"))
     install("transformers", version)
     here = f"transformers {version}" if version else "transformers isn't installed"
     assert versions.untested("transformers") == remark
-    assert versions.describe("transformers") == f"{here}; tested: 5.18.0 to 5.24.0"
+    assert versions.describe("transformers") == f"{here}; tested: 5.21.0 to 5.24.0"
 
 
 def test_one_version_local_parts_and_names_that_arent_in_the_table(install, monkeypatch):

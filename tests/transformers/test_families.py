@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-import transformers
 import zoo
 
 import multicard as mc
 from multicard.integrations.transformers.sequence import FAMILIES
-from multicard.versions import release
 
 TP = (pytest.param(2, marks=pytest.mark.seam), 3, 4)
 SEQUENCES = (pytest.param({"ring": 2}, marks=pytest.mark.seam), {"ulysses": 3}, {"ring": 2, "tp": 2})
@@ -16,9 +14,6 @@ SEQUENCES = (pytest.param({"ring": 2}, marks=pytest.mark.seam), {"ulysses": 3}, 
 @pytest.mark.parametrize("tp", TP)
 @pytest.mark.parametrize("name", [*zoo.DECODERS, *zoo.ENCODERS])
 def test_tensor_parallel_is_exact(measured, name, tp):
-    if release(transformers.__version__) < (5, 21) and name in ("nemotron", "phimoe"):  # no plan was shipped for them
-        assert all("has no tensor-parallel plan" in refusal for refusal in measured(tp=tp)[name])
-        return
     for error, same, share in measured(tp=tp)[name]:
         assert error <= 1e-5
         assert same
