@@ -21,8 +21,8 @@ class Tested(NamedTuple):
 
 TABLE = (
     Tested("torch", "2.13.0", "2.13.0", promised="2.11"),
-    Tested("transformers", "5.18.0", "5.24.0"),
-    Tested("diffusers", "0.38.0", "0.42.1"),
+    Tested("transformers", "5.21.0", "5.24.0"),
+    Tested("diffusers", "0.40.0", "0.42.1"),
     Tested("accelerate", "1.1.0", "1.15.0"),
     Tested("safetensors", "0.8.0", "0.8.0"),
     Tested("tokenizers", "0.23.1", "0.23.3"),
@@ -34,6 +34,7 @@ TABLE = (
     Tested("psutil", "5.9.4", "7.2.2"),
     Tested("rich", "13.7.0", "15.0.0"),
     Tested("typer", "0.15.0", "0.29.2"),
+    Tested("xxhash", "3.0.0", "4.1.0"),
 )
 BY_NAME = {tested.name: tested for tested in TABLE}
 
@@ -47,7 +48,7 @@ def installed(name: str) -> str | None:
 
 
 def describe(name: str) -> str:
-    """What is installed beside what was tested: ``transformers 5.24.0; tested: 5.18.0 to 5.24.0``."""
+    """What is installed beside what was tested: ``transformers 5.24.0; tested: 5.21.0 to 5.24.0``."""
     version = installed(name)
     here = f"{name} {version}" if version else f"{name} isn't installed"
     tested = BY_NAME.get(name)

@@ -35,7 +35,8 @@ def sample(pipe, arguments, seed=0):
     if isinstance(output, torch.Tensor):
         return output
     frames = getattr(output, "images", None)
-    return frames if frames is not None else output.frames
+    frames = frames if frames is not None else output.frames
+    return torch.as_tensor(frames)  # DiT gives an array before diffusers 0.41
 
 
 def embeds(*shape, seed=1):

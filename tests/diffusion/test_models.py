@@ -55,7 +55,7 @@ def outcomes(mesh, names):
 
 
 def seams(label):
-    return [pytest.mark.seam] if label in ("cfg=2 ulysses=2", "cfg=2 tp=2") else []
+    return [pytest.mark.seam] if label in ("cfg=2", "ulysses=2", "tp=2") else []
 
 
 @pytest.fixture(scope="session")

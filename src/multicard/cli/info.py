@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
 from typing import Any
 
+from multicard import versions
 from multicard.cli import options
 
-PACKAGES = ("multicard", "torch", "torch_npu", "transformers", "diffusers", "safetensors", "tokenizers")
+PACKAGES = ("multicard", "torch_npu", *versions.BY_NAME)
 
 
 def info(as_json: options.Json = False) -> None:
     """Print devices, backends and versions."""
     found = {"devices": _devices(), "backends": _backends(), "versions": _versions()}
+    untested = {name: remark for name in PACKAGES if (remark := versions.untested(name))}
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps(found | {"untested": untested}))
         return
+    for name, remark in untested.items():
+        found["versions"][name] += f", {remark}"
     for title, rows in found.items():
         print(title)
         for name, value in rows.items():
@@ -66,10 +69,5 @@ def _yes(here: bool) -> str:
 
 
 def _versions() -> dict[str, Any]:
-    versions = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
+    machine = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    return machine | {name: versions.installed(name) or "not installed" for name in PACKAGES}
