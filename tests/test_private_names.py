@@ -94,11 +94,11 @@ TABLE = {
         "_make_wrapper_subclass": Use("lazy tensors", ("guidance/lazy.py",), has(torch.Tensor)),
         "_modules": Use("modules in place", (f"{LLM}/model.py",), has(torch.nn.Module())),
         "_nbytes": Use("the size of a packed weight", ("layers/packed.py",), has(torch.ops.mkldnn)),
-        "_orig_mod": Use("what torch.compile wraps", (f"{DIFFUSERS}/guidance.py",), is_compiled),
+        "_orig_mod": Use("what torch.compile wraps", (f"{DIFFUSERS}/denoisers.py",), is_compiled),
         "_parameters": Use("weights in place", (f"{LLM}/layers.py", f"{LLM}/model.py"), has(torch.nn.Module())),
         "_pytree": Use(
             "tensors within arguments",
-            ("guidance/batch.py", "guidance/branches.py", "guidance/lazy.py", "guidance/trees.py"),
+            ("guidance/batch.py", "guidance/branches.py", "guidance/lazy.py", "guidance/trees.py", "replica.py"),
             has(torch.utils),
         ),
         "_reorder_linear_weight": Use("packed weights", ("layers/packed.py",), has(torch.ops.mkldnn)),
@@ -122,7 +122,9 @@ TABLE = {
     },
     "transformers": {
         "_attn_implementation": Use(
-            "attention over a split sequence", (f"{LLM}/sequence.py",), has(transformers.LlamaConfig())
+            "attention over a split sequence or by segments of heads",
+            (f"{LLM}/doors.py", f"{LLM}/sequence.py"),
+            has(transformers.LlamaConfig()),
         ),
         "_attn_implementation_internal": Use(
             "attention by segments of heads", (f"{LLM}/heads.py",), has(transformers.LlamaConfig())
@@ -146,8 +148,8 @@ TABLE = {
         ),
         "_class_name": Use("a folder's pipeline class", (f"{DIFFUSERS}/folder.py",), is_saved),
         "_cp_plan": Use("a model's own sequence plan", (f"{DIFFUSERS}/sequence.py",), has(diffusers.ModelMixin)),
-        "_diffusers_hook": Use("caches between steps", (f"{DIFFUSERS}/guidance.py",), has(hooked())),
-        "_is_stateful": Use("caches between steps", (f"{DIFFUSERS}/guidance.py",), has(ModelHook)),
+        "_diffusers_hook": Use("caches between steps", (f"{DIFFUSERS}/doors.py",), has(hooked())),
+        "_is_stateful": Use("caches between steps", (f"{DIFFUSERS}/doors.py",), has(ModelHook)),
         "_keep_in_fp32_modules": Use("dtypes as diffusers loads", (f"{DIFFUSERS}/load.py",), has(diffusers.ModelMixin)),
         "_native_cudnn": Use("a backend that can be split", (f"{DIFFUSERS}/sequence.py",), is_backend),
         "_native_efficient": Use("a backend that can be split", (f"{DIFFUSERS}/sequence.py",), is_backend),

@@ -18,7 +18,7 @@ def split(size: int, parts: int) -> tuple[range, ...]:
     """``size`` rows in ``parts`` contiguous shares, the first ``size mod parts`` one longer; shares may be empty."""
     if size < 0 or parts < 1:
         raise ConfigError(f"can't split {size} rows in {parts} parts: sizes are 0 or more, parts 1 or more")
-    short, longer = divmod(size, parts)
+    short, longer = size // parts, size % parts  # not divmod, which Dynamo doesn't trace
     starts = [i * short + min(i, longer) for i in range(parts + 1)]
     return tuple(range(a, b) for a, b in itertools.pairwise(starts))
 

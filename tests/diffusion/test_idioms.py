@@ -129,6 +129,22 @@ def compiled(mesh, degrees):
     return found
 
 
+def in_one_graph(mesh, name):
+    """The error of a denoiser that Dynamo has to trace whole, exchanges and all."""
+    pipe, arguments = build(name)
+    expected = sample(pipe, arguments)
+    pipe, arguments = build(name)
+    mc.parallelize(pipe, mesh)
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager", fullgraph=True, dynamic=False)
+    return float((sample(pipe, arguments) - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("name", ["dit", "flux", "wan"])
+def test_a_split_denoiser_compiles_into_one_graph(run_on, name):
+    """Three heads over three ranks: where heads don't divide the ring is taken, whose messages aren't traced."""
+    assert max(run_on(in_one_graph, name, ulysses=3)) < 1e-5
+
+
 def compile_denoiser(pipe):
     pipe.transformer = torch.compile(pipe.transformer, backend="eager")
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-from torch import nn
 
 
 @functools.cache
@@ -16,16 +14,19 @@ def parameters(method: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(method).parameters)[1:]
 
 
-def named(owner: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], method: str = "forward") -> dict[str, Any]:
+def named(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """All that are given."""
-    return {**dict(zip(parameters(getattr(type(owner), method)), args, strict=False)), **kwargs}
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def changed(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], changes: Mapping[str, Callable[[Any], Any]]
+    names: Sequence[str],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    changes: Mapping[str, Callable[[Any], Any]],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A call's arguments, changed by name and in the order of ``changes`` where they are given."""
-    names, given, others = parameters(type(module).forward), list(args), dict(kwargs)
+    given, others = list(args), dict(kwargs)
     for name, change in changes.items():
         if name in others:
             others[name] = change(others[name])

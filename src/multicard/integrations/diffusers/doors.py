@@ -16,7 +16,7 @@ from torch import nn
 
 from multicard.errors import UnsupportedError
 from multicard.guidance import BatchPlan, Branches, unwrap
-from multicard.integrations.diffusers.calls import named
+from multicard.integrations.diffusers.calls import named, parameters
 from multicard.integrations.diffusers.denoisers import HookedDenoiser, denoisers, uncompiled
 from multicard.integrations.diffusers.sequence import check_guidance, split_of
 from multicard.integrations.intercept import DOOR, PLAIN, Plain, intercept
@@ -113,7 +113,7 @@ class PipelineDoor(Door):
         args, kwargs = unwrap((args, dict(kwargs)))
         if drifted:
             args, kwargs = self.replica.same_numbers((args, kwargs))
-        self.replica.compare(f"{type(scheduler).__name__}.step", named(scheduler, args, kwargs, "step"))
+        self.replica.compare(f"{type(scheduler).__name__}.step", named(parameters(type(scheduler).step), args, kwargs))
         return plain(*args, **kwargs)
 
     def run(self, pipe: Any, plain: Plain, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -122,7 +122,8 @@ class PipelineDoor(Door):
             return plain(*args, **kwargs)
         self.attach(pipe)
         name = type(pipe).__name__
-        self.replica.compare(f"a call of {name}", {**named(pipe, args, kwargs, "__call__"), **_components(pipe)})
+        given = named(parameters(type(pipe).__call__), args, kwargs)
+        self.replica.compare(f"a call of {name}", {**given, **_components(pipe)})
         self.replica.same_noise()
         self._running, failed = True, True
         self._calls = self._steps = 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from multicard import collectives
 from multicard.attention.attend import attend
 from multicard.errors import ConfigError, UnsupportedError
-from multicard.integrations.diffusers.calls import changed, named
+from multicard.integrations.diffusers.calls import changed, named, parameters
 from multicard.integrations.diffusers.plans import SEQUENCE, SequencePlan
 from multicard.integrations.plan import Rule
 from multicard.integrations.seams import Hooks, bypassed
@@ -150,10 +150,10 @@ class SequenceSplit:
         """Put hooks on the modules that the plan's paths lead to."""
         model, plan, hooks = self._model, self.plan, self._hooks
         self._hooked = {path: module for pattern in plan.patterns for path, module in _matching(model, pattern)}
-        hooks.before(model, self._begin, prepend=True)
+        hooks.before(model, functools.partial(self._begin, _names(model)), prepend=True)
         for pattern, dims in plan.inputs.items():
             for _, module in _matching(model, pattern):
-                hooks.before(module, functools.partial(self._split_inputs, dims))
+                hooks.before(module, functools.partial(self._split_inputs, _names(module), dims))
         for pattern, numbers in plan.outputs.items():
             for _, module in _matching(model, pattern):
                 hooks.after(module, functools.partial(self._split_outputs, numbers))
@@ -200,24 +200,26 @@ class SequenceSplit:
 
     # Hooks
 
-    def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def _begin(self, names: Sequence[str], module: nn.Module, args: Any, kwargs: Any) -> Any:
         self._length = self._outer = None
-        arguments = named(module, args, kwargs)
+        arguments = named(names, args, kwargs)
         for name, allowed in self.plan.refused.items():
             if name in arguments and not any(arguments[name] is value for value in allowed):
                 raise UnsupportedError(f"{self._name}: {name} isn't covered by its sequence plan; use cfg, tp or dp")
         if self.plan.outer_mask is None:
             return None
         self._outer = arguments.get(self.plan.outer_mask)
-        return changed(module, args, kwargs, {self.plan.outer_mask: lambda mask: None})
+        return changed(names, args, kwargs, {self.plan.outer_mask: lambda mask: None})
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         self._left_open = self._length is not None
         self._length = self._outer = None
 
-    def _split_inputs(self, dims: Mapping[str, int], module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def _split_inputs(
+        self, names: Sequence[str], dims: Mapping[str, int], module: nn.Module, args: Any, kwargs: Any
+    ) -> Any:
         take = {name: functools.partial(self._take, dim=dim, what=name) for name, dim in dims.items()}
-        return changed(module, args, kwargs, take)
+        return changed(names, args, kwargs, take)
 
     def _split_outputs(self, numbers: Mapping[int, int], module: nn.Module, args: Any, output: Any) -> Any:
         if isinstance(output, Tensor):
@@ -268,7 +270,8 @@ class SequenceSplit:
                 output = forward(*args, **kwargs)
             if not mode.attended:
                 raise UnsupportedError(
-                    f"{path} doesn't call scaled_dot_product_attention: give it diffusers' default processor"
+                    f"{path} doesn't call torch's scaled_dot_product_attention: give it diffusers' default "
+                    "processor and set_attention_backend('native')"
                 )
             self._attended += 1
             return output
@@ -385,6 +388,8 @@ class _Attend(TorchFunctionMode):
                 self.attended = True
                 return self.sequence.attend(*args, **(kwargs or {}))
             self.sequence.check_adapter(*args, **(kwargs or {}))
+        if func is Tensor.unflatten:
+            func = torch.unflatten  # Dynamo can't trace the method, which is Python's own, under a mode
         return func(*args, **(kwargs or {}))
 
 
@@ -392,6 +397,11 @@ def _biased(query: Tensor, key: Tensor, rows: Tensor, scale: float) -> tuple[Ten
     """One feature more, by which ``query·key·scale`` grows by the outer product of ``rows`` ``(B, S)`` with itself."""
     more = rows[:, None, :, None].to(query.dtype).expand(query.shape[0], query.shape[1], -1, 1)
     return torch.cat([query, more / scale], 3), torch.cat([key, more], 3)
+
+
+def _names(module: nn.Module) -> tuple[str, ...]:
+    """Looked up when a hook is placed: Dynamo, which traces hooks, can't trace signatures."""
+    return parameters(type(module).forward)
 
 
 def _matching(model: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module]]:
