@@ -169,6 +169,7 @@ def test_what_backends_say_is_understood(text, kind):
 # ---- hangs
 
 
+@pytest.mark.seam
 def test_a_rank_that_has_left_is_named_without_waiting_for_the_timeout(victims):
     ranks = victims("shm", tp=3)
     with pytest.raises(

@@ -409,6 +409,7 @@ def disagreements(mesh, checked):
     return told
 
 
+@pytest.mark.seam
 @pytest.mark.parametrize("checked", [False, True])
 def test_ranks_that_disagree_all_raise(run_on, checked):
     told = run_on(disagreements, checked, dp=2)
