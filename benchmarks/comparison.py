@@ -64,9 +64,9 @@ def compare(mesh: mc.ParallelMesh, given: dict[str, Any]) -> None:
 
 def gather(mesh: mc.ParallelMesh) -> None:
     """The bound: nothing but the exchange."""
-    words = torch.zeros(1, 3, dtype=torch.int64)
+    words = torch.zeros(mesh.tp.size, 3, dtype=torch.int64)
     for _ in range(CALLS):
-        collectives.all_gather(words, mesh.tp)
+        collectives.all_reduce(words, mesh.tp)
 
 
 def nothing(mesh: mc.ParallelMesh) -> None:

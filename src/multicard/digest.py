@@ -19,6 +19,13 @@ import torch
 import xxhash
 from torch import Tensor
 
+PLAIN = (type(None), bool, int, str, bytes, slice, range, torch.dtype, torch.Size)
+"""Values that their ``repr`` says all about."""
+
+NUMPY_HAS = frozenset(
+    [torch.float32, torch.float64, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8]
+)
+
 WINDOW = 1 << 15
 """Words that a card multiplies at once; the sums of longer tensors' windows are hashed in turn."""
 
@@ -34,14 +41,14 @@ class Description:
         """A signed 64-bit number, of the text, of ``more``, and of the tensors in main memory."""
         hasher = xxhash.xxh3_64("\x1f".join((*more, *self.parts)).encode("utf-8", "surrogatepass"))
         for t in self.tensors:
-            if t.device.type == "cpu":
-                hasher.update(_bytes(t).numpy().data)
+            if t.is_cpu:
+                hasher.update(_buffer(t))
         number: int = hasher.intdigest()
         return number - (1 << 63)
 
     def hash_there(self) -> Tensor | None:
         """A 0-dimensional int64 on their card, of the tensors that are on one; None without."""
-        hashes = [hash_tensor(t) for t in self.tensors if t.device.type != "cpu"]
+        hashes = [hash_tensor(t) for t in self.tensors if not t.is_cpu]
         return hash_tensor(torch.stack(hashes)) if hashes else None
 
     def summary(self) -> str:
@@ -72,9 +79,15 @@ def hash_tensor(t: Tensor) -> Tensor:
         words = sums.view(torch.int32)
 
 
+def _buffer(t: Tensor) -> Any:
+    """The memory of a tensor on the CPU, in the order of its numbers."""
+    t = t.detach().contiguous()
+    return (t if t.dtype in NUMPY_HAS else _bytes(t)).numpy()
+
+
 def _bytes(t: Tensor) -> Tensor:
     flat = t.detach().contiguous().view(-1)
-    if len(flat) == 1:  # one number may have any stride
+    if t.numel() == 1:  # it may have any stride
         flat = flat.as_strided((1,), (1,))
     return flat.view(torch.uint8)
 
@@ -95,12 +108,14 @@ def _multipliers(device: torch.device) -> Tensor:
 
 
 def _describe(value: Any, found: Description) -> None:
-    if value is None or isinstance(value, bool | int | str | bytes | slice | range | torch.dtype | torch.Size):
-        found.parts.append(repr(value))
-    elif isinstance(value, float | complex | np.generic):
-        found.parts.append(f"{type(value).__name__} {value!r}")
-    elif isinstance(value, Tensor):
+    if isinstance(value, Tensor):
         _describe_tensor(value, found)
+    elif isinstance(value, enum.Enum):
+        found.parts.append(repr(value))
+    elif isinstance(value, PLAIN):
+        found.parts.append(repr(value))
+    elif isinstance(value, (float, complex, np.generic)):
+        found.parts.append(f"{type(value).__name__} {value!r}")
     elif isinstance(value, np.ndarray) and value.dtype.kind in "fiubc":
         _describe_tensor(torch.from_numpy(np.ascontiguousarray(value)), found)
     elif isinstance(value, torch.Generator):
@@ -112,19 +127,19 @@ def _describe(value: Any, found: Description) -> None:
 
 def _describe_tensor(t: Tensor, found: Description) -> None:
     found.parts.append(f"{str(t.dtype).removeprefix('torch.')}{tuple(t.shape)} on {t.device.type}")
-    if t.layout is torch.strided and t.device.type != "meta" and not t.is_quantized:
+    if t.layout is torch.strided and not t.is_meta and not t.is_quantized:
         found.tensors.append(t)
 
 
 def _describe_container(value: Any, found: Description) -> None:
     children: Any = ()
     if isinstance(value, Mapping):
-        children = [part for item in sorted(value.items(), key=lambda item: repr(item[0])) for part in item]
+        children = [part for key in sorted(value, key=repr) for part in (key, value[key])]
     elif isinstance(value, list | tuple | np.ndarray):
         children = list(value)
     elif isinstance(value, set | frozenset):
         children = sorted(map(repr, value))
-    elif isinstance(value, enum.Enum | os.PathLike | torch.device):
+    elif isinstance(value, os.PathLike | torch.device):
         children = [value.type if isinstance(value, torch.device) else str(value)]
     elif hasattr(value, "tobytes") and hasattr(value, "mode"):  # a PIL picture
         children = [value.mode, np.asarray(value)]

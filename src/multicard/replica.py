@@ -52,7 +52,7 @@ class Replica:
         self.compares = mesh.compares_inputs and not any(_is_fake(axis) for axis in self.axes)
 
     def compare(self, point: str, inputs: Mapping[str, Any]) -> None:
-        """Raise on every rank unless all are at ``point`` with equal ``inputs``. One small all-gather an axis.
+        """Raise on every rank unless all are at ``point`` with equal ``inputs``. One small all-reduce an axis.
 
         Args:
             point: where this is, in words.
@@ -111,17 +111,18 @@ class Replica:
 def say(
     axis: Axis, device: torch.device, status: Status, number: int, on_device: Tensor | None = None
 ) -> list[list[int]]:
-    """Everybody's status and two numbers, by rank. One all-gather of 24 bytes.
+    """Everybody's status and two numbers, by rank. One all-reduce of 24 bytes a rank, which no rank's backend rounds.
 
     It is as long wherever ranks say something: one that has raised is heard at whichever point the others are.
 
     Raises:
         RankError: a rank says that it has raised; not on a rank that says so itself.
     """
-    mine = torch.tensor([[status, number, 0]], device=device)
+    words = torch.tensor([[0, 0, 0]] * axis.rank + [[status, number, 0]] + [[0, 0, 0]] * (axis.size - axis.rank - 1))
+    words = words.to(device)
     if on_device is not None:
-        mine[0, 2] = on_device
-    everybody: list[list[int]] = collectives.all_gather(mine, axis).tolist()
+        words[axis.rank, 2] = on_device
+    everybody: list[list[int]] = collectives.all_reduce(words, axis).tolist()
     if status != Status.RAISED:
         for rank, (said, *_) in enumerate(everybody):
             if said == Status.RAISED:

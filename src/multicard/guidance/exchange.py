@@ -23,7 +23,7 @@ class Agreed(NamedTuple):
 
 
 def agree(axis: Axis, device: torch.device, status: Status, facts: Sequence[int], early: bool = False) -> Agreed:
-    """Everybody's status, once all are known to be in the same step. One all-gather of a fixed size.
+    """Everybody's status, once all are known to be in the same step. One small all-reduce.
 
     Args:
         facts: numbers that must be the same on every rank for the next exchange to be possible.

@@ -54,7 +54,7 @@ class ModelDoor:
         return self
 
     def call(self, module: nn.Module, plain: Plain, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The model's ``__call__``. One small all-gather an axis beside its own collectives."""
+        """The model's ``__call__``. One small all-reduce an axis beside its own collectives."""
         if self._inside:
             return plain(*args, **kwargs)
         given = {**dict(zip(_parameters(type(module).forward), args, strict=False)), **kwargs}
