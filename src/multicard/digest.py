@@ -19,7 +19,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-PLAIN = (type(None), bool, int, str, bytes, slice, range, torch.dtype, torch.Size)
+PLAIN = (type(None), bool, int, str, bytes, slice, range, enum.Enum, torch.dtype, torch.Size)
 """Values that their ``repr`` says all about."""
 
 NUMPY_HAS = frozenset(
@@ -110,8 +110,6 @@ def _multipliers(device: torch.device) -> Tensor:
 def _describe(value: Any, found: Description) -> None:
     if isinstance(value, Tensor):
         _describe_tensor(value, found)
-    elif isinstance(value, enum.Enum):
-        found.parts.append(repr(value))
     elif isinstance(value, PLAIN):
         found.parts.append(repr(value))
     elif isinstance(value, (float, complex, np.generic)):
