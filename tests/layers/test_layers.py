@@ -21,7 +21,7 @@ from multicard.layers import (
     VocabParallelEmbedding,
     shard_of,
 )
-from multicard.layers.packed import pack, pack_tied
+from multicard.layers.packed import available, pack, pack_tied
 from multicard.mesh import Axis
 
 DEGREES = [{"tp": 1}, {"tp": 2}, {"tp": 3}, {"tp": 2, "dp": 2}]
@@ -233,7 +233,7 @@ def test_a_reordered_weight_multiplies_the_same(dtype, keep_weight):
     for n_in, n_out in ((7, 9), (64, 96), (33, 130)):
         plain = nn.Linear(n_in, n_out).to(dtype)
         layer = ColumnParallelLinear.from_linear(plain, Axis("tp", 0, 1))
-        assert pack(layer, keep_weight) is not keep_weight
+        assert pack(layer, keep_weight) is (not keep_weight and available(dtype))
         assert not pack(layer, keep_weight)  # once is enough
         for x in (torch.randn(1, 1, n_in, dtype=dtype), torch.randn(2, 17, n_in, dtype=dtype)):
             near(layer(x), x.double() @ plain.weight.double().t() + plain.bias.double(), tolerance)

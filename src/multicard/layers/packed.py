@@ -20,9 +20,14 @@ from multicard.layers.shard import shard_of, sharded
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def available() -> bool:
-    """Whether this torch has oneDNN and the operators that its own compiler uses to freeze linears."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+def available(dtype: torch.dtype) -> bool:
+    """Whether this torch has oneDNN and the operators that its own compiler uses to freeze linears, for this dtype.
+
+    bfloat16 needs a processor with AVX-512 or newer; on others MKL multiplies it as before.
+    """
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    return dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def pack(layer: nn.Module, keep_weight: bool = False) -> bool:
@@ -98,7 +103,7 @@ def _blocks(packed: Tensor, weight: Tensor) -> Tensor | None:
 
 def _can_be_packed(weight: Tensor) -> bool:
     plain = weight.device.type == "cpu" and weight.dtype in DTYPES and not weight.is_mkldnn
-    return plain and weight.numel() > 0 and available()
+    return plain and weight.numel() > 0 and available(weight.dtype)
 
 
 def _reordered(weight: Tensor) -> nn.Parameter:
