@@ -186,7 +186,7 @@ def test_a_rank_that_leaves_is_named_and_groups_can_be_made_again(tmp_path):
 
 
 @pytest.mark.parametrize("left", ["", "0f2c", "0f2c/pid 7 8 ", "\0\0\0\0"])
-def test_a_rank_that_was_ended_while_it_joined_is_named(left):
+def test_a_rank_without_a_whole_invitation_is_named(left):
     store = dist.HashStore()
     store.set("1", left)
     invitation = Invitation(store, 0, (4, 6))

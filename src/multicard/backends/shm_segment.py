@@ -120,7 +120,7 @@ class Invitation:
 
         Raises:
             CollectiveTimeout: a rank didn't make its group in time.
-            RankError: a rank was ended while it made its group.
+            RankError: a rank died, or left something else than an invitation.
             UnsupportedError: ranks that can't share memory.
         """
         deadline = time.monotonic() + timeout
@@ -140,10 +140,10 @@ class Invitation:
             self._wait(rank, deadline)
         said = self.store.get(str(rank))
         whole = INVITATION.fullmatch(said)
-        if whole is None:  # a file store keeps the half that a rank had written when it was killed
+        if whole is None:  # as a RankError it counts as a consequence, and doesn't hide what ended that rank
             raise RankError(
-                f"rank {self.ranks[rank]} is gone: it was ended while it made its process group (the store has "
-                f"{said!r} of it); start the ranks again, with a store of their own",
+                f"rank {self.ranks[rank]} is gone, or was never in this group: the store has {said!r} where its "
+                "invitation should be; start the ranks again, with a store that no other job uses",
                 rank=self.ranks[rank],
             )
         place, *numbers = whole.groups()
