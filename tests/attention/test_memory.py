@@ -13,9 +13,14 @@ BLOCK = ROWS * HEADS * DIM * 4
 def peak_of(call) -> int:
     """Bytes held at most during ``call``, above those held before it, from the profiler's allocation records.
 
-    Of its second run: the first may allocate what is kept, such as a channel between two ranks.
+    The least of four runs after one: that may allocate what is kept, such as a channel between two ranks, and what a
+    neighbour sends that is a step ahead is held beside until its receive is posted.
     """
     call()
+    return min(_peak_of_one(call) for _ in range(4))
+
+
+def _peak_of_one(call) -> int:
     gc.collect()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
@@ -47,7 +52,8 @@ def test_peak_memory_of_a_ring(run_on):
         out = accumulator = partial = BLOCK
         two_blocks = 2 * 2 * BLOCK
         log_sum_exps = 4 * ROWS * HEADS * 4  # of the accumulator, the partial output, and between them
-        assert ring <= out + accumulator + partial + two_blocks + kernel + log_sum_exps
+        early = 2 * BLOCK  # at most: where a neighbour was ahead in all four runs
+        assert ring <= out + accumulator + partial + two_blocks + kernel + log_sum_exps + early
         assert ring >= two_blocks, "counted at all"
         assert gathered >= 2 * RANKS * BLOCK
         assert ring < gathered
