@@ -90,6 +90,9 @@ TABLE = {
         "_compiled_call_impl": Use(
             "whether a model is compiled", (f"{DIFFUSERS}/parallelize.py",), has(torch.nn.Module)
         ),
+        "_is_mkldnn_bf16_supported": Use(
+            "whether this processor multiplies packed bfloat16", ("layers/packed.py",), has(torch.ops.mkldnn)
+        ),
         "_linear_pointwise": Use("oneDNN's product", ("layers/packed.py",), has(torch.ops.mkldnn)),
         "_make_wrapper_subclass": Use("lazy tensors", ("guidance/lazy.py",), has(torch.Tensor)),
         "_modules": Use("modules in place", (f"{LLM}/model.py",), has(torch.nn.Module())),

@@ -118,7 +118,8 @@ def init_mesh(
     known = _meshes.setdefault(world, {})
     if config not in known:
         known[config] = _build(config, process_group.rank_device(device), timeout)
-    return dataclasses.replace(known[config], compares_inputs=compare_inputs and process_group.comparing())
+    mesh, compares = known[config], compare_inputs and process_group.comparing()
+    return mesh if mesh.compares_inputs == compares else dataclasses.replace(mesh, compares_inputs=compares)
 
 
 def _build(config: ParallelConfig, device: torch.device, timeout: float) -> ParallelMesh:
