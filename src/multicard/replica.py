@@ -111,7 +111,7 @@ class Replica:
 def say(
     axis: Axis, device: torch.device, status: Status, number: int, on_device: Tensor | None = None
 ) -> list[list[int]]:
-    """Everybody's status and two numbers, by rank. One all-reduce of 24 bytes a rank, which no rank's backend rounds.
+    """Everybody's status and two numbers, by rank. One all-reduce of 24 bytes a rank, all others' places zero.
 
     It is as long wherever ranks say something: one that has raised is heard at whichever point the others are.
 

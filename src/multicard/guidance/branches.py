@@ -65,8 +65,8 @@ class Branches:
     """Gives the calls of a pipeline's denoisers to the ranks of an axis.
 
     ``call`` stands for every call of a denoiser, ``end_step`` for every ``scheduler.step``, ``finish`` for the
-    pipeline's end. Collectives: two all-gathers a step (a fixed-size header, the outputs); in a step that is new, the
-    header alone and an all-reduce.
+    pipeline's end. Collectives: a small all-reduce and an all-gather a step (a header, the outputs); in a step that is
+    new, the header alone and an all-reduce.
 
     Args:
         axis: the cfg axis.

@@ -16,7 +16,7 @@ from torch import nn
 
 from multicard.errors import UnsupportedError
 from multicard.guidance import BatchPlan, Branches, unwrap
-from multicard.integrations.diffusers.calls import named, parameters
+from multicard.integrations.calls import named, parameters
 from multicard.integrations.diffusers.denoisers import HookedDenoiser, denoisers, uncompiled
 from multicard.integrations.diffusers.sequence import check_guidance, split_of
 from multicard.integrations.intercept import DOOR, PLAIN, Plain, intercept

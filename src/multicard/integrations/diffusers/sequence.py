@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from multicard import collectives
 from multicard.attention.attend import attend
 from multicard.errors import ConfigError, UnsupportedError
-from multicard.integrations.diffusers.calls import changed, named, parameters
+from multicard.integrations.calls import changed, named, parameters
 from multicard.integrations.diffusers.plans import SEQUENCE, SequencePlan
 from multicard.integrations.plan import Rule
 from multicard.integrations.seams import Hooks, bypassed

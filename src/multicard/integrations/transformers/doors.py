@@ -6,12 +6,12 @@ Ranks compare what they were given, and the seams into the library prove that th
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from multicard.integrations.calls import named, parameters
 from multicard.integrations.intercept import Plain, intercept
 from multicard.integrations.seams import Hooks, RowProof, bypassed, counted
 from multicard.integrations.transformers.heads import ATTENDED, SEGMENTED
@@ -57,7 +57,7 @@ class ModelDoor:
         """The model's ``__call__``. One small all-reduce an axis beside its own collectives."""
         if self._inside:
             return plain(*args, **kwargs)
-        given = {**dict(zip(_parameters(type(module).forward), args, strict=False)), **kwargs}
+        given = named(parameters(type(module).forward), args, kwargs)
         weights = next(module.parameters()).dtype
         self._replica.compare(f"a call of {type(module).__name__}", {**given, "its weights": weights})
         self._hooks.check()
@@ -110,11 +110,6 @@ class ModelDoor:
         except NotImplementedError:
             return None
         return head if isinstance(head, ColumnParallelLinear) else None
-
-
-@functools.cache
-def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
-    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 def _is_step(given: Mapping[str, Any]) -> bool:
