@@ -150,6 +150,25 @@ def stable_diffusion(in_channels=4):
 
 
 @family
+def stable_diffusion_xl():
+    """A U-Net that is also given the picture's size and pooled text."""
+    unet = diffusers.UNet2DConditionModel(
+        block_out_channels=(8, 16), layers_per_block=1, sample_size=16, in_channels=4, out_channels=4,
+        norm_num_groups=2, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=32, attention_head_dim=4,
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 16,
+    )  # fmt: skip
+    scheduler = diffusers.EulerDiscreteScheduler(steps_offset=1)
+    pipe = diffusers.StableDiffusionXLPipeline(
+        tiny_vae(), None, None, None, None, unet, scheduler, add_watermarker=False
+    )
+    return pipe, {
+        **SQUARE, "prompt_embeds": embeds(2, 9, 32), "negative_prompt_embeds": NEGATIVE_2, "guidance_scale": 3.0,
+        "pooled_prompt_embeds": embeds(2, 16), "negative_pooled_prompt_embeds": embeds(2, 16, seed=3),
+    }  # fmt: skip
+
+
+@family
 def hidream():
     """Text embeddings with the batch in dim 1."""
     transformer = diffusers.HiDreamImageTransformer2DModel(

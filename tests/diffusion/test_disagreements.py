@@ -5,7 +5,7 @@ import random
 import diffusers
 import pytest
 import torch
-from more_pipelines import stable_diffusion  # noqa: F401  registers itself
+from more_pipelines import stable_diffusion_xl  # noqa: F401  registers itself
 from pipelines import build, embeds, last_bit
 
 import multicard as mc
@@ -16,14 +16,14 @@ MODELS = {  # an argument of each with the prompt, and one with the size
     "wan": ("prompt_embeds", "height"),
     "flux": ("prompt_embeds", "width"),
     "flux_true_cfg": ("negative_prompt_embeds", "height"),
-    "stable_diffusion": ("prompt_embeds", "height"),
+    "stable_diffusion_xl": ("prompt_embeds", "height"),
 }
 MESHES = {
     2: [{"cfg": 2}, {"ulysses": 2}, {"ring": 2}, {"tp": 2}],
     3: [{"cfg": 3}, {"ulysses": 3}, {"ring": 3}, {"tp": 3}],
     4: [{"cfg": 4}, {"cfg": 2, "tp": 2}, {"cfg": 2, "ulysses": 2}, {"ulysses": 2, "tp": 2}, {"ring": 2, "ulysses": 2}],
 }
-ONLY_CFG = ("stable_diffusion",)
+ONLY_CFG = ("stable_diffusion_xl",)
 
 
 def another_prompt(pipe, arguments, model):
