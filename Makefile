@@ -56,9 +56,9 @@ bench: $(READY) $(MODEL)/config.json  ## every benchmark, one after the other, o
 
 docs: $(READY)  ## write the generated tables in docs/ again
 	$(BIN)/python tests/attention/features.py
-	$(BIN)/python tests/transformers/table.py
+	$(BIN)/python tests/transformers_table.py
 	$(BIN)/python tests/versions_table.py
-	UPDATE_DOCS=1 $(BIN)/python -m pytest tests/diffusion/test_models.py
+	UPDATE_DOCS=1 $(BIN)/python -m pytest tests/integrations/diffusers/test_models.py
 
 lock:  ## write requirements.lock again: the newest versions that go together
 	$(PYTHON) tools/requirements.py lock

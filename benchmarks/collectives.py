@@ -24,7 +24,7 @@ import torch.multiprocessing as mp
 import multicard.backends.shm  # noqa: F401  registers itself
 from common import alternate, report
 from multicard import collectives
-from multicard.mesh import Axis
+from multicard.axis import Axis
 
 SIZES = [256, 4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20]
 OPS = ("all_reduce", "all_gather", "all_to_all", "ring")

@@ -19,9 +19,10 @@ from multicard.cli import main
 from multicard.errors import CheckpointError, ConfigError
 from multicard.models.config import DecoderConfig
 from multicard.models.generate import Request, generate
-from multicard.models.load import folder_path, load_decoder
+from multicard.models.load import load_decoder
 from multicard.models.sampling import Sampling
 from multicard.models.tokenizer import Tokenizer
+from multicard.weights.folder import folder_path
 
 SMOLLM2 = pathlib.Path(__file__).parents[1] / ".cache" / "smollm2"
 NAME = "qwen2-6-over-2"

@@ -65,7 +65,7 @@ TABLE = {
     "python": {
         "_current_exceptions": Use("Ctrl-C in another thread", ("ranks/interrupt.py",), has(sys)),
         "_current_frames": Use("what a rank is doing", ("ranks/activity.py", "ranks/interrupt.py"), has(sys)),
-        "_getframe": Use("call sites", ("backends/shm_call.py",), has(sys)),
+        "_getframe": Use("call sites", ("backends/calls.py",), has(sys)),
         "_shutdown": Use("the interpreter's exit on the stack", ("ranks/interrupt.py",), has(threading)),
     },
     "torch.distributed": {
@@ -79,7 +79,7 @@ TABLE = {
         "_register_backend": Use("gloo inside checked_gloo", ("backends/check.py",), has(dist.ProcessGroup)),
         "_set_default_backend": Use("gloo inside checked_gloo", ("backends/check.py",), has(dist.ProcessGroup)),
         "_set_group_name": Use("gloo inside checked_gloo", ("backends/check.py",), has(dist.ProcessGroup)),
-        "_set_pg_timeout": Use("sub-groups' timeouts", ("process_group.py",), has(dist.distributed_c10d)),
+        "_set_pg_timeout": Use("sub-groups' timeouts", ("join.py",), has(dist.distributed_c10d)),
         "_set_sequence_number_for_group": Use(
             "gloo inside checked_gloo", ("backends/check.py",), has(dist.ProcessGroupGloo)
         ),

@@ -5,6 +5,7 @@ from .attention import attend_decode as attend_decode
 from .attention import attention_forward as attention_forward
 from .attention import gather_sequence as gather_sequence
 from .attention import shard_sequence as shard_sequence
+from .axis import Axis as Axis
 from .config import ParallelConfig as ParallelConfig
 from .diffusion import DiffusionOutput as DiffusionOutput
 from .diffusion import DiffusionPipeline as DiffusionPipeline
@@ -22,7 +23,6 @@ from .layers import RowParallelLinear as RowParallelLinear
 from .layers import VocabParallelEmbedding as VocabParallelEmbedding
 from .llm import LLM as LLM
 from .llm import Generation as Generation
-from .mesh import Axis as Axis
 from .mesh import ParallelMesh as ParallelMesh
 from .mesh import init_mesh as init_mesh
 from .mesh import single as single

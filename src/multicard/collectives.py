@@ -1,4 +1,4 @@
-"""What ranks say to each other: a dozen short functions on an :class:`~multicard.mesh.Axis`.
+"""What ranks say to each other: a dozen short functions on an :class:`~multicard.axis.Axis`.
 
 On an axis of size 1 each is the identity. Sizes may differ between ranks: the caller passes everybody's (from
 ``partition``), so none is spent on asking. Shared-memory groups are called directly, which saves a decode step's small
@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from multicard.axis import Axis
 from multicard.errors import ConfigError
-from multicard.mesh import Axis
 
 if TYPE_CHECKING:
-    from multicard.backends.shm_group import Group
+    from multicard.backends.shm.group import Group
 
 REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 HALF = (torch.float16, torch.bfloat16)

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import inspect
 import os
-import select
-import shutil
 import sys
-import tempfile
-import threading
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from multicard.config import ParallelConfig
 from multicard.errors import ConfigError
-from multicard.integrations.diffusers.batch import Batch
 from multicard.integrations.diffusers.folder import PipelineFolder
 from multicard.integrations.diffusers.output import join, pack, unpack
+from multicard.integrations.diffusers.replicas import Batch
 from multicard.integrations.diffusers.request import check_request
 from multicard.launch import Ranks
 from multicard.mesh import ParallelMesh
-from multicard.models.load import folder_path, parse_dtype
+from multicard.progress import steps_bar, steps_shown
 from multicard.replica import Replica
+from multicard.weights.folder import folder_path, parse_dtype
 
 OURS = {
     "generator": "seed= gives every rank the same one",
@@ -116,7 +112,7 @@ class DiffusionPipeline:
         check_request(arguments)
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
             raise ConfigError(f"seed={seed!r}: a whole number from 0 to 2^63-1, the same on every rank")
-        with _bar(self._progress and bool(ranks.pids)) as bar:
+        with steps_bar(self._progress and bool(ranks.pids)) as bar:
             outputs = ranks.run(_generate, self._pipe, arguments, seed, bar or self._progress)
         return DiffusionOutput(**join([unpack(output) for output in outputs if output is not None]))
 
@@ -188,57 +184,9 @@ def _generate(
         mine["generator"] = torch.Generator().manual_seed(seed)
     devices = [] if mesh.device.type == "cpu" else [mesh.device]
     kind = {} if mesh.device.type == "cpu" else {"device_type": mesh.device.type}
-    with _steps_shown(pipe, mesh, bar), torch.random.fork_rng(devices, **kind):
+    with steps_shown(pipe, mesh, bar), torch.random.fork_rng(devices, **kind):
         torch.manual_seed(seed)
         with torch.no_grad(), batch.noise(mesh.dp.rank):
             output = pipe(**mine)
     first = mesh.rank == mesh.dp.rank * (mesh.world_size // mesh.dp.size)
     return pack(output) if first else None
-
-
-@contextlib.contextmanager
-def _steps_shown(pipe: Any, mesh: ParallelMesh, bar: str | bool) -> Iterator[None]:
-    """The pipeline's own progress bar on rank 0, written into the pipe ``bar``; True: on this rank's own terminal."""
-    if mesh.rank or not bar:
-        pipe.set_progress_bar_config(disable=True)
-        yield
-    elif bar is True:
-        pipe.set_progress_bar_config(disable=False)
-        yield
-    else:
-        path, columns = str(bar).split(":")
-        with open(path, "w", encoding="utf-8", buffering=1) as file:
-            pipe.set_progress_bar_config(disable=False, file=file, ncols=int(columns))
-            yield
-
-
-@contextlib.contextmanager
-def _bar(wanted: bool) -> Iterator[str | None]:
-    """A named pipe whose text is copied to standard error, with the terminal's width; None where it isn't wanted."""
-    if not wanted:
-        yield None
-        return
-    with tempfile.TemporaryDirectory(prefix="multicard-") as folder:
-        path = os.path.join(folder, "steps")
-        os.mkfifo(path)
-        reader = os.open(path, os.O_RDWR | os.O_NONBLOCK)  # a writer of our own: no end of file between two others
-        done = threading.Event()
-        copier = threading.Thread(target=_copy, args=(reader, done), name="multicard-progress", daemon=True)
-        copier.start()
-        try:
-            yield f"{path}:{shutil.get_terminal_size().columns}"
-        finally:
-            done.set()
-            copier.join()
-            os.close(reader)
-
-
-def _copy(reader: int, done: threading.Event) -> None:
-    """What comes out of ``reader`` to standard error, until ``done`` and empty."""
-    while True:
-        last = done.is_set()
-        if select.select([reader], [], [], 0.0 if last else 0.05)[0]:
-            sys.stderr.write(os.read(reader, 1 << 16).decode(errors="replace"))
-            sys.stderr.flush()
-        elif last:
-            return

@@ -13,9 +13,9 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from multicard import process_group
 from multicard.config import ParallelConfig
 from multicard.errors import UnsupportedError
+from multicard.place import in_job
 from multicard.ranks.children import Children
 from multicard.ranks.joined import Joined
 from multicard.ranks.kept import Kept
@@ -189,7 +189,7 @@ class Ranks:
         self.close()
 
     def _start(self) -> Children | Joined:
-        crew = Joined(self._settings) if process_group.in_job() else Children(self._settings)
+        crew = Joined(self._settings) if in_job() else Children(self._settings)
         self._forget = weakref.finalize(self, crew.end, "forgotten", GRACE)  # also when the interpreter exits
         try:
             crew.join()

@@ -20,11 +20,12 @@ from multicard.mesh import ParallelMesh
 from multicard.models import generate as decoding
 from multicard.models.decoder import ParallelTransformer
 from multicard.models.generate import Request
-from multicard.models.load import check_folder, folder_path, load_decoder, parse_dtype
+from multicard.models.load import check_folder, load_decoder
 from multicard.models.sampling import Sampling
 from multicard.models.tokenizer import Tokenizer
 from multicard.replica import Replica
 from multicard.weights import LoadReport
+from multicard.weights.folder import folder_path, parse_dtype
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Text, token ids, or chat messages (``{"role": ..., "content": ...}``)."""

@@ -1,4 +1,4 @@
-"""Which ranks talk to which: the mesh and its axes. Numbers come from ``ParallelConfig``, groups live here."""
+"""Which ranks talk to which: the mesh, made of axes. Numbers come from ``ParallelConfig``, groups live here."""
 
 from __future__ import annotations
 
@@ -10,27 +10,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from multicard import process_group
+from multicard.axis import Axis
 from multicard.config import AXES, ParallelConfig
+from multicard.device import pick_device, rank_device
 from multicard.errors import ConfigError
-
-
-@dataclasses.dataclass(frozen=True)
-class Axis:
-    """One mesh axis as a rank sees it; what every layer and collective takes.
-
-    An axis of size 1 has no group, and every collective on it is the identity: the same model runs on one card without
-    ``torch.distributed`` initialised.
-    """
-
-    name: str
-    rank: int
-    size: int
-    group: dist.ProcessGroup | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.size:
-            raise ConfigError(f"rank {self.rank} of axis {self.name!r} is outside its {self.size}: ranks count from 0")
+from multicard.join import join, limit_waits, pick_timeout
+from multicard.place import comparing, config_from_environment, in_job
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -102,23 +87,23 @@ def init_mesh(
     Raises:
         ConfigError: no job to join, or one whose world size isn't the config's.
     """
-    config = config or process_group.config_from_environment() or ParallelConfig()
-    if not dist.is_initialized() and not process_group.in_job():
+    config = config or config_from_environment() or ParallelConfig()
+    if not dist.is_initialized() and not in_job():
         if config.world_size == 1:
-            return single(process_group.pick_device(device))
+            return single(pick_device(device))
         raise ConfigError(
             f"init_mesh({config}) outside any job: start {config.world_size} ranks with `multicard run`, "
             f"`torchrun --nproc-per-node {config.world_size}` or mc.launch"
         )
-    timeout = process_group.pick_timeout(timeout)
-    process_group.join(config.world_size, backend=backend, device=device, timeout=timeout)
+    timeout = pick_timeout(timeout)
+    join(config.world_size, backend=backend, device=device, timeout=timeout)
     if config.world_size == 1:
-        return single(process_group.rank_device(device))
+        return single(rank_device(device))
     world = dist.distributed_c10d._get_default_group()
     known = _meshes.setdefault(world, {})
     if config not in known:
-        known[config] = _build(config, process_group.rank_device(device), timeout)
-    mesh, compares = known[config], compare_inputs and process_group.comparing()
+        known[config] = _build(config, rank_device(device), timeout)
+    mesh, compares = known[config], compare_inputs and comparing()
     return mesh if mesh.compares_inputs == compares else dataclasses.replace(mesh, compares_inputs=compares)
 
 
@@ -134,7 +119,7 @@ def _build(config: ParallelConfig, device: torch.device, timeout: float) -> Para
     axes: Any = {name: axis(name) for name in AXES}
     sequence = _sequence_axis(axes["ring"], axes["ulysses"], device_mesh)
     for group in {axis.group for axis in (*axes.values(), sequence) if axis.group is not None}:
-        process_group.limit_waits(group, timeout)  # torch gives sub-groups its own default, half an hour
+        limit_waits(group, timeout)  # torch gives sub-groups its own default, half an hour
     return ParallelMesh(
         config=config,
         rank=rank,

@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from multicard import collectives
+from multicard.axis import Axis
 from multicard.digest import describe
 from multicard.errors import MismatchError, RankError
-from multicard.mesh import Axis, ParallelMesh
+from multicard.mesh import ParallelMesh
 
 PAGE = 4096
 """Bytes that each rank has to say what it was given, once ranks differ."""

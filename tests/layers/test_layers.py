@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from multicard import partition
+from multicard.axis import Axis
 from multicard.errors import ConfigError
 from multicard.layers import (
     ColumnParallelLinear,
@@ -22,7 +23,6 @@ from multicard.layers import (
     shard_of,
 )
 from multicard.layers.packed import available, pack, pack_tied
-from multicard.mesh import Axis
 
 DEGREES = [{"tp": 1}, {"tp": 2}, {"tp": 3}, {"tp": 2, "dp": 2}]
 SIZES = [(7, 8), (16, 3), (5, 2), (33, 31)]  # (3 and 2 outputs on 3 ranks: a rank with none)

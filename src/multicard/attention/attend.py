@@ -6,14 +6,15 @@ from torch import Tensor
 
 from multicard import partition
 from multicard.attention.checks import check_joint, check_masks, check_names, check_tensors, whole_lengths
-from multicard.attention.inference import inference_only
+from multicard.attention.no_backward import inference_only
 from multicard.attention.ring import Joint
 from multicard.attention.schedule import choose_schedule
 from multicard.attention.sequence import gather_sequence
 from multicard.attention.sharding import Sharding
 from multicard.attention.ulysses import group_attention
 from multicard.attention.visibility import Visibility
-from multicard.mesh import Axis, ParallelMesh
+from multicard.axis import Axis
+from multicard.mesh import ParallelMesh
 
 
 @inference_only

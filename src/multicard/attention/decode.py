@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from multicard.attention.checks import check_key_mask, check_mask, check_tensors
-from multicard.attention.inference import inference_only
 from multicard.attention.kernels import block_attention
 from multicard.attention.merge import merge_ranks
+from multicard.attention.no_backward import inference_only
 from multicard.attention.visibility import both
+from multicard.axis import Axis
 from multicard.errors import ConfigError
-from multicard.mesh import Axis
 
 
 @inference_only

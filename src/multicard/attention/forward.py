@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from multicard.attention.checks import check_mask, check_tensors
-from multicard.attention.inference import inference_only
 from multicard.attention.kernels import block_attention, reference
+from multicard.attention.no_backward import inference_only
 from multicard.errors import ConfigError
 
 OPT_MODES = ("runtime", "static", "manual")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from multicard import collectives
-from multicard.mesh import Axis
+from multicard.axis import Axis
 
 WHOLE = slice(None)
 

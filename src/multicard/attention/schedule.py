@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from multicard import partition
+from multicard.axis import Axis
 from multicard.errors import ConfigError
-from multicard.mesh import Axis, ParallelMesh
+from multicard.mesh import ParallelMesh
 
 SCHEDULES = ("auto", "ulysses", "ring", "hybrid")
 WORTH_LEAVING = 0.95

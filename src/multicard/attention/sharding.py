@@ -6,7 +6,8 @@ import dataclasses
 
 from multicard import partition
 from multicard.attention.sequence import flatten
-from multicard.mesh import Axis, ParallelMesh
+from multicard.axis import Axis
+from multicard.mesh import ParallelMesh
 
 Spans = tuple[range, ...]
 

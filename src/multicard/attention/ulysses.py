@@ -19,7 +19,7 @@ from multicard.attention.ring import Joint, ring_attention
 from multicard.attention.sequence import from_natural_order, to_natural_order
 from multicard.attention.sharding import Sharding
 from multicard.attention.visibility import Visibility
-from multicard.mesh import Axis
+from multicard.axis import Axis
 
 PACKED_BYTES = 1 << 18
 """Tensors that are smaller together travel in one message, which costs one more copy."""

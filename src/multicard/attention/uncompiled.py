@@ -6,6 +6,6 @@ module, and not every rank that starts.
 
 import torch
 
-from multicard.attention import ring
+from multicard.attention import rotation
 
-around = torch.compiler.disable(ring.around, reason="point to point")
+around = torch.compiler.disable(rotation.around, reason="point to point")

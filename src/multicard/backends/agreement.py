@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from multicard.backends.shm_call import ROOTED, sites
+from multicard.backends.calls import ROOTED, sites
 from multicard.errors import MismatchError
 
 RECORD = 512

@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from multicard.backends.agreement import RECORD, Agreement, from_record, to_record
+from multicard.backends.calls import sites
 from multicard.backends.python_group import PythonGroup
-from multicard.backends.shm_call import sites
-from multicard.backends.shm_reduce import op_name
+from multicard.backends.reductions import op_name
 from multicard.errors import MismatchError, UnsupportedError
 
 # torch's stubs spell every way to call each method; here are those that torch.distributed and its C++ side use

@@ -36,7 +36,7 @@ def generate(
     as_json: options.Json = False,
 ) -> None:
     """Answer PROMPTS with a checkpoint's decoder, split over ranks."""
-    from multicard import process_group
+    from multicard import place
     from multicard.llm import LLM
 
     asked: dict[str, Any] = {
@@ -67,14 +67,14 @@ def generate(
             print(
                 f"{model}: an architecture that multicard's decoder isn't; running it by {llm.engine}", file=sys.stderr
             )
-        live = sys.stdout.isatty() and not as_json and not process_group.in_job()
+        live = sys.stdout.isatty() and not as_json and not place.in_job()
         if live and len(prompts) == 1 and llm.tokenizer is not None:
             for piece in llm.stream(prompts[0], **asked):
                 print(piece, end="", flush=True)
             print()
             return
         answers = llm.generate(prompts, **asked)
-        if not process_group.is_first():
+        if not place.is_first():
             return
         if as_json:
             print(json.dumps(_described(llm, answers)))

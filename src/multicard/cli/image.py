@@ -50,7 +50,7 @@ def image(
     as_json: options.Json = False,
 ) -> None:
     """Draw PROMPTS with a diffusers pipeline, split over ranks; videos become animated pictures."""
-    from multicard import process_group
+    from multicard import place
     from multicard.diffusion import DiffusionPipeline
     from multicard.integrations.diffusers.request import check_request
 
@@ -91,7 +91,7 @@ def image(
             arguments.setdefault("output_type", "pil")
         found = pipe(**arguments, seed=seed)
         drawn = time.perf_counter()
-        if not process_group.is_first():
+        if not place.is_first():
             return
         files = _save(found, target)
         if as_json:

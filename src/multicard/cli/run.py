@@ -51,7 +51,7 @@ def run(
 
     With --nnodes, run the same command on every host; each starts its share of the ranks.
     """
-    from multicard.process_group import slurm_store
+    from multicard.place import slurm_store
     from multicard.ranks.hosts import Hosts
     from multicard.ranks.script import run_script
     from multicard.ranks.settings import Settings

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from multicard import collectives
+from multicard.axis import Axis
 from multicard.errors import UnsupportedError
 from multicard.guidance.batch import BatchPlan, merge_outputs
 from multicard.guidance.exchange import Agreed, agree, exchange, pack, size_of, unpack
@@ -29,7 +30,6 @@ from multicard.guidance.lazy import Promise, promise_like, unwrap
 from multicard.guidance.step import Kind, Step, deal, is_torn, part_of
 from multicard.guidance.trees import clone, fill, is_transparent, same_shapes, signature, template, tensors_of
 from multicard.guidance.trial import passes, random_state
-from multicard.mesh import Axis
 from multicard.replica import Status
 
 CHANGES = 2

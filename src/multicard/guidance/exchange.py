@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from multicard import collectives
+from multicard.axis import Axis
 from multicard.digest import describe
 from multicard.errors import MismatchError
-from multicard.mesh import Axis
 from multicard.replica import Status, say
 
 

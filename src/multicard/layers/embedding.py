@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multicard import collectives, partition
+from multicard.axis import Axis
 from multicard.errors import ConfigError
 from multicard.layers.shard import Shard, shard_of, sharded
-from multicard.mesh import Axis
 
 
 class VocabParallelEmbedding(nn.Module):

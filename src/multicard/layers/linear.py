@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multicard import collectives
+from multicard.axis import Axis
 from multicard.errors import ConfigError
 from multicard.layers.head import GatherLastDim
 from multicard.layers.shard import Shard, Shares, check_partition, check_shares, count, shard_of, sharded
-from multicard.mesh import Axis
 
 Multiply = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """``(x, weight, bias)`` to ``x Aᵀ + b``."""

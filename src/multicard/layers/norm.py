@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multicard import collectives
+from multicard.axis import Axis
 from multicard.layers.shard import Shard, check_partition, check_shares, sharded
-from multicard.mesh import Axis
 
 
 class RMSNorm(nn.Module):

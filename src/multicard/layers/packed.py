@@ -17,7 +17,7 @@ from multicard.layers.head import ParallelLMHead
 from multicard.layers.linear import ColumnParallelLinear, RowParallelLinear
 from multicard.layers.shard import shard_of, sharded
 
-DTYPES = (torch.float32, torch.bfloat16)
+PACKED_TYPES = (torch.float32, torch.bfloat16)
 
 
 def available(dtype: torch.dtype) -> bool:
@@ -102,7 +102,7 @@ def _blocks(packed: Tensor, weight: Tensor) -> Tensor | None:
 
 
 def _can_be_packed(weight: Tensor) -> bool:
-    plain = weight.device.type == "cpu" and weight.dtype in DTYPES and not weight.is_mkldnn
+    plain = weight.device.type == "cpu" and weight.dtype in PACKED_TYPES and not weight.is_mkldnn
     return plain and weight.numel() > 0 and available(weight.dtype)
 
 

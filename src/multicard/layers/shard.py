@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from multicard import partition
+from multicard.axis import Axis
 from multicard.errors import ConfigError
-from multicard.mesh import Axis
 
 Spans = tuple[range, ...]
 """Slices of one dimension that one rank holds, in the order in which it holds them."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import pathlib
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from multicard.errors import CheckpointError, ConfigError, MulticardError, UnsupportedError
+from multicard.weights.folder import FLOAT_TYPES, read_json
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -22,7 +22,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """Model types that the decoder is, each with its defaults where they aren't Llama's."""
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROPE_TYPES = ("default", "linear", "llama3")
 LARGEST, MOST_LAYERS = 1 << 28, 1024  # what no decoder reaches; beyond it sizes overflow, or making it takes minutes
 
@@ -150,28 +149,8 @@ class DecoderConfig:
             tied_head=bool(raw.get("tie_word_embeddings", False)),
             window=_window(raw),
             eos=_ids(raw.get("eos_token_id")),
-            dtype=DTYPES.get(str(raw.get("dtype", raw.get("torch_dtype", "float32"))), torch.float32),
+            dtype=FLOAT_TYPES.get(str(raw.get("dtype", raw.get("torch_dtype", "float32"))), torch.float32),
         )
-
-
-def read_json(folder: pathlib.Path, name: str, optional: bool = False) -> dict[str, Any]:
-    """A JSON object out of a checkpoint folder; where ``optional``, an absent file is an empty one."""
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such checkpoint folder")
-    path = folder / name
-    if not path.is_file():
-        if optional:
-            return {}
-        raise CheckpointError(f"{path}: no such file; is {folder} a Hugging Face checkpoint?")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__} where an object is expected")
-    return content
 
 
 def _refuse(raw: Mapping[str, Any]) -> None:

@@ -5,30 +5,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import pathlib
 from collections.abc import Iterator
 
 import torch
 
 from multicard import mesh as meshes
+from multicard.axis import Axis
 from multicard.config import ParallelConfig
 from multicard.errors import ConfigError, MulticardError
 from multicard.layers.packed import pack, pack_tied
-from multicard.mesh import Axis, ParallelMesh
-from multicard.models.config import DTYPES, DecoderConfig
+from multicard.mesh import ParallelMesh
+from multicard.models.config import DecoderConfig
 from multicard.models.decoder import ParallelTransformer
 from multicard.models.memory import GIB, free_bytes, ranks_here
 from multicard.weights import Checkpoint, LoadReport, agree, check, load, verify
-
-
-def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """ "auto" or None: the checkpoint's own (None). Raises ConfigError for what isn't a floating-point type we have."""
-    if dtype in (None, "auto"):
-        return None
-    name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise ConfigError(f"dtype={name!r}: auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
 
 
 def outline(config: DecoderConfig, degrees: ParallelConfig, dtype: torch.dtype | None = None) -> ParallelTransformer:
@@ -138,8 +128,3 @@ def _degree_that_fits(config: DecoderConfig, mesh: ParallelMesh, dtype: torch.dt
         if parameter_bytes(outline(config, ParallelConfig(tp=tp), dtype)) <= free_bytes(mesh.device, here):
             return tp
     return None
-
-
-def folder_path(path: str | os.PathLike[str]) -> pathlib.Path:
-    """A checkpoint's folder, absolute: ranks may run elsewhere."""
-    return pathlib.Path(path).expanduser().absolute()

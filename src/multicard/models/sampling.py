@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from multicard import collectives
+from multicard.axis import Axis
 from multicard.errors import ConfigError, MulticardError
-from multicard.mesh import Axis
 
 MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15

@@ -17,7 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers.decoders import DecodeStream
 
 from multicard.errors import CheckpointError, ConfigError
-from multicard.models.config import read_json
+from multicard.weights.folder import read_json
 
 Messages = Sequence[Mapping[str, Any]]
 

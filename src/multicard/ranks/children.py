@@ -19,6 +19,7 @@ from multicard.ranks.logs import Logs
 from multicard.ranks.settings import Settings
 from multicard.ranks.supervisor import Supervisor
 from multicard.ranks.watch import ANSWER, Watch
+from multicard.rendezvous import host_store
 
 SETTLE = 0.5
 """Seconds that the other ranks have to finish a call in which one has failed, before all are ended."""
@@ -47,7 +48,7 @@ class Children:
         hosts = settings.hosts
         self._store, port = None, hosts.port
         if hosts.index == 0:
-            self._store, port = environment.host_store(settings.start_timeout, hosts.address, hosts.port)
+            self._store, port = host_store(settings.start_timeout, hosts.address, hosts.port)
         self._supervisor = Supervisor(
             {rank: environment.of_rank(settings, rank, port) for rank in self._ranks},
             Logs(self._ranks, settings.log_dir, settings.console, settings.log_mode),

@@ -127,7 +127,7 @@ class Supervisor:
             self._logs.close()
 
     def _start(self, environments: Mapping[int, dict[str, str]]) -> None:
-        command = [sys.executable, "-P", "-m", "multicard._rank", str(os.getpid())]
+        command = [sys.executable, "-P", "-m", "multicard.ranks.rank", str(os.getpid())]
         for rank, env in environments.items():
             try:
                 self.processes[rank] = RankProcess(rank, command, env)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from multicard.errors import CheckpointError, UnsupportedError
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+STORED_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 WIDTHS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 LARGEST_HEADER = 100_000_000
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -38,8 +38,8 @@ class Entry:
     offset: int
 
     def check_dtype(self) -> None:
-        if self.dtype not in DTYPES:
-            raise CheckpointError(f"{self.path}: {self.name} is {self.dtype}; {', '.join(DTYPES)} can be read")
+        if self.dtype not in STORED_TYPES:
+            raise CheckpointError(f"{self.path}: {self.name} is {self.dtype}; {', '.join(STORED_TYPES)} can be read")
 
     def slice_bytes(self, dim: int, rows: int) -> int:
         """What ``rows`` rows along ``dim`` take."""
@@ -107,7 +107,7 @@ class Checkpoint:
                 for i in range(count):
                     at = start + ((row + i) * stride + column) * width
                     self._fill(entry, memoryview(staging[i])[: length * width], at)
-                held = torch.from_numpy(staging[:count, : length * width]).view(DTYPES[entry.dtype])
+                held = torch.from_numpy(staging[:count, : length * width]).view(STORED_TYPES[entry.dtype])
                 block.copy_(held)
         if not out.is_contiguous():
             out.copy_(target.view(out.shape))

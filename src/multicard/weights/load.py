@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from multicard import collectives, errors
+from multicard.axis import Axis
 from multicard.errors import CheckpointError, MulticardError
 from multicard.layers.shard import Shard, shard_of, sharded
-from multicard.mesh import Axis
 from multicard.weights.checkpoint import Checkpoint
 
 Rename = Callable[[str], str]

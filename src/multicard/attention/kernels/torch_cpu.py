@@ -12,7 +12,7 @@ from torch import Tensor
 
 from multicard.attention.kernels.base import Kernel, Request, additive
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLASH_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FEW_ROWS = 16
 """Below this many query rows (decoding) reading the keys is what costs: see :func:`_run_folded`."""
 
@@ -20,7 +20,7 @@ FEW_ROWS = 16
 def refuses(request: Request) -> str | None:
     if request.device != "cpu":
         return f"needs the CPU, not {request.device}"
-    if request.dtype not in DTYPES:
+    if request.dtype not in FLASH_TYPES:
         return f"has no {request.dtype}"
     if request.head_dim != request.value_dim:
         return f"needs one head_dim, not {request.head_dim} and {request.value_dim}"

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from multicard.axis import Axis
 from multicard.config import ParallelConfig
 from multicard.errors import CheckpointError, ConfigError, MulticardError, UnsupportedError
 from multicard.integrations.diffusers.denoisers import NAMES
@@ -19,10 +20,10 @@ from multicard.integrations.diffusers.load import load_slices
 from multicard.integrations.diffusers.parallelize import parallelize
 from multicard.integrations.diffusers.sequence import check_sequence, sequence_plan
 from multicard.integrations.diffusers.tensor import tensor_changes, tensor_plan
-from multicard.mesh import Axis, ParallelMesh
-from multicard.models.config import read_json
+from multicard.mesh import ParallelMesh
 from multicard.weights import agree
 from multicard.weights.checkpoint import read_header
+from multicard.weights.folder import read_json
 
 INDEX = "model_index.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")

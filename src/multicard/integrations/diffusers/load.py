@@ -15,7 +15,7 @@ from torch import nn
 from multicard.integrations.diffusers.tensor import tensor_changes, tensor_plan
 from multicard.mesh import ParallelMesh
 from multicard.weights import LoadReport
-from multicard.weights.checkpoint import DTYPES, Checkpoint
+from multicard.weights.checkpoint import STORED_TYPES, Checkpoint
 from multicard.weights.load import load
 
 STEM = "diffusion_pytorch_model"
@@ -44,7 +44,7 @@ def load_slices(
         with _parameters_on_meta():
             model: nn.Module = cls.from_config(config).eval().requires_grad_(False)
         if set(checkpoint.tensors) != set(model.state_dict()) or any(
-            entry.dtype not in DTYPES for entry in checkpoint.tensors.values()
+            entry.dtype not in STORED_TYPES for entry in checkpoint.tensors.values()
         ):
             return None
         _set_dtype(model, dtype or torch.float32)

@@ -8,12 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from multicard import partition
+from multicard.axis import Axis
 from multicard.errors import ConfigError, UnsupportedError
 from multicard.integrations.diffusers.plans import TENSOR, TENSOR_STYLES
 from multicard.integrations.plan import make_plan, resolve
 from multicard.layers import ColumnParallelLinear, ParallelRMSNorm, RowParallelLinear, even_shares
 from multicard.layers.shard import Shares
-from multicard.mesh import Axis
 
 TO_HEADS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 FROM_HEADS = ("to_out", "to_add_out")

@@ -1,5 +1,5 @@
 """``transformers`` models split over a mesh in place: by plan, with their own ``generate()``."""
 
-from multicard.integrations.transformers.model import from_pretrained, load_model, parallelize
+from multicard.integrations.transformers.parallelize import from_pretrained, load_model, parallelize
 
 __all__ = ["from_pretrained", "load_model", "parallelize"]

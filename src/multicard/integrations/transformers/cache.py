@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from multicard import partition
+from multicard.axis import Axis
 from multicard.errors import UnsupportedError
 from multicard.integrations.seams import bypassed
-from multicard.mesh import Axis
 
 PAGE = 32
 """Consecutive decoded tokens that one rank holds before it is the next one's turn."""

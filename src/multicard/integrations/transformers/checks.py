@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from multicard.errors import UnsupportedError
+from multicard.integrations.heads import Heads, uses_interface
 from multicard.integrations.transformers.families import HEAD_STYLES
-from multicard.integrations.transformers.heads import Heads, uses_interface
 from multicard.integrations.transformers.plans import ResolvedPlan
 
 if TYPE_CHECKING:

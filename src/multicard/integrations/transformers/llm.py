@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from multicard import mesh as meshes
+from multicard.axis import Axis
 from multicard.config import ParallelConfig
 from multicard.errors import UnsupportedError
 from multicard.integrations.transformers import load as loading
 from multicard.integrations.transformers.cache import cache_name
-from multicard.integrations.transformers.model import load_model, parallelize
-from multicard.mesh import Axis, ParallelMesh
+from multicard.integrations.transformers.parallelize import load_model, parallelize
+from multicard.mesh import ParallelMesh
 from multicard.weights import Checkpoint, LoadReport
 
 if TYPE_CHECKING:

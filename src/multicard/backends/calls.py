@@ -1,0 +1,60 @@
+"""What a collective call is, in numbers that ranks can compare, and back in words."""
+
+from __future__ import annotations
+
+import os
+import sys
+import zlib
+from collections.abc import Sequence
+
+import torch
+
+from multicard.backends.reductions import COMBINE
+
+ROOTED = ("broadcast", "reduce", "gather", "scatter")  # often called from different lines by root and others
+SYMMETRIC = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+SAME_SHAPE = ("all_reduce", "broadcast", "reduce")  # the others' shapes may differ between ranks
+CALLS = ("none", "barrier", *SYMMETRIC, *ROOTED)
+CODES = {name: code for code, name in enumerate(CALLS)}
+DTYPES = sorted({t for t in vars(torch).values() if isinstance(t, torch.dtype)}, key=str)
+DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
+OPS = tuple(COMBINE)
+OP_CODES = {name: code for code, name in enumerate(OPS)}
+
+NOT_THE_CALLER = ("<eval_with_key>", "torchinductor_", "typing_extensions.py")  # generated code, deprecated names
+_OURS = os.path.dirname(os.path.dirname(__file__))
+_TORCH = os.path.dirname(torch.__file__)
+
+
+def describe(call: Sequence[int]) -> str:
+    """A call in words: ``all_reduce(4096 × torch.bfloat16, sum)``."""
+    code, dtype, numel, detail = call
+    name = CALLS[code]
+    if name in ("none", "barrier"):
+        return name
+    if name == "all_to_all":
+        return f"{name}({DTYPES[dtype]})"
+    about = f"{name}({numel} × {DTYPES[dtype]}"
+    if name in ("all_reduce", "reduce_scatter", "reduce"):
+        about += f", {OPS[detail % len(OPS)]}"
+    if name == "reduce":
+        detail //= len(OPS)
+    if name in ROOTED:
+        about += f", root {detail}"
+    return about + ")"
+
+
+def sites() -> tuple[int, str]:
+    """Where a collective was called: a number for the line in multicard and the line in the program, and the latter."""
+    ours = ""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        file = frame.f_code.co_filename
+        if file.startswith(_OURS):
+            if not file.startswith(os.path.join(_OURS, "backends")) and not file.endswith("collectives.py"):
+                ours = ours or f"{file}:{frame.f_lineno}"
+        elif not file.startswith(_TORCH) and not any(part in file for part in NOT_THE_CALLER):
+            break
+        frame = frame.f_back
+    line = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    return zlib.crc32(f"{ours} {line}".encode()), line

@@ -1,0 +1,63 @@
+"""A pipeline's steps, shown by rank 0 and copied to the caller's standard error."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import shutil
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from multicard.mesh import ParallelMesh
+
+
+@contextlib.contextmanager
+def steps_shown(pipe: Any, mesh: ParallelMesh, bar: str | bool) -> Iterator[None]:
+    """The pipeline's own progress bar on rank 0, written into the pipe ``bar``; True: on this rank's own terminal."""
+    if mesh.rank or not bar:
+        pipe.set_progress_bar_config(disable=True)
+        yield
+    elif bar is True:
+        pipe.set_progress_bar_config(disable=False)
+        yield
+    else:
+        path, columns = str(bar).split(":")
+        with open(path, "w", encoding="utf-8", buffering=1) as file:
+            pipe.set_progress_bar_config(disable=False, file=file, ncols=int(columns))
+            yield
+
+
+@contextlib.contextmanager
+def steps_bar(wanted: bool) -> Iterator[str | None]:
+    """A named pipe whose text is copied to standard error, with the terminal's width; None where it isn't wanted."""
+    if not wanted:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="multicard-") as folder:
+        path = os.path.join(folder, "steps")
+        os.mkfifo(path)
+        reader = os.open(path, os.O_RDWR | os.O_NONBLOCK)  # a writer of our own: no end of file between two others
+        done = threading.Event()
+        copier = threading.Thread(target=_copy, args=(reader, done), name="multicard-progress", daemon=True)
+        copier.start()
+        try:
+            yield f"{path}:{shutil.get_terminal_size().columns}"
+        finally:
+            done.set()
+            copier.join()
+            os.close(reader)
+
+
+def _copy(reader: int, done: threading.Event) -> None:
+    """What comes out of ``reader`` to standard error, until ``done`` and empty."""
+    while True:
+        last = done.is_set()
+        if select.select([reader], [], [], 0.0 if last else 0.05)[0]:
+            sys.stderr.write(os.read(reader, 1 << 16).decode(errors="replace"))
+            sys.stderr.flush()
+        elif last:
+            return

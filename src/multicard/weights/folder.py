@@ -1,0 +1,49 @@
+"""A checkpoint's folder, its JSON files, and the dtype that its weights are asked for in."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from typing import Any
+
+import torch
+
+from multicard.errors import CheckpointError, ConfigError
+
+FLOAT_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def folder_path(path: str | os.PathLike[str]) -> pathlib.Path:
+    """A checkpoint's folder, absolute: ranks may run elsewhere."""
+    return pathlib.Path(path).expanduser().absolute()
+
+
+def read_json(folder: pathlib.Path, name: str, optional: bool = False) -> dict[str, Any]:
+    """A JSON object out of a checkpoint folder; where ``optional``, an absent file is an empty one."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such checkpoint folder")
+    path = folder / name
+    if not path.is_file():
+        if optional:
+            return {}
+        raise CheckpointError(f"{path}: no such file; is {folder} a Hugging Face checkpoint?")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__} where an object is expected")
+    return content
+
+
+def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """ "auto" or None: the checkpoint's own (None). Raises ConfigError for what isn't a floating-point type we have."""
+    if dtype in (None, "auto"):
+        return None
+    name = str(dtype).removeprefix("torch.")
+    if name not in FLOAT_TYPES:
+        raise ConfigError(f"dtype={name!r}: auto, {', '.join(FLOAT_TYPES)}")
+    return FLOAT_TYPES[name]

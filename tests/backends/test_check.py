@@ -1,0 +1,214 @@
+"""With the check on, ranks that disagree get one named error on every rank: never silence, never an abort."""
+
+import datetime
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import multicard as mc
+from multicard import collectives
+from multicard.errors import MismatchError, MulticardError
+
+
+def ones(*shape, dtype=torch.float32):
+    return torch.ones(*shape, dtype=dtype)
+
+
+def different_numel(group, odd):
+    dist.all_reduce(ones(8 if odd else 4), group=group)
+
+
+def different_shape(group, odd):
+    dist.all_reduce(ones(4, 2) if odd else ones(2, 4), group=group)
+
+
+def different_dtype(group, odd):
+    dist.all_reduce(ones(4, dtype=torch.bfloat16 if odd else torch.float16), group=group)
+
+
+def different_reduction(group, odd):
+    dist.all_reduce(ones(4), dist.ReduceOp.MAX if odd else dist.ReduceOp.SUM, group=group)
+
+
+def different_order(group, odd):
+    calls = [lambda: dist.all_reduce(ones(4), group=group), lambda: dist.broadcast(ones(4), group=group, group_src=0)]
+    for call in reversed(calls) if odd else calls:
+        call()
+
+
+def swapped_calls_of_one_shape(group, odd):
+    first, second = ones(4), ones(4)
+    if odd:
+        dist.all_reduce(second, group=group)
+        dist.all_reduce(first, group=group)
+    else:
+        dist.all_reduce(first, group=group)
+        dist.all_reduce(second, group=group)
+
+
+def different_root(group, odd):
+    dist.broadcast(ones(4), group=group, group_src=int(odd))
+
+
+def different_lengths_gathered(group, odd):
+    n = 6 if odd else 4
+    dist.all_gather([ones(n) for _ in range(group.size())], ones(n), group=group)
+
+
+def splits_that_do_not_meet(group, odd):
+    sent = [2] * group.size()
+    received = list(sent)
+    if odd:
+        sent[(group.rank() + 1) % group.size()] = 1
+    dist.all_to_all_single(torch.empty(sum(received)), ones(sum(sent)), received, sent, group=group)
+
+
+def more_taken_than_sent(group, odd):
+    sent, received = [2] * group.size(), [2] * group.size()
+    if not odd:
+        received[-1] = 4
+    dist.all_to_all_single(torch.empty(sum(received)), ones(sum(sent)), received, sent, group=group)
+
+
+def barrier_against_all_reduce(group, odd):
+    if odd:
+        dist.barrier(group=group)
+    else:
+        dist.all_reduce(ones(4), group=group)
+
+
+def short_send(group, odd):
+    if odd:
+        return dist.isend(ones(3), group=group, group_dst=0)  # not waited for: nobody will take it
+    if group.rank() == 0:
+        dist.recv(ones(4), group=group, group_src=group.size() - 1)
+    return None
+
+
+def send_of_another_dtype(group, odd):
+    if odd:
+        return dist.isend(ones(4, dtype=torch.int32), group=group, group_dst=0)
+    if group.rank() == 0:
+        dist.recv(ones(4), group=group, group_src=group.size() - 1)
+    return None
+
+
+COLLECTIVES = [
+    different_numel,
+    different_shape,
+    different_dtype,
+    different_reduction,
+    different_order,
+    swapped_calls_of_one_shape,
+    different_root,
+    different_lengths_gathered,
+    splits_that_do_not_meet,
+    more_taken_than_sent,
+    barrier_against_all_reduce,
+]
+MESSAGES = {"gloo": [short_send, send_of_another_dtype], "shm": [short_send]}  # shm's messages have a length only
+
+
+def run_all(mesh, cases):
+    """Every case on a group of its own, which a disagreement may spoil; the last rank is the odd one."""
+    told, under_way = [], []
+    for case in cases:
+        group = dist.new_group(timeout=datetime.timedelta(seconds=30))
+        try:
+            under_way.append(case(group, mesh.rank == mesh.world_size - 1))
+            told.append(("nothing", "", None))
+        except Exception as error:
+            told.append((type(error).__name__, str(error), getattr(error, "rank", None)))
+    dist.barrier()  # what is under way is kept until its receiver has seen it
+    del under_way
+    return told
+
+
+@pytest.fixture(scope="module", params=["shm", "gloo"])
+def checked(request):
+    with mc.Ranks(mc.ParallelConfig(tp=3), backend=request.param, check=True, timeout=60) as ranks:
+        yield ranks
+
+
+def test_every_disagreement_is_named_on_every_rank(checked):
+    by_rank = checked.run(run_all, COLLECTIVES)
+    for case, *told in zip(COLLECTIVES, *by_rank, strict=True):
+        for kind, text, _ in told:
+            assert kind in ("MismatchError", "ConfigError"), f"{case.__name__}: {kind} {text}"
+            assert "rank 2" in text or "rank" in text, f"{case.__name__}: {text}"
+        assert any(kind == "MismatchError" for kind, _, _ in told), case.__name__
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("backend", ["shm", "gloo"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_every_disagreement_is_named_at_other_sizes(backend, size):
+    with mc.Ranks(mc.ParallelConfig(tp=size), backend=backend, check=True, timeout=60) as ranks:
+        by_rank = ranks.run(run_all, COLLECTIVES)
+    for case, *told in zip(COLLECTIVES, *by_rank, strict=True):
+        assert {kind for kind, _, _ in told} <= {"MismatchError", "ConfigError"}, f"{case.__name__}: {told}"
+
+
+def test_a_wrong_message_is_named_by_its_receiver(checked, request):
+    cases = MESSAGES[request.node.callspec.params["checked"]]
+    by_rank = checked.run(run_all, cases)
+    for i, case in enumerate(cases):
+        kind, text, _ = by_rank[0][i]
+        assert kind == "MismatchError", f"{case.__name__}: {kind} {text}"
+        assert "rank 2" in text
+
+
+@pytest.mark.seam
+def test_the_launcher_raises_it(checked):
+    with pytest.raises(MismatchError, match="all_reduce") as caught:
+        checked.run(lambda mesh: different_shape(mesh.tp.group, mesh.rank == 1))
+    assert isinstance(caught.value, MulticardError)
+    assert caught.value.rank is not None
+    checked.restart()
+
+
+@pytest.mark.seam
+def test_what_agrees_is_let_through(checked):
+    def agree(mesh):
+        axis, n, r = mesh.tp, mesh.tp.size, mesh.tp.rank
+        x = torch.arange(6.0) + r
+        shift = collectives.RingShift(axis)
+        shift.start([x, x.bfloat16()])
+        moved = shift.wait()
+        same = x.clone()
+        if r == 0:  # root and others from different lines
+            collectives.broadcast(same, axis)
+        else:
+            collectives.broadcast(same, axis)
+        sizes = tuple(range(1, n + 1))
+        rows = collectives.all_to_all(x[: n * 2], axis, [2] * n, [2] * n)
+        return {
+            "sum": collectives.all_reduce(x.clone(), axis),
+            "gathered": collectives.all_gather(x[: sizes[r]], axis, sizes=sizes),
+            "scattered": collectives.reduce_scatter(x.clone(), axis, sizes=(1, 2, 3)),
+            "moved": moved[0] + moved[1].float(),
+            "same": same,
+            "rows": rows,
+            "half": collectives.all_reduce(x.bfloat16(), axis),
+        }
+
+    out = checked.run(agree)
+    base = torch.arange(6.0)
+    for r, values in enumerate(out):
+        assert torch.equal(values["sum"], 3 * base + 3)
+        assert torch.equal(values["half"], (3 * base + 3).bfloat16())
+        assert torch.equal(values["gathered"], torch.cat([base[: i + 1] + i for i in range(3)]))
+        assert torch.equal(values["scattered"], (3 * base + 3).split([1, 2, 3])[r])
+        assert torch.equal(values["moved"], 2 * (base + (r - 1) % 3))
+        assert torch.equal(values["same"], base)
+        assert torch.equal(values["rows"], torch.cat([base[2 * r : 2 * r + 2] + i for i in range(3)]))
+
+
+def test_only_gloo_and_shm_on_cpus_can_be_checked(monkeypatch):
+    from multicard import join
+
+    monkeypatch.setenv("MULTICARD_CHECK", "1")
+    assert join.pick_backend("auto", torch.device("cpu"), one_host=False) == "cpu:checked_gloo"
+    with pytest.raises(mc.errors.UnsupportedError, match="for CPU ranks, not cuda"):
+        join.pick_backend("auto", torch.device("cuda"))
