@@ -1,41 +1,14 @@
-"""Which attention heads each rank computes in a ``transformers`` module, and what makes the module believe it.
-
-A module is told its local head counts (its own attributes and its own copy of the config; the model's is not touched).
-Where a rank's query heads don't read its key/value heads evenly, its attention runs segment by segment through a
-function registered with ``transformers``' attention interface.
-"""
+"""Which attention heads each rank computes, and its features of every projection to and from them."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import functools
-import inspect
-import sys
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor, nn
 
 from multicard import partition
 from multicard.axis import Axis
 from multicard.errors import UnsupportedError
-from multicard.integrations.seams import Hooks
-from multicard.layers.shard import Shares
+from multicard.layers.shard import Shares, concatenated
 from multicard.partition import HeadShard
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from multicard.integrations.transformers.families import Family
-
-QUERY_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
-KV_COUNTS = ("num_key_value_heads", "num_kv_heads", "kv_heads", "n_kv_heads")
-QUERY_WIDTHS = ("all_head_size",)
-SEGMENTED = "multicard_segments"
-"""The name under which segment-by-segment attention is registered."""
-ATTENDED = "_multicard_attended"
-"""Where a module counts its segment-by-segment attentions."""
 
 IDLE = HeadShard(range(1), range(1), ((range(1), range(1)),))
 """What a rank without a head computes: head 0, of which nothing reaches the output (its output rows are zeros)."""
@@ -55,6 +28,12 @@ class Heads:
     kv: int
     shards: tuple[HeadShard, ...]
     rank: int
+
+    @classmethod
+    def split(cls, query: int, kv: int, axis: Axis, *, whole_groups: bool = False) -> Heads:
+        """Query heads evenly over ``axis``; with ``whole_groups`` the key/value heads, each with all that read it."""
+        shards = _whole_groups(query, kv, axis.size) if whole_groups else partition.split_heads(query, kv, axis.size)
+        return cls(query, kv, shards, axis.rank)
 
     @property
     def mine(self) -> HeadShard:
@@ -79,14 +58,8 @@ class Heads:
     def fused_shares(self, width: int) -> Shares:
         """Everybody's spans of [Q | K | V]."""
         dim = width // (self.query + 2 * self.kv)
-        starts = (0, self.query * dim, (self.query + self.kv) * dim)
-        parts = (self.query_shares(self.query * dim), *[self.kv_shares(self.kv * dim)] * 2)
-        return tuple(
-            tuple(
-                range(start + s.start, start + s.stop) for start, spans in zip(starts, rank, strict=True) for s in spans
-            )
-            for rank in zip(*parts, strict=True)
-        )
+        query, kv = self.query * dim, self.kv * dim
+        return concatenated([(self.query_shares(query), query), *[(self.kv_shares(kv), kv)] * 2])
 
     def group_shares(self, width: int) -> Shares:
         """Everybody's spans of a projection that has, for every key/value head, [its query heads, K, V]."""
@@ -104,28 +77,29 @@ class Heads:
             shares.append(partition.merge_spans(spans))
         return tuple(shares)
 
+    def shares(self, style: str, width: int, path: str) -> Shares:
+        """Everybody's output features of the projection at ``path``, by the plan's style for it.
+
+        Raises:
+            UnsupportedError: the heads don't divide its width.
+        """
+        count = {"query": self.query, "key_value": self.kv}.get(style, self.query + 2 * self.kv)
+        if width % count:
+            raise UnsupportedError(
+                f"{path} has {width} features, which {self.query} heads over {self.kv} key/value heads don't divide: "
+                "multicard doesn't know this layout; pass plan= without it"
+            )
+        by_style = {
+            "query": self.query_shares,
+            "key_value": self.kv_shares,
+            "qkv": self.fused_shares,
+            "qkv_groups": self.group_shares,
+        }
+        return by_style[style](width)
+
 
 def _spans(heads: list[range], dim: int) -> Shares:
     return tuple((range(h.start * dim, h.stop * dim),) if h else () for h in heads)
-
-
-def read_heads(module: nn.Module, model: PreTrainedModel, family: Family, axis: Axis, path: str) -> Heads:
-    """The head counts of an attention module, from its attributes or its config, split over ``axis``."""
-    config = getattr(module, "config", None) or model.config
-    query = _count(module, QUERY_COUNTS) or _setting(config, "num_attention_heads")
-    if not isinstance(query, int):
-        raise UnsupportedError(
-            f"{path} ({type(module).__name__}) doesn't say how many heads it has: pass plan= without it"
-        )
-    groups = getattr(module, "num_key_value_groups", None)
-    kv = _count(module, KV_COUNTS) or _setting(config, "num_key_value_heads") or query // (groups or 1)
-    if groups is not None and groups * kv != query:
-        raise UnsupportedError(
-            f"{path} has {query} heads in groups of {groups} but {kv} key/value heads: pass plan= without it"
-        )
-    shareable = kv in (1, query) or (uses_interface(module) and not family.whole_groups)
-    shards = partition.split_heads(query, kv, axis.size) if shareable else _whole_groups(query, kv, axis.size)
-    return Heads(query, kv, shards, axis.rank)
 
 
 def _whole_groups(query: int, kv: int, parts: int) -> tuple[HeadShard, ...]:
@@ -138,141 +112,3 @@ def _whole_groups(query: int, kv: int, parts: int) -> tuple[HeadShard, ...]:
         else HeadShard(range(0), range(0), ())
         for share in partition.split(kv, parts)
     )
-
-
-def _setting(config: Any, name: str) -> int | None:
-    """A number in a config; None where it has none, or one for each layer (which the layer's module then knows)."""
-    try:
-        return getattr(config, name, None)
-    except RuntimeError:
-        return None
-
-
-def _count(module: nn.Module, names: tuple[str, ...]) -> int | None:
-    found = {value for name in names if isinstance(value := getattr(module, name, None), int)}
-    return found.pop() if len(found) == 1 else None
-
-
-def uses_interface(module: nn.Module) -> bool:
-    """Whether the module's attention goes through transformers' ``AttentionInterface``."""
-    return "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(type(module).forward).__code__.co_names
-
-
-def localize(module: nn.Module, heads: Heads, family: Family, hooks: Hooks) -> None:
-    """Tell an attention module that it has this rank's heads only, and how to attend with them."""
-    mine = heads.mine
-    for names, whole, local in ((QUERY_COUNTS, heads.query, mine.query), (KV_COUNTS, heads.kv, mine.kv)):
-        for name in names:
-            if getattr(module, name, None) == whole:
-                setattr(module, name, len(local))
-    widths: tuple[tuple[tuple[str, ...], int, range], ...] = (
-        ((*QUERY_WIDTHS, *family.query_widths), heads.query, mine.query),
-        (family.kv_widths, heads.kv, mine.kv),
-    )
-    for fields, whole, local in widths:
-        for name in fields:
-            if isinstance(getattr(module, name, None), int):
-                setattr(module, name, getattr(module, name) // whole * len(local))
-    if hasattr(module, "num_key_value_groups"):
-        object.__setattr__(module, "num_key_value_groups", len(mine.query) // len(mine.kv) if mine.uniform else None)
-    if hasattr(module, "config"):
-        object.__setattr__(module, "config", _local_config(module.config, heads))
-    if not mine.uniform:
-        _attend_by_segments(module, mine)
-    for name in family.head_inputs:
-        hooks.before(module, functools.partial(_cut_head_input, name, heads))
-
-
-def _local_config(config: Any, heads: Heads) -> Any:
-    local = copy.copy(config)
-    names = getattr(config, "attribute_map", {})
-    for name, whole, value in (
-        ("num_attention_heads", heads.query, len(heads.mine.query)),
-        ("num_key_value_heads", heads.kv, len(heads.mine.kv)),
-    ):
-        if _setting(config, name) == whole:
-            local.__dict__[names.get(name, name)] = value
-    return local
-
-
-def _cut_head_input(
-    name: str, heads: Heads, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    x = kwargs.get(name)
-    if isinstance(x, Tensor) and x.dim() >= 3:
-        kwargs = {**kwargs, name: _cut_heads(x, heads)}
-    return args, kwargs
-
-
-def _cut_heads(x: Tensor, heads: Heads) -> Tensor:
-    """``(batch, heads, ...)`` or ``(batch · heads, ...)`` with this rank's heads; what all heads share, as it is."""
-    mine = slice(heads.mine.query.start, heads.mine.query.stop)
-    if x.dim() == 4:
-        return x[:, mine] if x.shape[1] == heads.query and heads.query > 1 else x
-    return x.unflatten(0, (-1, heads.query))[:, mine].flatten(0, 1)
-
-
-class _Segment:
-    """One segment's view of an attention module: everything is the module's but what counts heads."""
-
-    def __init__(self, module: nn.Module, query: range, kv: range) -> None:
-        self.module, self.query, self.kv = module, slice(query.start, query.stop), slice(kv.start, kv.stop)
-        self.num_key_value_groups = len(query) // len(kv)
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self.module, name)
-        return value[self.query] if name == "sinks" else value
-
-
-def _attend_by_segments(module: nn.Module, shard: HeadShard) -> None:
-    if hasattr(module, "_multicard_sequence"):  # attention over a split sequence takes segments as they are
-        object.__setattr__(module, "_multicard_segments", shard.segments)
-        return
-    register()
-    # Plain attributes, not submodules: a segment refers back to its module.
-    object.__setattr__(module, "_multicard_segments", [_Segment(module, *segment) for segment in shard.segments])
-    config = module.config.__dict__  # the module's own copy; a part of a larger model may have its own implementation
-    object.__setattr__(module, "_multicard_attention", config.get("_attn_implementation_internal") or "eager")
-    config["_attn_implementation_internal"] = SEGMENTED
-
-
-def attention_function(module: nn.Module, name: str) -> Any:
-    """transformers' attention function ``name`` as ``module`` would pick it."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
-
-
-def attend_by_segments(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """Attention of heads that don't read their key/value heads evenly: one grouped-query call a segment.
-
-    Args and result are those of ``transformers``' attention interface: ``(batch, heads, length, head_dim)`` in,
-    ``(batch, length, heads, head_dim)`` out.
-    """
-    vars(module)[ATTENDED] = vars(module).get(ATTENDED, 0) + 1
-    attend = attention_function(module, vars(module)["_multicard_attention"])
-    outs = []
-    for segment in vars(module)["_multicard_segments"]:
-        local = {name: _segment_input(x, segment, query.shape[1]) for name, x in kwargs.items()}
-        mask = _segment_input(attention_mask, segment, query.shape[1])
-        q, k, v = query[:, segment.query], key[:, segment.kv], value[:, segment.kv]
-        outs.append(attend(segment, q, k, v, mask, **local)[0])
-    return torch.cat(outs, 2), None
-
-
-def _segment_input(x: Any, segment: _Segment, heads: int) -> Any:
-    if not isinstance(x, Tensor):
-        return x
-    if x.dim() == 4 and x.shape[1] == heads:
-        return x[:, segment.query]
-    return x[segment.query] if x.dim() == 1 and x.shape[0] == heads else x  # attention sinks
-
-
-def register() -> None:
-    """Make segment-by-segment attention known to ``transformers``; again: nothing."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(SEGMENTED, attend_by_segments)

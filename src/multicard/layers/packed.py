@@ -8,6 +8,7 @@ memory gives; reordered once into oneDNN's blocks it reads at nearly all of it, 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,25 @@ def pack(layer: nn.Module, keep_weight: bool = False) -> bool:
     if not keep_weight:
         layer.weight = _reordered(layer.weight)
     return not keep_weight
+
+
+def packer(model: nn.Module) -> Callable[[nn.Module], int]:
+    """:func:`pack` for each linear layer of ``model``; a weight that an embedding table shares stays in rows.
+
+    Returns:
+        a function to be called with each module, which returns 0: as what finishes a module for
+        :func:`multicard.weights.load`.
+    """
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, VocabParallelEmbedding)}
+    linears = [m for m in model.modules() if isinstance(m, ColumnParallelLinear | RowParallelLinear)]
+    shared = {m for m in linears if id(m.weight) in tables}
+
+    def finish(module: nn.Module) -> int:
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+            pack(module, keep_weight=module in shared)
+        return 0
+
+    return finish
 
 
 def pack_tied(embedding: VocabParallelEmbedding, head: ParallelLMHead) -> bool:

@@ -26,14 +26,19 @@ Shares = tuple[Spans, ...]
 class Shard:
     """The slices ``spans`` of a whole tensor of shape ``shape`` along ``dim``.
 
-    ``parts`` names what the whole is fused of, along ``dim``, where a checkpoint holds it in pieces:
-    ``(("q_proj", 576), ("k_proj", 192), ...)``. Empty: the whole is one tensor.
+    Attributes:
+        parts: what the whole is fused of, along ``dim``, where a checkpoint holds it in pieces:
+            ``(("q_proj", 576), ("k_proj", 192), ...)``. Empty: the whole is one tensor.
+        transposed: a checkpoint holds the matrix with its dimensions exchanged (GPT-2's ``Conv1D``).
+        fill: every element is this number, and no checkpoint holds the tensor; None: one does.
     """
 
     shape: tuple[int, ...]
     dim: int
     spans: Spans
     parts: tuple[tuple[str, int], ...] = ()
+    transposed: bool = False
+    fill: float | None = None
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -65,6 +70,22 @@ def shard_of(parameter: Tensor) -> Shard:
 def even_shares(size: int, parts: int) -> Shares:
     """One contiguous span a rank, the first ``size mod parts`` ranks one row more."""
     return tuple((span,) if span else () for span in partition.split(size, parts))
+
+
+def concatenated(blocks: Sequence[tuple[Shares, int]]) -> Shares:
+    """Everybody's spans of blocks that stand one after the other; a block is its own shares and its length."""
+    shares: list[Spans] = [()] * len(blocks[0][0])
+    start = 0
+    for block, length in blocks:
+        for rank, spans in enumerate(block):
+            shares[rank] += tuple(range(start + span.start, start + span.stop) for span in spans)
+        start += length
+    return tuple(shares)
+
+
+def halves(size: int, parts: int) -> Shares:
+    """Everybody's spans of two halves, each split evenly (gate and up of a gated MLP)."""
+    return concatenated([(even_shares(size // 2, parts), size // 2)] * 2)
 
 
 def count(spans: Spans) -> int:

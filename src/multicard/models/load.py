@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator
 
@@ -18,7 +18,7 @@ from multicard.mesh import ParallelMesh
 from multicard.models.config import DecoderConfig
 from multicard.models.decoder import ParallelTransformer
 from multicard.models.memory import GIB, free_bytes, ranks_here
-from multicard.weights import Checkpoint, LoadReport, agree, check, load, verify
+from multicard.weights import Checkpoint, LoadReport, Plain, agree, check, load
 
 
 def outline(config: DecoderConfig, degrees: ParallelConfig, dtype: torch.dtype | None = None) -> ParallelTransformer:
@@ -38,7 +38,7 @@ def check_folder(folder: str | os.PathLike[str], degrees: ParallelConfig) -> Dec
     config = DecoderConfig.from_folder(folder)
     model = outline(config, degrees)
     with Checkpoint(folder) as checkpoint:
-        check(model, checkpoint, checkpoint_name, lambda name: is_ignored(name, config))
+        check(model, checkpoint, source_of, functools.partial(is_ignored, config))
     return config
 
 
@@ -56,20 +56,28 @@ def load_decoder(
     Raises:
         CheckpointError, ConfigError: on every rank alike; ConfigError where a shard doesn't fit in memory.
     """
-    with contextlib.ExitStack() as stack:
-        fault = None
-        try:
-            model, checkpoint = _prepare(mesh, folder, dtype, checksums)
-            stack.enter_context(checkpoint)
-        except MulticardError as error:  # a file that changes between ranks' looks, or memory that differs
-            fault = error
-        agree(fault, mesh.world, mesh.device)
-        needed = parameter_bytes(model)
-        for done in load(model, checkpoint, mesh.world, mesh.device, checkpoint_name, lambda m: _reorder(m, model)):
-            yield (model, done) if isinstance(done, LoadReport) else min(1.0, done / max(needed, 1))
+    failure = None
+    try:
+        config = DecoderConfig.from_folder(folder)
+        model = ParallelTransformer(config, mesh, dtype, device="meta")
+        _check_memory(config, mesh, model)
+    except MulticardError as error:  # a file that changes between ranks' looks, or memory that differs
+        failure = error
+    agree(failure, mesh.world, mesh.device)
+    for done in load(
+        model,
+        folder,
+        mesh.world,
+        mesh.device,
+        lambda checkpoint: source_of,
+        ignored=functools.partial(is_ignored, config),
+        checksums=checksums,
+        finish=functools.partial(_reorder, model),
+    ):
+        yield (model, done) if isinstance(done, LoadReport) else done
 
 
-def _reorder(module: torch.nn.Module, model: ParallelTransformer) -> int:
+def _reorder(model: ParallelTransformer, module: torch.nn.Module) -> int:
     """Reorder a module's weight for the CPU; a tied head's with the embedding's. Returns the bytes held twice."""
     if module is model.lm_head and model.lm_head.weight is model.embed_tokens.weight:
         size = model.lm_head.weight.nbytes
@@ -78,26 +86,12 @@ def _reorder(module: torch.nn.Module, model: ParallelTransformer) -> int:
     return 0
 
 
-def _prepare(
-    mesh: ParallelMesh, folder: str | os.PathLike[str], dtype: torch.dtype | None, checksums: bool
-) -> tuple[ParallelTransformer, Checkpoint]:
-    """The model without memory and its checkpoint, all checks passed."""
-    config = DecoderConfig.from_folder(folder)
-    model = ParallelTransformer(config, mesh, dtype, device="meta")
-    _check_memory(config, mesh, model)
-    checkpoint = Checkpoint(folder)
-    check(model, checkpoint, checkpoint_name, lambda name: is_ignored(name, config))
-    if checksums:
-        verify(checkpoint, mesh.world.rank, mesh.world.size)
-    return model, checkpoint
+def source_of(name: str) -> Plain:
+    """Where one of our parameters is in a Hugging Face causal-LM checkpoint."""
+    return Plain(name if name.startswith("lm_head.") else f"model.{name}")
 
 
-def checkpoint_name(name: str) -> str:
-    """A Hugging Face causal-LM checkpoint's name for one of our parameters."""
-    return name if name.startswith("lm_head.") else f"model.{name}"
-
-
-def is_ignored(name: str, config: DecoderConfig) -> bool:
+def is_ignored(config: DecoderConfig, name: str) -> bool:
     """Tensors that checkpoints may hold for nothing: rotary tables, and a tied head's copy."""
     return name.endswith("rotary_emb.inv_freq") or (config.tied_head and name == "lm_head.weight")
 

@@ -1,6 +1,7 @@
 """Checkpoints, and the slices of them that each rank reads."""
 
-from multicard.weights.checkpoint import Checkpoint, verify
-from multicard.weights.load import LoadReport, agree, check, load
+from multicard.weights.checkpoint import Checkpoint
+from multicard.weights.load import LoadReport, SourceOf, agree, check, load
+from multicard.weights.source import Converted, Plain, Source, Stacked
 
-__all__ = ["Checkpoint", "LoadReport", "agree", "check", "load", "verify"]
+__all__ = ["Checkpoint", "Converted", "LoadReport", "Plain", "Source", "SourceOf", "Stacked", "agree", "check", "load"]

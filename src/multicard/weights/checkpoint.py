@@ -41,10 +41,6 @@ class Entry:
         if self.dtype not in STORED_TYPES:
             raise CheckpointError(f"{self.path}: {self.name} is {self.dtype}; {', '.join(STORED_TYPES)} can be read")
 
-    def slice_bytes(self, dim: int, rows: int) -> int:
-        """What ``rows`` rows along ``dim`` take."""
-        return math.prod(self.shape) // max(self.shape[dim], 1) * rows * WIDTHS[self.dtype]
-
 
 class Checkpoint:
     """All tensors of a folder: one safetensors file, or an index of several. A context manager.
@@ -90,9 +86,10 @@ class Checkpoint:
         """
         entry = self.tensors[name]
         entry.check_dtype()
-        outer, inner = math.prod(entry.shape[:dim]), math.prod(entry.shape[dim + 1 :])
+        shape = entry.shape or (1,)
+        outer, inner = math.prod(shape[:dim]), math.prod(shape[dim + 1 :])
         width = WIDTHS[entry.dtype]
-        run, stride = len(rows) * inner, entry.shape[dim] * inner  # a run of elements out of every stride
+        run, stride = len(rows) * inner, shape[dim] * inner  # a run of elements out of every stride
         if not out.numel():
             return 0, 0
         target = out.view(outer, run) if out.is_contiguous() else out.reshape(outer, run)

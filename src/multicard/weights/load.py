@@ -7,7 +7,10 @@ SIGBUS there. Every fault is a :class:`~multicard.errors.CheckpointError` that n
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
+import math
+import os
 import time
 from collections.abc import Callable, Iterator
 
@@ -17,10 +20,13 @@ from torch import Tensor, nn
 from multicard import collectives, errors
 from multicard.axis import Axis
 from multicard.errors import CheckpointError, MulticardError
-from multicard.layers.shard import Shard, shard_of, sharded
-from multicard.weights.checkpoint import Checkpoint
+from multicard.layers.shard import shard_of
+from multicard.weights.checkpoint import WIDTHS, Checkpoint, verify
+from multicard.weights.source import Plain, Reader, Source
 
-Rename = Callable[[str], str]
+SourceOf = Callable[[str], Source | None]
+"""By the model's name of a parameter or a buffer; None: the checkpoint has nothing for it."""
+
 Finish = Callable[[nn.Module], int]
 
 
@@ -30,7 +36,7 @@ class LoadReport:
 
     Attributes:
         bytes_read: of tensors; headers and the index are a few kilobytes more.
-        shard_bytes: what this rank's slices take in the files.
+        shard_bytes: what this rank's slices take in the files. Less than was read where a tensor had to be converted.
         parameter_bytes: what its parameters take in memory.
         peak_bytes: the most that parameters, the staging buffer and a weight being reordered took together.
         seconds: from the first tensor to the last.
@@ -43,56 +49,86 @@ class LoadReport:
     seconds: float
 
 
-@dataclasses.dataclass(frozen=True)
-class Slice:
-    """Rows ``source`` of tensor ``name`` go to rows ``target`` of a parameter, both along its shard's dimension."""
-
-    name: str
-    source: range
-    target: range
+def same_names(checkpoint: Checkpoint) -> SourceOf:
+    """Each parameter from a tensor of its own name."""
+    return Plain
 
 
-def slices(name: str, shard: Shard) -> list[Slice]:
-    """What the parameter called ``name`` in its checkpoint is read from.
+def load(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    world: Axis,
+    device: torch.device | str = "cpu",
+    sources: Callable[[Checkpoint], SourceOf] = same_names,
+    *,
+    stem: str = "model",
+    ignored: Callable[[str], bool] | None = None,
+    checksums: bool = False,
+    finish: Finish | None = None,
+) -> Iterator[float | LoadReport]:
+    """Give every parameter and persistent buffer of ``model``, which may be on "meta", this rank's part of it.
 
-    A fused parameter is in the checkpoint in parts: ``...qkv_proj.weight`` as ``...q_proj.weight`` and so on.
-    """
-    module, _, leaf = name.rpartition(".")
-    parent = module.rpartition(".")[0]
-    found, start, at = [], 0, 0
-    parts = [(f"{parent}.{part}.{leaf}", size) for part, size in shard.parts] or [(name, shard.shape[shard.dim])]
-    bounds = []
-    for part, size in parts:
-        bounds.append((part, start, start + size))
-        start += size
-    for span in shard.spans:
-        for part, first, last in bounds:
-            low, high = max(span.start, first), min(span.stop, last)
-            if low < high:
-                found.append(Slice(part, range(low - first, high - first), range(at, at + high - low)))
-                at += high - low
-    return found
+    A generator: it yields the share done, from 0 to 1, after each tensor, as often on every rank, and the
+    :class:`LoadReport` at last. After each tensor ranks meet at a barrier, so that one that gets nowhere is named
+    within the timeout, and a slow disk may take as long as it likes for all of them. One all-gather before the first
+    tensor and one after the last tell every rank of what went wrong on one.
 
-
-def expected_shapes(name: str, shard: Shard) -> dict[str, tuple[int, ...]]:
-    """The tensors that the checkpoint must hold for a parameter, whole."""
-    if not shard.parts:
-        return {name: shard.shape}
-    module, _, leaf = name.rpartition(".")
-    parent = module.rpartition(".")[0]
-    before, after = shard.shape[: shard.dim], shard.shape[shard.dim + 1 :]
-    return {f"{parent}.{part}.{leaf}": (*before, size, *after) for part, size in shard.parts}
-
-
-def check(model: nn.Module, checkpoint: Checkpoint, rename: Rename, ignored: Callable[[str], bool]) -> None:
-    """The checkpoint has every tensor that ``model`` needs, in its shape, and none that the model has no place for.
+    Args:
+        folder: with safetensors files whose names begin with ``stem``.
+        world: the ranks that load together.
+        sources: from the open checkpoint to where each parameter comes from.
+        ignored: see :func:`check`.
+        checksums: compare the files with the folder's SHA256SUMS first; ranks share the files.
+        finish: called with each module whose parameters are there; it may put others in their place. Returns the bytes
+            of which it held two for a moment, those of matrices that are read one at a time not counted.
 
     Raises:
-        CheckpointError: it doesn't. No tensor is read, and every rank raises the same.
+        CheckpointError: a file that is missing, damaged or was cut, or a tensor that is missing or of another shape, on
+            some rank: on every rank, naming it.
+    """
+    with contextlib.ExitStack() as stack:
+        failure = None
+        try:
+            checkpoint = stack.enter_context(Checkpoint(folder, stem))
+            source_of = sources(checkpoint)
+            check(model, checkpoint, source_of, ignored)
+            if checksums:
+                verify(checkpoint, world.rank, world.size)
+        except MulticardError as error:
+            failure = error
+        agree(failure, world, device)
+        begin, placer = time.perf_counter(), _Placer(model, Reader(checkpoint), source_of, torch.device(device), finish)
+        yield from placer.run(world)
+        yield placer.report(time.perf_counter() - begin)
+
+
+def check(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    source_of: SourceOf,
+    ignored: Callable[[str], bool] | None = None,
+) -> None:
+    """The checkpoint has every tensor that ``model`` needs, in its shape.
+
+    Args:
+        ignored: which of the checkpoint's tensors the model needs no place for, by name; any other must have one.
+            None: all of them.
+
+    Raises:
+        CheckpointError: it hasn't. No tensor is read, and every rank raises the same.
     """
     needed: dict[str, tuple[int, ...]] = {}
-    for name, parameter in model.named_parameters():
-        needed |= expected_shapes(rename(name), shard_of(parameter))
+    seen: set[int] = set()
+    for name, tensor in ((name, tensor) for _, owned in _owners(model) for name, _, tensor in owned):
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        shard, source = shard_of(tensor), source_of(name)
+        if shard.fill is not None:
+            continue
+        if source is None:
+            raise CheckpointError(f"{checkpoint.where}: no tensor for {name!r}, which the config asks for")
+        needed |= source.shapes(shard)
     for name, shape in needed.items():
         entry = checkpoint.tensors.get(name)
         if entry is None:
@@ -101,49 +137,8 @@ def check(model: nn.Module, checkpoint: Checkpoint, rename: Rename, ignored: Cal
             raise CheckpointError(f"{entry.path}: {name} has shape {entry.shape} where the config asks for {shape}")
         entry.check_dtype()
     for name, entry in checkpoint.tensors.items():
-        if name not in needed and not ignored(name):
+        if name not in needed and ignored is not None and not ignored(name):
             raise CheckpointError(f"{entry.path}: the config has no place for its tensor {name!r}")
-
-
-def load(
-    model: nn.Module,
-    checkpoint: Checkpoint,
-    world: Axis,
-    device: torch.device | str = "cpu",
-    rename: Rename = str,
-    finish: Finish = lambda module: 0,
-) -> Iterator[int | LoadReport]:
-    """Give every parameter of ``model``, which may be on "meta", this rank's part of the checkpoint's tensor.
-
-    A generator: it yields the bytes read after each parameter, the same number of times on every rank, and the
-    :class:`LoadReport` at last. After each parameter ranks meet at a barrier, so that one that gets nowhere is named
-    within the timeout, and a slow disk may take as long as it likes for all of them. One all-gather at the end tells
-    every rank of what went wrong on one.
-
-    Args:
-        world: the ranks that load together.
-        rename: the model's name of a parameter to the checkpoint's.
-        finish: called with each module whose parameters are there; it may put others in their place. Returns the bytes
-            of which it held two for a moment, those of matrices that are read one at a time not counted.
-
-    Raises:
-        CheckpointError: a file that was cut, or can't be read, on some rank: on every rank, naming it.
-    """
-    begin, reader, failure = time.perf_counter(), _Reader(model, checkpoint, torch.device(device)), None
-    for module, owned in _largest_first(model):
-        for name, leaf, parameter in owned:
-            try:
-                if failure is None:
-                    reader.place(module, leaf, rename(name), parameter)
-            except CheckpointError as error:
-                failure = error
-            collectives.barrier(world)
-            yield reader.bytes_read
-        if failure is None:
-            reader.held_twice(finish(module))
-            reader.settle(module)
-    agree(failure, world, device)
-    yield reader.report(time.perf_counter() - begin)
 
 
 def agree(failure: MulticardError | None, world: Axis, device: torch.device | str = "cpu") -> None:
@@ -157,77 +152,116 @@ def agree(failure: MulticardError | None, world: Axis, device: torch.device | st
             raise getattr(errors, name)(told)
 
 
-def _largest_first(model: nn.Module) -> list[tuple[nn.Module, list[tuple[str, str, nn.Parameter]]]]:
-    """Modules with parameters of their own, so ordered that the copy made while the largest are reordered is made when
-    the others aren't there yet."""
+Owned = list[tuple[str, str, Tensor]]
+"""A module's own tensors: name in the model, name in the module, tensor."""
+
+
+def _owners(model: nn.Module) -> list[tuple[nn.Module, Owned]]:
+    """Modules with parameters or persistent buffers of their own."""
     found = []
     for path, module in model.named_modules():
-        owned = [
-            (f"{path}.{leaf}" if path else leaf, leaf, parameter)
-            for leaf, parameter in module.named_parameters(recurse=False)
-        ]
-        if owned:
-            found.append((module, owned))
-    return sorted(found, key=lambda item: -sum(parameter.numel() for _, _, parameter in item[1]))
+        own: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
+        temporary = module._non_persistent_buffers_set
+        own |= {leaf: b for leaf, b in module.named_buffers(recurse=False) if leaf not in temporary}
+        if own:
+            found.append((module, [(f"{path}.{leaf}".lstrip("."), leaf, tensor) for leaf, tensor in own.items()]))
+    return found
 
 
-class _Reader:
-    """Parameters made out of slices, and the count of what that took."""
+def _size(owned: Owned) -> int:
+    return sum(tensor.numel() for _, _, tensor in owned)
 
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint, device: torch.device) -> None:
-        self._checkpoint, self._device = checkpoint, device
-        users = [p for module in model.modules() for p in module.parameters(recurse=False)]
-        counts = collections.Counter(map(id, users))
-        self._shared = {id(p): p for p in users if counts[id(p)] > 1}  # held, so that their ids stay theirs
-        self._left = counts
-        self._placed: dict[int, nn.Parameter] = {}
+
+class _Placer:
+    """Tensors read and put in their modules, and the count of what that took."""
+
+    def __init__(
+        self, model: nn.Module, reader: Reader, source_of: SourceOf, device: torch.device, finish: Finish | None
+    ) -> None:
+        self._reader, self._source_of, self._device, self._finish = reader, source_of, device, finish
+        # The copy made while the largest are reordered is made when the others aren't there yet.
+        self._modules = sorted(_owners(model), key=lambda item: -_size(item[1]))
+        tensors = [
+            tensor for _, owned in self._modules for _, _, tensor in owned
+        ]  # held, so that their ids stay theirs
+        self._uses = collections.Counter(map(id, tensors))
+        self._shared = {id(tensor): tensor for tensor in tensors if self._uses[id(tensor)] > 1}
+        self._placed: dict[int, Tensor] = {}
         self._scratch: Tensor | None = None
-        self.bytes_read = self._allocated = self._peak = self._shard_bytes = 0
+        self._allocated = self._peak = self._shard_bytes = 0
 
-    def place(self, module: nn.Module, leaf: str, name: str, declared: nn.Parameter) -> None:
-        """Read one parameter and put it in its module; one that several modules share is read once."""
+    def run(self, world: Axis) -> Iterator[float]:
+        """Place everything. Yields the share done after each tensor."""
+        failure, done = None, 0
+        total = max(1, sum(_size(owned) for _, owned in self._modules))
+        for module, owned in self._modules:
+            for name, leaf, declared in owned:
+                try:
+                    if failure is None:
+                        self._place(module, leaf, name, declared)
+                except CheckpointError as error:
+                    failure = error
+                collectives.barrier(world)
+                done += declared.numel()
+                yield done / total
+            if failure is None:
+                self._complete(module)
+        agree(failure, world, self._device)
+
+    def report(self, seconds: float) -> LoadReport:
+        return LoadReport(self._reader.bytes_read, self._shard_bytes, self._allocated, self._peak, seconds)
+
+    def _place(self, module: nn.Module, leaf: str, name: str, declared: Tensor) -> None:
+        """Read one tensor and put it in its module; one that stands in several places is read once."""
         key = id(declared)
         placed = self._placed.pop(key, None)
         if placed is None:
-            placed = self._read(name, declared)
-        self._left[key] -= 1
-        if self._left[key]:
+            placed = _like(declared, self._read(name, declared))
+        self._uses[key] -= 1
+        if self._uses[key]:
             self._placed[key] = placed
         setattr(module, leaf, placed)
 
-    def held_twice(self, size: int) -> None:
-        self._peak = max(self._peak, self._allocated + size)
-
-    def settle(self, module: nn.Module) -> None:
-        """A weight that is still in the scratch buffer gets memory of its own."""
+    def _complete(self, module: nn.Module) -> None:
+        """All of a module's tensors are there. A weight that is still in the scratch buffer gets memory of its own."""
+        if self._finish is not None:
+            self._peak = max(self._peak, self._allocated + self._finish(module))
+        scratch = None if self._scratch is None else self._scratch.data_ptr()
         for leaf, parameter in list(module.named_parameters(recurse=False)):
-            reordered = self._scratch is None or parameter.is_mkldnn
-            if not reordered and parameter.data_ptr() == self._scratch.data_ptr():  # type: ignore[union-attr]
-                setattr(module, leaf, sharded(parameter.detach().clone(), shard_of(parameter)))
+            if not parameter.is_mkldnn and parameter.data_ptr() == scratch:
+                setattr(module, leaf, _like(parameter, parameter.detach().clone()))
 
-    def report(self, seconds: float) -> LoadReport:
-        return LoadReport(self.bytes_read, self._shard_bytes, self._allocated, self._peak, seconds)
+    def _read(self, name: str, declared: Tensor) -> Tensor:
+        shard, source, reader = shard_of(declared), self._source_of(name), self._reader
+        out = self._memory_for(declared)
+        self._allocated += out.nbytes
+        if shard.fill is not None or source is None:
+            return out.fill_(shard.fill or 0.0)
+        reader.staging = 0
+        source.fill(reader, name, shard, out)
+        stored = next((reader.checkpoint.tensors[key].dtype for key in source.shapes(shard)), None)
+        self._shard_bytes += 0 if stored is None else math.prod(shard.local_shape) * WIDTHS[stored]
+        scratch = 0 if self._scratch is None else self._scratch.nbytes
+        self._peak = max(self._peak, self._allocated + scratch + reader.staging)
+        return out
 
-    def _read(self, name: str, declared: nn.Parameter) -> nn.Parameter:
-        shard = shard_of(declared)
-        whole = self._memory_for(declared)
-        self._allocated += whole.numel() * whole.element_size()
-        scratch = 0 if self._scratch is None else self._scratch.numel() * self._scratch.element_size()
-        for piece in slices(name, shard):
-            target = whole.narrow(shard.dim, piece.target.start, len(piece.target))
-            size, staging = self._checkpoint.read(piece.name, shard.dim, piece.source, target)
-            self.bytes_read += size
-            self._shard_bytes += self._checkpoint.tensors[piece.name].slice_bytes(shard.dim, len(piece.source))
-            self._peak = max(self._peak, self._allocated + scratch + staging)
-        return sharded(whole, shard)
-
-    def _memory_for(self, declared: nn.Parameter) -> Tensor:
-        """On the CPU matrices of one size come into one buffer, out of which they are reordered: as many that are
-        freed in turn would leave holes."""
+    def _memory_for(self, declared: Tensor) -> Tensor:
+        """Where they are reordered, on the CPU, matrices of one size come into one buffer, out of which that is done:
+        as many that are freed in turn would leave holes."""
         shape, dtype = declared.shape, declared.dtype
-        if self._device.type != "cpu" or len(shape) < 2 or id(declared) in self._shared:
+        kept = self._finish is None or self._device.type != "cpu" or not isinstance(declared, nn.Parameter)
+        if kept or len(shape) < 2 or id(declared) in self._shared:
             return torch.empty(shape, dtype=dtype, device=self._device)
         if self._scratch is None or self._scratch.shape != shape or self._scratch.dtype != dtype:
             self._scratch = None
             self._scratch = torch.empty(shape, dtype=dtype)
         return self._scratch.view(shape)
+
+
+def _like(declared: Tensor, tensor: Tensor) -> Tensor:
+    """``tensor`` as what ``declared`` is: a parameter with all that it carries, or a buffer."""
+    if not isinstance(declared, nn.Parameter):
+        return tensor
+    parameter = nn.Parameter(tensor, requires_grad=False)
+    parameter.__dict__.update(declared.__dict__)
+    return parameter

@@ -14,9 +14,10 @@ import multicard as mc
 from more_pipelines import sd3_pag
 from multicard.axis import Axis
 from multicard.errors import UnsupportedError
+from multicard.integrations.diffusers.checks import check_sequence
 from multicard.integrations.diffusers.doors import open_pipeline
-from multicard.integrations.diffusers.plans import BATCH
-from multicard.integrations.diffusers.sequence import check_sequence, sequence_plan
+from multicard.integrations.diffusers.families import BATCH
+from multicard.integrations.diffusers.plans import sequence_plan
 from pipelines import build, embeds, sample
 
 

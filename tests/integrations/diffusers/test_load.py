@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import multicard as mc
-from multicard.integrations.diffusers.load import is_split, load_slices
+from multicard.integrations.diffusers.load import load_slices
+from multicard.integrations.diffusers.tensor import is_split
 from multicard.integrations.parallelize import parallelize
 from pipelines import build, sample
 

@@ -1,7 +1,7 @@
 """``diffusers`` models and pipelines split over a mesh in place: the pipeline's code stays what it is."""
 
 from multicard.guidance import BatchPlan
+from multicard.integrations.diffusers.families import SequencePlan
 from multicard.integrations.diffusers.parallelize import parallelize
-from multicard.integrations.diffusers.plans import SequencePlan
 
 __all__ = ["BatchPlan", "SequencePlan", "parallelize"]

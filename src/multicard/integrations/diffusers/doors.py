@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from multicard.errors import UnsupportedError
 from multicard.guidance import BatchPlan, Branches, unwrap
 from multicard.integrations.calls import named, parameters
+from multicard.integrations.diffusers.checks import check_caches, check_guidance
 from multicard.integrations.diffusers.denoisers import HookedDenoiser, denoisers, uncompiled
-from multicard.integrations.diffusers.sequence import check_guidance, split_of
+from multicard.integrations.diffusers.sequence import split_of
+from multicard.integrations.diffusers.tensor import tensor_hooks
 from multicard.integrations.intercept import DOOR, PLAIN, Plain, intercept
 from multicard.integrations.seams import RowProof, bypassed
 from multicard.mesh import ParallelMesh
@@ -47,10 +48,12 @@ class Door:
             split.renew()
         intercept(module, "__call__", self, "denoise")
         if module not in self._denoisers:
-            proof = RowProof("diffusers", inner)
+            proof, hooks = RowProof("diffusers", inner), tensor_hooks(inner)
 
             @contextlib.contextmanager
             def around() -> Any:
+                if hooks is not None:
+                    hooks.check()
                 with proof(name), split.proved() if split else contextlib.nullcontext():
                     yield
 
@@ -165,20 +168,6 @@ class ModelDoor(Door):
         finally:
             if self.branches:
                 self.branches.finish(failed=True)
-
-
-def check_caches(name: str, module: nn.Module, mesh: ParallelMesh) -> None:
-    """Refuse caches between steps where ranks compute different branches or tokens: each would decide by its own."""
-    if mesh.cfg.size == mesh.sequence.size == 1:
-        return
-    for part in module.modules():
-        registry = getattr(part, "_diffusers_hook", None)
-        for hook in registry.hooks.values() if registry else ():
-            if hook._is_stateful:
-                raise UnsupportedError(
-                    f"{name} has a {type(hook).__name__}, which keeps state from step to step: "
-                    "disable the cache (disable_cache()), or use tp or dp with cfg=1 and neither ring nor ulysses"
-                )
 
 
 def _components(pipe: Any) -> dict[str, Any]:

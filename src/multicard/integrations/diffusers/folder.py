@@ -15,11 +15,12 @@ import torch
 from multicard.axis import Axis
 from multicard.config import ParallelConfig
 from multicard.errors import CheckpointError, ConfigError, MulticardError, UnsupportedError
+from multicard.integrations.diffusers.checks import check_sequence
 from multicard.integrations.diffusers.denoisers import NAMES
 from multicard.integrations.diffusers.load import load_slices
 from multicard.integrations.diffusers.parallelize import parallelize
-from multicard.integrations.diffusers.sequence import check_sequence, sequence_plan
-from multicard.integrations.diffusers.tensor import tensor_changes, tensor_plan
+from multicard.integrations.diffusers.plans import sequence_plan
+from multicard.integrations.diffusers.tensor import tensor_changes
 from multicard.mesh import ParallelMesh
 from multicard.weights import agree
 from multicard.weights.checkpoint import read_header
@@ -209,8 +210,7 @@ def _check_plans(folder: pathlib.Path, name: str, degrees: ParallelConfig) -> No
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: {name} can't be built of it ({_line(error)})") from None
     if degrees.tp > 1:
-        tp = Axis("tp", 0, degrees.tp)
-        tensor_changes(model, tp, tensor_plan(model))
+        tensor_changes(model, Axis("tp", 0, degrees.tp))
     if degrees.ring * degrees.ulysses > 1:
         check_sequence(model, sequence_plan(model))
 

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from multicard.integrations.diffusers.tensor import tensor_changes, tensor_plan
+from multicard import weights
+from multicard.integrations.diffusers.tensor import tensor_changes
+from multicard.integrations.styles import make
 from multicard.mesh import ParallelMesh
-from multicard.weights import LoadReport
-from multicard.weights.checkpoint import STORED_TYPES, Checkpoint
-from multicard.weights.load import load
+from multicard.weights import Checkpoint, LoadReport
+from multicard.weights.checkpoint import STORED_TYPES
 
 STEM = "diffusion_pytorch_model"
 HALF = (torch.float16, torch.bfloat16)
@@ -47,20 +48,11 @@ def load_slices(
             entry.dtype not in STORED_TYPES for entry in checkpoint.tensors.values()
         ):
             return None
-        _set_dtype(model, dtype or torch.float32)
-        for change in tensor_changes(model, mesh.tp, tensor_plan(model)):
-            change()
-        for name, buffer in model.named_buffers():
-            if name in checkpoint.tensors and buffer.dim():
-                checkpoint.read(name, 0, range(buffer.shape[0]), buffer)
-        *_, report = load(model, checkpoint, mesh.world, mesh.device)
+    _set_dtype(model, dtype or torch.float32)
+    make(tensor_changes(model, mesh.tp))
+    *_, report = weights.load(model, folder, mesh.world, mesh.device, stem=STEM)
     assert isinstance(report, LoadReport)
     return model, report
-
-
-def is_split(model: nn.Module) -> bool:
-    """Whether its weights are split already."""
-    return any(hasattr(parameter, "shard") for parameter in model.parameters())
 
 
 @contextlib.contextmanager

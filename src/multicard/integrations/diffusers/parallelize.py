@@ -8,20 +8,16 @@ from typing import Any
 
 from torch import nn
 
-from multicard.errors import ConfigError, UnsupportedError
-from multicard.integrations.diffusers.denoisers import denoisers, uncompiled
-from multicard.integrations.diffusers.doors import check_caches, open_model, open_pipeline
-from multicard.integrations.diffusers.load import is_split
-from multicard.integrations.diffusers.plans import BATCH
-from multicard.integrations.diffusers.sequence import (
-    SequenceSplit,
-    check_guidance,
-    check_sequence,
-    sequence_plan,
-    shares_sequence,
-)
-from multicard.integrations.diffusers.tensor import Change, tensor_changes, tensor_plan
+from multicard.errors import ConfigError
+from multicard.integrations.diffusers.checks import check_caches, check_guidance, check_sequence, check_uncompiled
+from multicard.integrations.diffusers.denoisers import denoisers
+from multicard.integrations.diffusers.doors import open_model, open_pipeline
+from multicard.integrations.diffusers.families import BATCH
+from multicard.integrations.diffusers.plans import sequence_plan
+from multicard.integrations.diffusers.sequence import SequenceSplit, shares_sequence
+from multicard.integrations.diffusers.tensor import is_split, tensor_changes
 from multicard.integrations.seams import facts
+from multicard.integrations.styles import Change, make
 from multicard.mesh import ParallelMesh
 from multicard.replica import Replica
 
@@ -56,7 +52,7 @@ def parallelize(target: Any, mesh: ParallelMesh, plan: Mapping[str, Any] | None 
     if mesh.tp.size > 1:
         for model in (model for model in models.values() if not is_split(model)):
             check_uncompiled(model)
-            changes += tensor_changes(model, mesh.tp, plan.get("tensor") or tensor_plan(model))
+            changes += tensor_changes(model, mesh.tp, plan.get("tensor"))
     if mesh.sequence.size > 1:
         check_guidance(target)
         for model in (model for model in models.values() if not shares_sequence(model, mesh)):
@@ -64,18 +60,8 @@ def parallelize(target: Any, mesh: ParallelMesh, plan: Mapping[str, Any] | None 
             sequence = plan.get("sequence") or sequence_plan(model)
             check_sequence(model, sequence)
             changes.append(functools.partial(SequenceSplit, model, mesh, sequence))
-    for change in changes:
-        change()
+    make(changes)
     if mesh.cfg.size * mesh.sequence.size * mesh.tp.size > 1:
         door = open_model if isinstance(target, nn.Module) else open_pipeline
         door(target, mesh, plan.get("batch", BATCH))
     return target
-
-
-def check_uncompiled(model: nn.Module) -> None:
-    """Refuse a compiled model: what was compiled wouldn't notice what is put in."""
-    name = type(uncompiled(model)).__name__
-    if uncompiled(model) is not model or model._compiled_call_impl is not None:
-        raise UnsupportedError(
-            f"{name} is compiled, and tp, ring and ulysses change it inside: parallelize, then compile; or use cfg"
-        )

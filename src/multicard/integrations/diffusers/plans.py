@@ -1,238 +1,113 @@
-# ruff: noqa: SIM905  lists of names are easier to read and to compare as words
-"""What multicard knows of diffusers' models beyond what they say themselves. Data only."""
+"""The plans of one ``diffusers`` model: our tables, and what the library's own ``_tp_plan`` and ``_cp_plan`` become."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from multicard.guidance import BatchPlan
+from torch import nn
 
-_DIM_0 = """
-    hidden_states sample timestep timesteps t encoder_hidden_states encoder_attention_mask attention_mask guidance
-    timestep_cond class_labels controlnet_block_samples controlnet_single_block_samples encoder_hidden_states_image
-    pooled_projections encoder_hidden_states_t5 encoder_hidden_states_mask timestep_r r_timestep target_size crop_coords
-    original_size input_ids image_embeds audio_hidden_states down_block_additional_residuals
-    mid_block_additional_residual down_intrablock_additional_residuals context_latents global_hidden_states
-    block_controlnet_hidden_states padding_mask encoder_hidden_states_2 encoder_attention_mask_2 ofs id_cond
-    id_vit_hidden text_embedding_mask text_embedding_mask_t5 image_meta_size style encoder_mask proj_embedding
-    condition_mask inpaint_latents control_latents text_bth text_lens image_cond_hidden_states target_timestep
-    prior_token_id prior_token_drop latents_history_short latents_history_mid latents_history_long latents_clean
-    latents_history_2x latents_history_4x pooled_embeds hidden_states_masks latent_cond audio_encoder_hidden_states
-    audio_timestep sigma audio_sigma audio_encoder_attention_mask additional_t_cond control_hidden_states
-    pose_hidden_states face_pixel_values image_latents image_embeddings added_time_ids timestep_ratio clip_text_pooled
-    clip_text clip_img effnet pixels sca crp pooled_text_emb micro_conds encoder_hidden_states_1
-    encoder_attention_mask_1 position_ids segment_ids indicator token_type local_add_cond video_coords audio_coords
-    img_sizes c r clip img_mask
-    text_embeds time_ids resolution aspect_ratio ip_adapter_image_embeds ip_hidden_states image_hidden_states
-    text_hidden_states negative_mask hint text_encoder_layers
-""".split()
-
-_ITEMS = "x cap_feats siglip_feats image_noise_mask img_shapes txt_seq_lens shape_list input_img_latents img_sizes"
-
-BATCH = BatchPlan(
-    sample=("hidden_states", "sample", "x", "latents"),
-    dims={**dict.fromkeys([*_DIM_0, "x"], 0), "encoder_hidden_states_llama3": 1},
-    items=frozenset(_ITEMS.split()),
-)
-"""Which arguments of diffusers' denoisers carry the batch. Rotary embeddings, token ids of positions, layer numbers and
-scales don't; what is missing here only makes a call unsplittable, since every split is tried against the whole."""
+from multicard.errors import ConfigError, UnsupportedError
+from multicard.integrations.diffusers.families import SEQUENCE, TENSOR, SequencePlan
+from multicard.integrations.diffusers.styles import BLOCKS, STYLES
+from multicard.integrations.plan import Rule, make_plan, resolve
 
 
 @dataclasses.dataclass(frozen=True)
-class SequencePlan:
-    """Where a model's image tokens are split over the sequence axis, and where they meet.
+class TensorPlan:
+    """The styles of one model's modules, and its attentions, by path."""
 
-    Text tokens stay whole on every rank: they are few, and attention then knows them as joint tokens.
+    styles: Mapping[str, str]
+    attentions: tuple[str, ...]
 
-    Attributes:
-        attention: the modules whose queries and keys are the image tokens (and joint tokens), by pattern. Others,
-            such as cross-attention to text, need nothing.
-        joint: where joint tokens stand in those modules: "front" or "rear" of the image tokens.
-        inputs: by module pattern, the dim to split of arguments. A None, and a tensor without that dim, is left alone.
-        outputs: by module pattern, the dim to split of outputs by number.
-        gather: by module pattern, the dim along which its output is made whole; then another sequence may be split.
-        outer_mask: an argument ``(B, joint and image tokens)`` whose outer product with itself the model makes its
-            attention mask, bool or added to scores.
-        whole: what isn't split although the model's own ``_cp_plan`` says so: argument names, "module.number".
-        refused: arguments and config entries that the plan doesn't cover: the values that it does.
+
+def tensor_plan(model: nn.Module, plan: Mapping[str, str] | None = None) -> TensorPlan:
+    """The styles that ``model`` is split by: the caller's plan, the model's own ``_tp_plan``, or ours.
+
+    Raises:
+        ConfigError: the plan doesn't fit the model.
+        UnsupportedError: there is none, or it has a part that isn't known here.
     """
+    name, own = type(model).__name__, getattr(model, "_tp_plan", None)
+    ours = plan is None and not own
+    if ours and name not in TENSOR:
+        raise UnsupportedError(
+            f"{name} has no tensor-parallel plan, of its own or here; docs/diffusion.md lists the models that have. "
+            "Use cfg or dp, or pass plan={'tensor': {pattern: style}}"
+        )
+    rules = make_plan(plan or (_translate(own) if own else TENSOR[name]), optional=ours)
+    paths = [path for path, _ in model.named_modules() if path]
+    found = resolve(rules, paths, {**BLOCKS, **STYLES}, name)
+    if not found:
+        raise ConfigError(f"the tensor plan of {name} matches none of its modules")
+    styles: dict[str, str] = {}
+    for path, style in found.items():
+        parts = BLOCKS[style](model.get_submodule(path), path) if style in BLOCKS else {"": style}
+        styles |= {f"{path}.{part}".strip("."): style for part, style in parts.items()}
+    attentions = tuple(path for path, style in found.items() if style in ("attention", "attention_mlp"))
+    return TensorPlan(styles, attentions)
 
-    attention: tuple[str, ...]
-    joint: str = "front"
-    inputs: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
-    outputs: Mapping[str, Mapping[int, int]] = dataclasses.field(default_factory=dict)
-    gather: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    whole: tuple[str, ...] = ()
-    refused: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
-    outer_mask: str | None = None
 
-    @property
-    def patterns(self) -> tuple[str, ...]:
-        """Every module that the plan means."""
-        return (*self.attention, *self.inputs, *self.outputs, *self.gather)
+def _translate(own: Mapping[str, Any]) -> dict[str, str]:
+    """diffusers' plan names every linear layer; here an attention is one thing, because its heads may be uneven."""
+    plan = {}
+    attentions = {path.rpartition(".")[0] for path in own if path.endswith((".to_q", ".to_qkv_mlp_proj"))}
+    for path, style in own.items():
+        owner = next((a for a in attentions if path.startswith(a + ".")), None)
+        if owner is not None:
+            plan[owner] = "attention_mlp" if f"{owner}.to_qkv_mlp_proj" in own else "attention"
+        elif style in ("colwise", "rowwise"):
+            plan[path] = {"colwise": "column", "rowwise": "row"}[style]
+        elif type(style).__name__ == "PackedColwiseParallel" and style.blocks == [1, 1]:
+            plan[path] = "gate_up"
+        elif type(style).__name__ == "PackedRowwiseParallel" and style.blocks is None:
+            plan[path] = "attention_mlp_row"
+        else:
+            raise UnsupportedError(f"_tp_plan: the style {style!r} of {path} isn't known here; pass plan=")
+    return plan
 
 
-_TWO_STREAMS = ("transformer_blocks.*.attn", "single_transformer_blocks.*.attn")
-_TEXT = ("encoder_hidden_states", "encoder_attention_mask", "encoder_hidden_states_mask", "txt_ids")
-_CONTROL = {"controlnet_block_samples": 1, "controlnet_single_block_samples": 1}
-_WAN = SequencePlan(attention=("blocks.*.attn1",))
-_FLUX_LIKE = SequencePlan(_TWO_STREAMS, inputs={"": {"hidden_states": 1, "img_ids": -2}}, gather={"proj_out": 1})
-_SPLIT_ROPE = {"rope": {0: 0, 1: 0}}
-_REFINED = "{noise_refiner,layers}"  # text is refined whole, image tokens split; then both are one split sequence
+def sequence_plan(model: nn.Module) -> SequencePlan:
+    """Ours for this class, with the model's own ``_cp_plan`` merged in.
 
-SEQUENCE = {
-    "FluxTransformer2DModel": SequencePlan(_TWO_STREAMS, whole=_TEXT, inputs={"": _CONTROL}),
-    "Flux2Transformer2DModel": SequencePlan(_TWO_STREAMS, whole=_TEXT, refused={"kv_cache_mode": (None,)}),
-    "QwenImageTransformer2DModel": SequencePlan(
-        ("transformer_blocks.*.attn",), whole=(*_TEXT, "pos_embed.1"), inputs={"": _CONTROL}
-    ),
-    "WanTransformer3DModel": _WAN,
-    "ChronoEditTransformer3DModel": _WAN,
-    "LTXVideoTransformer3DModel": SequencePlan(
-        ("transformer_blocks.*.attn1",), whole=_TEXT, inputs={"": {"timestep": 1}}
-    ),
-    "DiTTransformer2DModel": SequencePlan(
-        ("transformer_blocks.*.attn1",), outputs={"pos_embed": {0: 1}}, gather={"proj_out_2": 1}
-    ),
-    "PixArtTransformer2DModel": SequencePlan(
-        ("transformer_blocks.*.attn1",),
-        outputs={"pos_embed": {0: 1}},
-        gather={"proj_out": 1},
-        refused={"attention_mask": (None,)},
-    ),
-    "SD3Transformer2DModel": SequencePlan(
-        ("transformer_blocks.*.attn", "transformer_blocks.*.attn2"),
-        joint="rear",
-        inputs={"": {"block_controlnet_hidden_states": 1}},
-        outputs={"pos_embed": {0: 1}},
-        gather={"proj_out": 1},
-    ),
-    "HunyuanVideoTransformer3DModel": SequencePlan(
-        _TWO_STREAMS,
-        joint="rear",
-        outputs={**_SPLIT_ROPE, "x_embedder": {0: 1}},
-        gather={"proj_out": 1},
-        refused={"image_condition_type": (None, "latent_concat")},
-    ),
-    "CogVideoXTransformer3DModel": SequencePlan(
-        ("transformer_blocks.*.attn1",),
-        inputs={"": {"image_rotary_emb": 0}, "transformer_blocks.0": {"hidden_states": 1}},
-        gather={"proj_out": 1},
-    ),
-    "HunyuanImageTransformer2DModel": SequencePlan(
-        _TWO_STREAMS, joint="rear", outputs={**_SPLIT_ROPE, "x_embedder": {0: 1}}, gather={"proj_out": 1}
-    ),
-    "CogView3PlusTransformer2DModel": SequencePlan(
-        ("transformer_blocks.*.attn1",),
-        inputs={"transformer_blocks.0": {"hidden_states": 1}},
-        gather={"proj_out": 1},
-    ),
-    "CogView4Transformer2DModel": SequencePlan(
-        ("transformer_blocks.*.attn1",),
-        outputs={**_SPLIT_ROPE, "patch_embed": {0: 1}},
-        gather={"proj_out": 1},
-        refused=dict.fromkeys(("attention_mask", "image_rotary_emb"), (None,)),
-    ),
-    "BriaTransformer2DModel": _FLUX_LIKE,
-    "LongCatImageTransformer2DModel": _FLUX_LIKE,
-    "OvisImageTransformer2DModel": _FLUX_LIKE,
-    "SkyReelsV2Transformer3DModel": SequencePlan(
-        ("blocks.*.attn1",),
-        inputs={"blocks.0": {"hidden_states": 1}},
-        outputs={"rope": {0: 1, 1: 1}},
-        gather={"proj_out": 1},
-        refused={"enable_diffusion_forcing": (False,)},
-    ),
-    "AuraFlowTransformer2DModel": SequencePlan(
-        ("joint_transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
-        outputs={"pos_embed": {0: 1}},
-        gather={"proj_out": 1},
-    ),
-    "ChromaTransformer2DModel": SequencePlan(
-        _TWO_STREAMS,
-        inputs={"": {"hidden_states": 1, "img_ids": -2, **_CONTROL}},
-        gather={"proj_out": 1},
-        outer_mask="attention_mask",
-    ),
-    "ZImageTransformer2DModel": SequencePlan(
-        (f"{_REFINED}.*.attention",),
-        inputs={f"{_REFINED}.0": {"x": 1}, f"{_REFINED}.*": {"attn_mask": 1, "freqs_cis": 1}},
-        gather={"noise_refiner.-1": 1, "all_final_layer.*": 1},
-        refused=dict.fromkeys(("controlnet_block_samples", "siglip_feats", "image_noise_mask"), (None,)),
-    ),
-    "Lumina2Transformer2DModel": SequencePlan(
-        (f"{_REFINED}.*.attn",),
-        inputs={f"{_REFINED}.0": {"hidden_states": 1}, f"{_REFINED}.*": {"attention_mask": 1, "image_rotary_emb": 1}},
-        gather={"noise_refiner.-1": 1, "norm_out": 1},
-    ),
-}
-"""Sequence parallel, by class. Where the model has a ``_cp_plan``, splits and gathers are those plus these."""
+    Raises:
+        UnsupportedError: there is none.
+    """
+    name = type(model).__name__
+    if name not in SEQUENCE:
+        raise UnsupportedError(
+            f"{name} has no sequence-parallel plan (ring, ulysses); docs/diffusion.md lists the {len(SEQUENCE)} models "
+            "that have. Use cfg or dp, or pass plan={'sequence': SequencePlan(...)}"
+        )
+    return _merged(SEQUENCE[name], getattr(model, "_cp_plan", None) or {})
 
-TENSOR_STYLES = (
-    "attention", "feed_forward", "column", "gated", "row", "attention_mlp_row", "attention_mlp", "head_columns",
-)  # fmt: skip
-"""What tensor parallelism does to a module.
 
-attention: projections to heads by output, those from heads by input, norms over all heads with one sum over the ranks.
-feed_forward: diffusers' ``FeedForward``. column, row: a linear layer, evenly. gated: a column whose output is two
-halves that meet element by element. attention_mlp_row: a row whose input is the sibling ``attn``'s heads, then an
-even part.
-attention_mlp: an attention whose projections are fused with an MLP's. head_columns: outputs over all heads side by
-side (rotary embeddings applied before heads are told apart).
-"""
+def _merged(plan: SequencePlan, own: Mapping[str, Any]) -> SequencePlan:
+    inputs = {module: dict(dims) for module, dims in plan.inputs.items()}
+    outputs = {module: dict(dims) for module, dims in plan.outputs.items()}
+    gather = dict(plan.gather)
+    for module, rule in own.items():
+        if not isinstance(rule, Mapping):
+            gather[module] = rule.gather_dim
+            continue
+        for key, entry in rule.items():
+            if f"{module}.{key}" in plan.whole or key in plan.whole:
+                continue
+            if isinstance(key, int):
+                outputs.setdefault(module, {})[key] = entry.split_dim
+            else:
+                inputs.setdefault(module, {})[key] = entry.split_dim
+    return dataclasses.replace(plan, inputs=inputs, outputs=outputs, gather=gather)
 
-_JOINT_BLOCKS = {
-    "transformer_blocks.*.{attn,attn2}": "attention",
-    "transformer_blocks.*.{ff,ff_context}": "feed_forward",
-}
-_CROSS_BLOCKS = {
-    "transformer_blocks.*.{attn1,attn2}": "attention",
-    "transformer_blocks.*.ff": "feed_forward",
-}
-_SINGLE_BLOCKS = {
-    "single_transformer_blocks.*.attn": "attention",
-    "single_transformer_blocks.*.proj_mlp": "column",
-    "single_transformer_blocks.*.proj_out": "attention_mlp_row",
-}
-_WAN_BLOCKS = {"blocks.*.{attn1,attn2}": "attention", "blocks.*.ffn": "feed_forward"}
 
-_SELF_BLOCKS = {"transformer_blocks.*.attn1": "attention", "transformer_blocks.*.ff": "feed_forward"}
-_ALL_REFINED = "{noise_refiner,context_refiner,layers}"
-
-TENSOR: dict[str, dict[str, str]] = {
-    "SD3Transformer2DModel": _JOINT_BLOCKS,
-    "DiTTransformer2DModel": _CROSS_BLOCKS,
-    "PixArtTransformer2DModel": _CROSS_BLOCKS,
-    "LTXVideoTransformer3DModel": {**_CROSS_BLOCKS, "rope": "head_columns"},
-    "CogVideoXTransformer3DModel": _CROSS_BLOCKS,
-    "WanTransformer3DModel": _WAN_BLOCKS,
-    "ChronoEditTransformer3DModel": _WAN_BLOCKS,
-    "HunyuanVideoTransformer3DModel": {**_JOINT_BLOCKS, **_SINGLE_BLOCKS},
-    "HunyuanImageTransformer2DModel": {**_JOINT_BLOCKS, **_SINGLE_BLOCKS},
-    "ChromaTransformer2DModel": {**_JOINT_BLOCKS, **_SINGLE_BLOCKS},
-    "BriaTransformer2DModel": {**_JOINT_BLOCKS, **_SINGLE_BLOCKS},
-    "LongCatImageTransformer2DModel": {**_JOINT_BLOCKS, **_SINGLE_BLOCKS},
-    "CogView3PlusTransformer2DModel": _SELF_BLOCKS,
-    "CogView4Transformer2DModel": _SELF_BLOCKS,
-    "ConsisIDTransformer3DModel": _SELF_BLOCKS,
-    "AllegroTransformer3DModel": _CROSS_BLOCKS,
-    "LatteTransformer3DModel": {
-        "{transformer_blocks,temporal_transformer_blocks}.*.{attn1,attn2}": "attention",
-        "{transformer_blocks,temporal_transformer_blocks}.*.ff": "feed_forward",
-    },
-    "HunyuanDiT2DModel": {"blocks.*.{attn1,attn2}": "attention", "blocks.*.ff": "feed_forward"},
-    "SkyReelsV2Transformer3DModel": _WAN_BLOCKS,
-    "ZImageTransformer2DModel": {
-        f"{_ALL_REFINED}.*.attention": "attention",
-        f"{_ALL_REFINED}.*.feed_forward.{{w1,w3}}": "column",
-        f"{_ALL_REFINED}.*.feed_forward.w2": "row",
-    },
-    "AuraFlowTransformer2DModel": {
-        "{joint,single}_transformer_blocks.*.attn": "attention",
-        "{joint,single}_transformer_blocks.*.{ff,ff_context}.{linear_1,linear_2}": "column",
-        "{joint,single}_transformer_blocks.*.{ff,ff_context}.out_projection": "row",
-    },
-}
-"""Tensor parallel, by class, for models without a ``_tp_plan`` of their own."""
+def matching(model: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module]]:
+    """Modules by pattern, in which a list's items may be counted from its end: ``layers.-1``."""
+    rule = Rule(pattern, "")
+    for path, module in model.named_modules():
+        owner, _, number = path.rpartition(".")
+        names = [path]
+        if number.isdecimal():
+            names.append(f"{owner}.{int(number) - len(list(model.get_submodule(owner).children()))}")
+        if any(rule.matches(name) for name in names):
+            yield path, module

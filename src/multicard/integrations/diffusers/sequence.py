@@ -8,7 +8,6 @@ Every attention in diffusers, whether it uses the library's dispatcher or a proc
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,94 +19,16 @@ from torch.overrides import TorchFunctionMode
 
 from multicard import collectives
 from multicard.attention.attend import attend
-from multicard.errors import ConfigError, UnsupportedError
+from multicard.errors import UnsupportedError
 from multicard.integrations.calls import changed, named, parameters
-from multicard.integrations.diffusers.plans import SEQUENCE, SequencePlan
-from multicard.integrations.plan import Rule
+from multicard.integrations.diffusers.checks import check_sequence
+from multicard.integrations.diffusers.families import SequencePlan
+from multicard.integrations.diffusers.plans import matching
 from multicard.integrations.seams import Hooks, bypassed
 from multicard.mesh import ParallelMesh
 from multicard.partition import split
 
 SPLIT = "_multicard_sequence"
-TORCH_BACKENDS = ("native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math")
-"""diffusers' attention backends that end in torch's ``scaled_dot_product_attention``."""
-
-
-def sequence_plan(model: nn.Module) -> SequencePlan:
-    """Ours for this class, with the model's own ``_cp_plan`` merged in.
-
-    Raises:
-        UnsupportedError: there is none.
-    """
-    name = type(model).__name__
-    if name not in SEQUENCE:
-        raise UnsupportedError(
-            f"{name} has no sequence-parallel plan (ring, ulysses); docs/diffusion.md lists the {len(SEQUENCE)} models "
-            "that have. Use cfg or dp, or pass plan={'sequence': SequencePlan(...)}"
-        )
-    return _merged(SEQUENCE[name], getattr(model, "_cp_plan", None) or {})
-
-
-def _merged(plan: SequencePlan, own: Mapping[str, Any]) -> SequencePlan:
-    inputs = {module: dict(dims) for module, dims in plan.inputs.items()}
-    outputs = {module: dict(dims) for module, dims in plan.outputs.items()}
-    gather = dict(plan.gather)
-    for module, rule in own.items():
-        if not isinstance(rule, Mapping):
-            gather[module] = rule.gather_dim
-            continue
-        for key, entry in rule.items():
-            if f"{module}.{key}" in plan.whole or key in plan.whole:
-                continue
-            if isinstance(key, int):
-                outputs.setdefault(module, {})[key] = entry.split_dim
-            else:
-                inputs.setdefault(module, {})[key] = entry.split_dim
-    return dataclasses.replace(plan, inputs=inputs, outputs=outputs, gather=gather)
-
-
-def check_guidance(target: Any) -> None:
-    """Refuse pipelines whose attention processors tell guidance branches apart (perturbed attention guidance).
-
-    Raises:
-        UnsupportedError: they attend to the sequence twice, each time in another way.
-    """
-    if getattr(target, "_pag_attn_processors", None) is not None:
-        name = type(target).__name__
-        raise UnsupportedError(
-            f"{name}: perturbed attention guidance attends to the sequence twice a layer, which ring and ulysses don't "
-            f"cover; use cfg, tp or dp, or the pipeline without it ({name.replace('PAG', '')})"
-        )
-
-
-def check_sequence(model: nn.Module, plan: SequencePlan) -> None:
-    """Refuse what the plan doesn't cover, before any forward.
-
-    Raises:
-        ConfigError: the plan names modules that the model doesn't have.
-        UnsupportedError: a config entry outside the plan, or an attention backend that isn't torch's own.
-    """
-    for key, allowed in plan.refused.items():
-        config = getattr(model, "config", {})
-        if key in config and config[key] not in allowed:
-            raise UnsupportedError(
-                f"{type(model).__name__} with {key}={config[key]!r} can't be split by sequence: it treats some image "
-                "tokens differently by their place; use cfg, tp or dp"
-            )
-    for pattern in plan.patterns:
-        found = list(_matching(model, pattern))
-        if not found and "*" not in pattern:
-            raise ConfigError(f"sequence plan: {type(model).__name__} has no module {pattern!r}")
-    attentions = [item for pattern in plan.attention for item in _matching(model, pattern)]
-    if not attentions:
-        raise ConfigError(f"sequence plan: none of {', '.join(plan.attention)} is in {type(model).__name__}")
-    for path, module in attentions:
-        backend = getattr(getattr(module, "processor", None), "_attention_backend", None)
-        backend = getattr(backend, "value", backend)  # of diffusers' AttentionBackendName
-        if backend is not None and backend not in TORCH_BACKENDS:
-            raise UnsupportedError(
-                f"{path} uses the attention backend {backend}: set_attention_backend('native') first"
-            )
 
 
 def shares_sequence(model: nn.Module, mesh: ParallelMesh) -> bool:
@@ -149,19 +70,19 @@ class SequenceSplit:
     def _place(self) -> None:
         """Put hooks on the modules that the plan's paths lead to."""
         model, plan, hooks = self._model, self.plan, self._hooks
-        self._hooked = {path: module for pattern in plan.patterns for path, module in _matching(model, pattern)}
+        self._hooked = {path: module for pattern in plan.patterns for path, module in matching(model, pattern)}
         hooks.before(model, functools.partial(self._begin, _names(model)), prepend=True)
         for pattern, dims in plan.inputs.items():
-            for _, module in _matching(model, pattern):
+            for _, module in matching(model, pattern):
                 hooks.before(module, functools.partial(self._split_inputs, _names(module), dims))
         for pattern, numbers in plan.outputs.items():
-            for _, module in _matching(model, pattern):
+            for _, module in matching(model, pattern):
                 hooks.after(module, functools.partial(self._split_outputs, numbers))
         for pattern, dim in plan.gather.items():
-            for _, module in _matching(model, pattern):
+            for _, module in matching(model, pattern):
                 hooks.after(module, functools.partial(self._gather, dim))
         for pattern in plan.attention:
-            for path, module in _matching(model, pattern):
+            for path, module in matching(model, pattern):
                 hooks.before(module, self._call_attention)
                 if module not in self._attentions:
                     self._attentions.add(module)
@@ -402,15 +323,3 @@ def _biased(query: Tensor, key: Tensor, rows: Tensor, scale: float) -> tuple[Ten
 def _names(module: nn.Module) -> tuple[str, ...]:
     """Looked up when a hook is placed: Dynamo, which traces hooks, can't trace signatures."""
     return parameters(type(module).forward)
-
-
-def _matching(model: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module]]:
-    """Modules by pattern, in which a list's items may be counted from its end: ``layers.-1``."""
-    rule = Rule(pattern, "")
-    for path, module in model.named_modules():
-        owner, _, number = path.rpartition(".")
-        names = [path]
-        if number.isdecimal():
-            names.append(f"{owner}.{int(number) - len(list(model.get_submodule(owner).children()))}")
-        if any(rule.matches(name) for name in names):
-            yield path, module

@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from multicard.errors import UnsupportedError
-from multicard.integrations.heads import Heads, uses_interface
-from multicard.integrations.transformers.families import HEAD_STYLES
-from multicard.integrations.transformers.plans import ResolvedPlan
+from multicard.integrations.heads import Heads
+from multicard.integrations.linears import features
+from multicard.integrations.transformers.heads import uses_interface
+from multicard.integrations.transformers.plans import TO_QUERY, ResolvedPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+BY_HEADS = (*TO_QUERY, "key_value", "attention_out", "heads", "key_value_heads", "head_columns")
 
 BEFORE_HEADS = re.compile(r"q_a_proj|kv_a_proj\w*|q_a_layernorm|kv_a_layernorm|q_a_norm|kv_a_norm")
 """Latent attention's low-rank parts: they work on whole tensors."""
@@ -61,8 +64,7 @@ def _check_attention(model: nn.Module, plan: ResolvedPlan, path: str, heads: Hea
     outs = [name for name, style in plan.styles.items() if style == "attention_out" and _beside(name, path)]
     if len(outs) != 1:
         raise _refused(path, module, f"the plan has {len(outs)} output projections for it, not one")
-    out = model.get_submodule(outs[0])
-    width = getattr(out, "in_features", getattr(out, "nx", 0))
+    width, _ = features(model.get_submodule(outs[0]))
     if width % heads.query:
         raise _refused(path, module, f"its output projection takes {width} features from {heads.query} heads")
     for name, _ in module.named_parameters(recurse=False):
@@ -71,7 +73,7 @@ def _check_attention(model: nn.Module, plan: ResolvedPlan, path: str, heads: Hea
     dims = _head_dims(model, plan, path, heads)
     widths = {count * dim for count in (heads.query, heads.kv) if count > 1 for dim in dims}
     for name, child in module.named_children():
-        if f"{path}.{name}" in plan.styles and plan.styles[f"{path}.{name}"] in HEAD_STYLES:
+        if plan.styles.get(f"{path}.{name}") in BY_HEADS:
             continue
         _check_bystander(path, module, name, child, plan, widths)
 
@@ -88,8 +90,8 @@ def _head_dims(model: nn.Module, plan: ResolvedPlan, path: str, heads: Heads) ->
     dims = set()
     for name, style in plan.styles.items():
         if name.rpartition(".")[0] == path and style in ("query", "key_value"):
-            features = getattr(model.get_submodule(name), "out_features", 0)
-            dims.add(features // (heads.query if style == "query" else heads.kv))
+            _, width = features(model.get_submodule(name))
+            dims.add(width // (heads.query if style == "query" else heads.kv))
     return dims
 
 
@@ -110,9 +112,7 @@ def _check_widths(model: nn.Module, plan: ResolvedPlan) -> None:
     owners: dict[str, dict[str, set[int]]] = {}
     for path, style in plan.styles.items():
         if style in ("column", "gate_up", "row"):
-            module = model.get_submodule(path)
-            ins = getattr(module, "in_features", getattr(module, "nx", 0))
-            outs = getattr(module, "out_features", getattr(module, "nf", 0))
+            ins, outs = features(model.get_submodule(path))
             width = {"row": ins, "column": outs, "gate_up": outs // 2}[style]
             owner = re.sub(r"\.(intermediate|output)$", "", path.rpartition(".")[0])
             owners.setdefault(owner, {}).setdefault("row" if style == "row" else "column", set()).add(width)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from multicard.integrations.calls import named, parameters
-from multicard.integrations.heads import ATTENDED, SEGMENTED
 from multicard.integrations.intercept import Plain, intercept
 from multicard.integrations.seams import Hooks, RowProof, bypassed, counted
+from multicard.integrations.transformers.heads import ATTENDED, SEGMENTED
 from multicard.layers import ColumnParallelLinear, VocabParallelEmbedding
 from multicard.mesh import ParallelMesh
 from multicard.replica import Replica

@@ -1,32 +1,12 @@
 """How each family of ``transformers`` models is split: a table.
 
-Supporting one more family adds lines to ``FAMILIES``, never a class. What a style does is in ``layers``.
+Supporting one more family adds lines to ``FAMILIES``, never a class. What a style does is in ``styles``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-
-STYLES = {
-    "column": "output features by width",
-    "row": "input features by width; the products are added up",
-    "gate_up": "two fused projections, [gate | up], each by width",
-    "query": "output features by query head",
-    "key_value": "output features by the key/value heads that this rank's query heads read",
-    "qkv": "fused [Q | K | V], each by its heads",
-    "qkv_groups": "fused, for every key/value head [its query heads, K, V], by heads",
-    "attention_out": "input features by query head; the products are added up",
-    "heads": "a parameter with entries for every query head along its first dimension",
-    "key_value_heads": "the same for every key/value head",
-    "head_columns": "a table with a column for every query head (position biases)",
-    "embedding": "vocabulary rows",
-    "head": "vocabulary rows of the output, gathered",
-    "experts": "packed mixture-of-experts weights, every expert by width; the outputs are added up",
-    "whole": "on every rank",
-}
-FUSED = ("qkv", "qkv_groups")
-HEAD_STYLES = ("query", "key_value", *FUSED, "attention_out", "heads", "key_value_heads", "head_columns")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -131,5 +131,5 @@ def load_decoder(
     mesh: ParallelMesh, folder: str | os.PathLike[str], dtype: torch.dtype | None = None, checksums: bool = False
 ) -> Iterator[float | tuple[TransformersDecoder, LoadReport]]:
     """The decoder in ``folder``, called as :func:`multicard.models.load.load_decoder` is."""
-    model, report = load_model(folder, mesh, dtype=dtype, checksums=checksums)
-    yield TransformersDecoder(model, mesh), report
+    for done in load_model(folder, mesh, dtype=dtype, checksums=checksums):
+        yield done if isinstance(done, float) else (TransformersDecoder(done[0], mesh), done[1])

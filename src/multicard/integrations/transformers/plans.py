@@ -11,10 +11,14 @@ from torch import nn
 
 from multicard.errors import UnsupportedError
 from multicard.integrations.plan import Rule, make_plan, resolve
-from multicard.integrations.transformers.families import FAMILIES, STYLES, Family
+from multicard.integrations.transformers.families import FAMILIES, Family
+from multicard.integrations.transformers.styles import STYLES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+TO_QUERY = ("query", "qkv", "qkv_groups")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +28,13 @@ class ResolvedPlan:
     styles: Mapping[str, str]
     families: Mapping[str, Family]
 
+    @property
+    def attentions(self) -> list[str]:
+        """Paths of the attention modules that are split: those that own a projection to query heads."""
+        return sorted({path.rpartition(".")[0] for path, style in self.styles.items() if style in TO_QUERY})
+
     def family(self, path: str) -> Family:
-        """The family of the innermost model of ours to know that holds ``path``."""
+        """The family of the innermost known model that holds ``path``."""
         holders = [root for root in self.families if not root or path == root or path.startswith(root + ".")]
         return self.families[max(holders, key=len)] if holders else Family()
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from multicard import collectives
 from multicard.attention.sequence import flatten, to_natural_order
 from multicard.errors import UnsupportedError
-from multicard.integrations.heads import uses_interface
 from multicard.integrations.seams import Hooks, bypassed
 from multicard.integrations.transformers import attention
 from multicard.integrations.transformers.cache import CACHE_NAMES, Chunk, ShardedCache, cache_name, take
+from multicard.integrations.transformers.heads import uses_interface
 from multicard.mesh import ParallelMesh
 
 if TYPE_CHECKING:

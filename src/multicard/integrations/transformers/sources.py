@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from multicard.errors import UnsupportedError
-from multicard.weights import Checkpoint
+from multicard.layers.shard import shard_of
+from multicard.weights import Checkpoint, Converted, Plain, Source, SourceOf, Stacked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-@dataclasses.dataclass
-class Source:
-    """What a parameter is read from: one tensor, or several that a converter of ``transformers`` makes it of.
-
-    Attributes:
-        keys: the checkpoint's names, by the converter's source pattern, in the order in which they are packed.
-        converter: None for a tensor that is only renamed.
-    """
-
-    keys: dict[str, list[str]]
-    converter: Any = None
-
-    @property
-    def packed(self) -> bool:
-        """Single experts stacked, and perhaps gate and up put one after the other: it can be read by slices."""
-        kinds = [(type(op).__name__, getattr(op, "dim", None)) for op in self.converter.operations]
-        return kinds in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
 
 
 class Sources:
@@ -41,18 +28,19 @@ class Sources:
         renaming, converter = (internal(core_model_loading, f"Weight{kind}") for kind in ("Renaming", "Converter"))
         self.renamings = [entry for entry in mapping if isinstance(entry, renaming)]
         self.converters = [entry for entry in mapping if isinstance(entry, converter)]
-        self.prefix = model.base_model_prefix
+        self.model, self.prefix = model, model.base_model_prefix
         self.names = dict.fromkeys(model.state_dict(), True)
         self.tied: dict[str, str] = dict(internal(model, "all_tied_weights_keys"))
 
-    def find(self, checkpoint: Checkpoint) -> dict[str, Source]:
-        """Where every parameter comes from."""
+    def find(self, checkpoint: Checkpoint) -> SourceOf:
+        """Where every parameter and persistent buffer comes from."""
         from transformers import core_model_loading
 
         natural = internal(core_model_loading, "dot_natural_key")
         rename = internal(core_model_loading, "rename_source_key")
         by_pattern = {pattern: entry for entry in self.converters for pattern in entry.source_patterns}
         found: dict[str, Source] = {}
+        converted: dict[str, tuple[Any, dict[str, list[str]]]] = {}
         for key in sorted(checkpoint.tensors, key=natural):
             name, pattern = rename(key, self.renamings, self.converters, self.prefix, self.names)
             if name not in self.names and key in self.names:
@@ -60,16 +48,52 @@ class Sources:
             if name not in self.names:
                 continue  # another task's head, or an old version's buffer: completeness is what counts
             if pattern is None:
-                found[name] = Source({"": [key]})
+                found[name] = Plain(key)
             else:
-                source = found.setdefault(name, Source({}, by_pattern[pattern]))
-                source.keys.setdefault(pattern, []).append(key)
+                _, keys = converted.setdefault(name, (by_pattern[pattern], {}))
+                keys.setdefault(pattern, []).append(key)
+        for name, (converter, keys) in converted.items():
+            found |= self._converted(name, converter, keys)
         for name, origin in self.tied.items():
             if origin in found:
                 found[name] = found[origin]
             elif name in found:
                 found[origin] = found[name]
-        return found
+        return found.get
+
+    def _converted(self, name: str, converter: Any, keys: dict[str, list[str]]) -> dict[str, Source]:
+        """What a converter of ``transformers`` makes of tensors, by the pattern that each matched.
+
+        Single experts stacked, and perhaps gate and up put one after the other, can be read by slices. Anything else is
+        made of whole tensors.
+        """
+        kinds = [(type(op).__name__, getattr(op, "dim", None)) for op in converter.operations]
+        if kinds in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):
+            return {name: Stacked(list(keys.values()))}
+
+        def convert(whole: Callable[[str], Tensor]) -> dict[str, Tensor]:
+            once = copy.deepcopy(converter)
+            for pattern, tensors in keys.items():
+                for key in tensors:
+                    once.add_tensor(name, key, pattern, functools.partial(whole, key))
+            made = once.convert(name, model=_Whole(self.model), config=self.model.config)
+            return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
+
+        targets = converter.target_patterns  # the name has the first one in it
+        return dict.fromkeys((name.replace(targets[0], target) for target in targets), Converted(convert))
+
+
+class _Whole:
+    """A model as converters see it that ask for the sizes of its parameters: those before the split."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def get_parameter(self, name: str) -> Tensor:
+        return torch.empty(shard_of(self._model.get_parameter(name)).shape, device="meta")
 
 
 def internal(owner: Any, name: str) -> Any:

@@ -1,0 +1,83 @@
+"""What a ``diffusers`` model can't be split with, refused before anything is changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from multicard.errors import ConfigError, UnsupportedError
+from multicard.integrations.diffusers.denoisers import uncompiled
+from multicard.integrations.diffusers.families import SequencePlan
+from multicard.integrations.diffusers.plans import matching
+from multicard.mesh import ParallelMesh
+
+TORCH_BACKENDS = ("native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math")
+"""diffusers' attention backends that end in torch's ``scaled_dot_product_attention``."""
+
+
+def check_guidance(target: Any) -> None:
+    """Refuse pipelines whose attention processors tell guidance branches apart (perturbed attention guidance).
+
+    Raises:
+        UnsupportedError: they attend to the sequence twice, each time in another way.
+    """
+    if getattr(target, "_pag_attn_processors", None) is not None:
+        name = type(target).__name__
+        raise UnsupportedError(
+            f"{name}: perturbed attention guidance attends to the sequence twice a layer, which ring and ulysses don't "
+            f"cover; use cfg, tp or dp, or the pipeline without it ({name.replace('PAG', '')})"
+        )
+
+
+def check_sequence(model: nn.Module, plan: SequencePlan) -> None:
+    """Refuse what the plan doesn't cover, before any forward.
+
+    Raises:
+        ConfigError: the plan names modules that the model doesn't have.
+        UnsupportedError: a config entry outside the plan, or an attention backend that isn't torch's own.
+    """
+    for key, allowed in plan.refused.items():
+        config = getattr(model, "config", {})
+        if key in config and config[key] not in allowed:
+            raise UnsupportedError(
+                f"{type(model).__name__} with {key}={config[key]!r} can't be split by sequence: it treats some image "
+                "tokens differently by their place; use cfg, tp or dp"
+            )
+    for pattern in plan.patterns:
+        found = list(matching(model, pattern))
+        if not found and "*" not in pattern:
+            raise ConfigError(f"sequence plan: {type(model).__name__} has no module {pattern!r}")
+    attentions = [item for pattern in plan.attention for item in matching(model, pattern)]
+    if not attentions:
+        raise ConfigError(f"sequence plan: none of {', '.join(plan.attention)} is in {type(model).__name__}")
+    for path, module in attentions:
+        backend = getattr(getattr(module, "processor", None), "_attention_backend", None)
+        backend = getattr(backend, "value", backend)  # of diffusers' AttentionBackendName
+        if backend is not None and backend not in TORCH_BACKENDS:
+            raise UnsupportedError(
+                f"{path} uses the attention backend {backend}: set_attention_backend('native') first"
+            )
+
+
+def check_uncompiled(model: nn.Module) -> None:
+    """Refuse a compiled model: what was compiled wouldn't notice what is put in."""
+    name = type(uncompiled(model)).__name__
+    if uncompiled(model) is not model or model._compiled_call_impl is not None:
+        raise UnsupportedError(
+            f"{name} is compiled, and tp, ring and ulysses change it inside: parallelize, then compile; or use cfg"
+        )
+
+
+def check_caches(name: str, module: nn.Module, mesh: ParallelMesh) -> None:
+    """Refuse caches between steps where ranks compute different branches or tokens: each would decide by its own."""
+    if mesh.cfg.size == mesh.sequence.size == 1:
+        return
+    for part in module.modules():
+        registry = getattr(part, "_diffusers_hook", None)
+        for hook in registry.hooks.values() if registry else ():
+            if hook._is_stateful:
+                raise UnsupportedError(
+                    f"{name} has a {type(hook).__name__}, which keeps state from step to step: "
+                    "disable the cache (disable_cache()), or use tp or dp with cfg=1 and neither ring nor ulysses"
+                )

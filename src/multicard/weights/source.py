@@ -1,0 +1,159 @@
+"""Where a parameter comes from: which tensors of a checkpoint it is made of, and how this rank's part is read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from multicard.errors import CheckpointError
+from multicard.layers.shard import Shard, Spans
+from multicard.weights.checkpoint import Checkpoint
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Source(Protocol):
+    """What one parameter (or several) is read from."""
+
+    def shapes(self, shard: Shard) -> Shapes:
+        """The tensors that a checkpoint must hold for a parameter with this rule, whole, by name."""
+
+    def fill(self, reader: Reader, name: str, shard: Shard, out: Tensor) -> None:
+        """This rank's part of the parameter called ``name`` into ``out``."""
+
+
+class Reader:
+    """Slices of a checkpoint's tensors, and the count of what reading them took.
+
+    Attributes:
+        bytes_read: of tensors, so far.
+        staging: bytes of the largest buffer that a slice went through since it was last set to 0.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.bytes_read = self.staging = 0
+
+    def rows(self, key: str, dim: int, rows: range, out: Tensor) -> None:
+        """``rows`` of a tensor along ``dim`` into ``out``."""
+        size, staging = self.checkpoint.read(key, dim, rows, out)
+        self.bytes_read += size
+        self.staging = max(self.staging, staging)
+
+    def spans(self, key: str, dim: int, spans: Spans, out: Tensor, start: int = 0) -> int:
+        """Spans of a tensor, one after the other, into ``out`` from row ``start`` on; returns the row after them."""
+        for span in spans:
+            self.rows(key, dim, span, out.narrow(dim, start, len(span)))
+            start += len(span)
+        return start
+
+    def whole(self, key: str) -> Tensor:
+        """All of a tensor, in float32."""
+        shape = self.checkpoint.tensors[key].shape
+        out = torch.empty(shape or 1)
+        self.rows(key, 0, range(len(out)), out)
+        return out.view(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """One tensor, or one for each part of a fused parameter: ``...qkv_proj.weight`` is in ``...q_proj.weight`` etc."""
+
+    key: str
+
+    def shapes(self, shard: Shard) -> Shapes:
+        whole = shard.shape[::-1] if shard.transposed else shard.shape
+        before, after = whole[: shard.dim], whole[shard.dim + 1 :]
+        return {self._part(part): (*before, size, *after) for part, size in shard.parts} or {self.key: whole}
+
+    def fill(self, reader: Reader, name: str, shard: Shard, out: Tensor) -> None:
+        if shard.transposed:
+            staged = torch.empty(out.shape[::-1], dtype=out.dtype, device=out.device)
+            reader.spans(self.key, 1 - shard.dim, shard.spans, staged)
+            out.copy_(staged.T)
+            return
+        if not out.dim():
+            reader.rows(self.key, 0, range(1), out.view(1))
+            return
+        at = 0
+        for key, spans in self.slices(shard):
+            at = reader.spans(key, shard.dim, spans, out, at)
+
+    def slices(self, shard: Shard) -> list[tuple[str, Spans]]:
+        """What is read along the rule's dimension, in the order of the parameter's rows."""
+        found = []
+        parts = [(self._part(part), size) for part, size in shard.parts] or [(self.key, shard.shape[shard.dim])]
+        for span in shard.spans:
+            start = 0
+            for key, size in parts:
+                found.append((key, within((span,), start, size)))
+                start += size
+        return found
+
+    def _part(self, part: str) -> str:
+        module, _, leaf = self.key.rpartition(".")
+        return f"{module.rpartition('.')[0]}.{part}.{leaf}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stacked:
+    """``(experts, rows, columns)`` out of single experts' matrices.
+
+    Attributes:
+        groups: for each of what is put together along the rows (gate and up), the names of the experts' matrices.
+    """
+
+    groups: Sequence[Sequence[str]]
+
+    def shapes(self, shard: Shard) -> Shapes:
+        experts, rows, columns = shard.shape
+        for keys in self.groups:
+            if len(keys) != experts:
+                raise CheckpointError(f"{len(keys)} tensors like {keys[0]!r}, where the config asks for {experts}")
+        return {key: (rows // len(self.groups), columns) for keys in self.groups for key in keys}
+
+    def fill(self, reader: Reader, name: str, shard: Shard, out: Tensor) -> None:
+        _, rows, _ = shard.shape
+        share = rows // len(self.groups)
+        for expert, mine in enumerate(out):
+            at = 0
+            for number, keys in enumerate(self.groups):
+                if shard.dim == 2:
+                    reader.spans(keys[expert], 1, shard.spans, mine[at : at + share])
+                    at += share
+                else:
+                    spans = shard.spans if shard.dim == 1 else (range(rows),)
+                    at = reader.spans(keys[expert], 0, within(spans, number * share, share), mine, at)
+
+
+class Converted:
+    """Whatever a function makes of whole tensors, cut to this rank's part. Read once for all that it makes.
+
+    Args:
+        convert: given a function that reads a whole tensor by name, it returns whole parameters by name.
+    """
+
+    def __init__(self, convert: Callable[[Callable[[str], Tensor]], Mapping[str, Tensor]]) -> None:
+        self._convert = convert
+        self._made: dict[str, Tensor] = {}
+
+    def shapes(self, shard: Shard) -> Shapes:
+        return {}
+
+    def fill(self, reader: Reader, name: str, shard: Shard, out: Tensor) -> None:
+        if name not in self._made:
+            self._made |= self._convert(reader.whole)
+        if name not in self._made:
+            raise CheckpointError(f"{reader.checkpoint.where}: nothing there makes {name!r}")
+        made = self._made.pop(name)
+        out.copy_(shard.take(made.T if shard.transposed else made))
+
+
+def within(spans: Spans, start: int, size: int) -> Spans:
+    """The parts of ``spans`` inside ``size`` rows from ``start``, counted from there."""
+    cut = (range(max(s.start, start) - start, min(s.stop, start + size) - start) for s in spans)
+    return tuple(s for s in cut if len(s))
