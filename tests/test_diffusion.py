@@ -70,7 +70,7 @@ def test_pictures_as_tensors(digits, expected):  # diffusers before 0.41 has non
 def test_refused_requests_leave_the_ranks_as_they_are(digits, expected):
     pids = digits._ranks.pids
     for wrong, said in (
-        ({"num_inferense_steps": 3}, "did you mean num_inference_steps"),
+        ({"num_inferense_steps": 3}, "did you mean 'num_inference_steps'"),
         ({"prompt": "a cat"}, "it takes class_labels, guidance_scale"),
         ({"generator": None}, "seed="),
         ({"seed": -1}, "seed=-1"),
@@ -240,7 +240,7 @@ BAD = {
     "no index": (lambda f: remove(f / "model_index.json"), {}, CheckpointError, "isn't a diffusers pipeline"),
     "index not JSON": (lambda f: (f / "model_index.json").write_text("{"), {}, CheckpointError, "is not JSON"),
     "unknown class": (
-        lambda f: edit(f / "model_index.json", _class_name="DiTPipelin"), {}, CheckpointError, "did you mean DiTPipe",
+        lambda f: edit(f / "model_index.json", _class_name="DiTPipelin"), {}, CheckpointError, "did you mean 'DiTPipe",
     ),
     "missing component": (lambda f: remove(f / "vae"), {}, CheckpointError, "vae: no such folder"),
     "missing weights": (lambda f: remove(f / WEIGHTS), {}, CheckpointError, "no safetensors weights"),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 
 from multicard.errors import ConfigError
+from multicard.values import did_you_mean, is_whole
 
 AXES = ("dp", "cfg", "ring", "ulysses", "tp")
 """Mesh axes, outermost first: the axis that talks most has the closest ranks."""
@@ -38,11 +38,9 @@ class ParallelConfig:
 
     def __init__(self, *, dp: int = 1, cfg: int = 1, ring: int = 1, ulysses: int = 1, tp: int = 1, **unknown: int):
         for name in unknown:
-            close = difflib.get_close_matches(name, AXES, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ConfigError(f"unknown mesh axis {name!r}: axes are {', '.join(AXES)}{hint}")
+            raise ConfigError(f"unknown mesh axis {name!r}: axes are {', '.join(AXES)}{did_you_mean(name, AXES)}")
         for name, degree in zip(AXES, (dp, cfg, ring, ulysses, tp), strict=True):
-            if isinstance(degree, bool) or not isinstance(degree, int) or degree < 1:
+            if not is_whole(degree, least=1):
                 raise ConfigError(f"{name}={degree!r}: a degree is a whole number of ranks, 1 or more")
             object.__setattr__(self, name, degree)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import os
 import sys
@@ -22,6 +21,7 @@ from multicard.launch import Ranks
 from multicard.mesh import ParallelMesh
 from multicard.progress import steps_bar, steps_shown
 from multicard.replica import Replica
+from multicard.values import did_you_mean, is_whole
 from multicard.weights.folder import folder_path, parse_dtype
 
 OURS = {
@@ -110,7 +110,7 @@ class DiffusionPipeline:
         ranks = self._alive()
         arguments = self._named(args, kwargs)
         check_request(arguments)
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
+        if not is_whole(seed, 0, (1 << 63) - 1):
             raise ConfigError(f"seed={seed!r}: a whole number from 0 to 2^63-1, the same on every rank")
         with steps_bar(self._progress and bool(ranks.pids)) as bar:
             outputs = ranks.run(_generate, self._pipe, arguments, seed, bar or self._progress)
@@ -152,8 +152,7 @@ class DiffusionPipeline:
             if name in OURS:
                 raise ConfigError(f"{name}: not here; {OURS[name]}")
             if name not in names:
-                close = difflib.get_close_matches(name, names, n=1)
-                hint = f"; did you mean {close[0]}?" if close else f": it takes {', '.join(names)}"
+                hint = did_you_mean(name, names) or f": it takes {', '.join(names)}"
                 raise ConfigError(f"the pipeline has no argument {name!r}{hint}")
             if name in named:
                 raise ConfigError(f"{name} is given twice: by its place and by its name")

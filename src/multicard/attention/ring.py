@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from multicard.attention.rotation import Joint, Segments, around
+from multicard.attention.rotation import Joint, around
+from multicard.attention.segments import Segments
 from multicard.attention.visibility import Visibility
 from multicard.axis import Axis
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,11 +10,9 @@ from torch import Tensor
 from multicard import collectives
 from multicard.attention.kernels import block_attention
 from multicard.attention.merge import Accumulator, merge_ranks
+from multicard.attention.segments import Segments
 from multicard.attention.visibility import Visibility
 from multicard.axis import Axis
-
-Segments = Sequence[tuple[range, range]]
-"""(query heads, key/value heads) that one grouped-query kernel call can take: see ``partition.HeadShard``."""
 
 
 @dataclasses.dataclass(frozen=True)

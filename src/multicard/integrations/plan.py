@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 
 from multicard.errors import ConfigError
+from multicard.values import did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +54,9 @@ def resolve(plan: Plan, names: Iterable[str], styles: Iterable[str], model: str 
     names, styles = list(names), list(styles)
     for rule in plan:
         if rule.style not in styles:
-            close = difflib.get_close_matches(rule.style, styles, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ConfigError(
-                f"plan: unknown style {rule.style!r} for {rule.pattern!r}: must be one of {', '.join(styles)}{hint}"
+                f"plan: unknown style {rule.style!r} for {rule.pattern!r}: must be one of {', '.join(styles)}"
+                f"{did_you_mean(rule.style, styles)}"
             )
     found: dict[str, Rule] = {}
     used: set[Rule] = set()
@@ -72,8 +71,7 @@ def resolve(plan: Plan, names: Iterable[str], styles: Iterable[str], model: str 
             used.add(rule)
     for rule in plan:
         if rule not in used and not rule.optional:
-            close = difflib.get_close_matches(rule.pattern, names, n=1, cutoff=0.3)
-            hint = f"; the closest name is {close[0]!r}" if close else ""
+            hint = did_you_mean(rule.pattern, names, cutoff=0.3)
             raise ConfigError(f"plan: {rule.pattern!r} matches nothing in {model}{hint}")
     return {name: rule.style for name, rule in found.items()}
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from multicard.errors import CheckpointError, ConfigError, MulticardError, UnsupportedError
+from multicard.values import is_whole
 from multicard.weights.folder import FLOAT_TYPES, read_json
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -84,7 +85,7 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden", "intermediate", "layers", "heads", "kv_heads", "head_dim", "context"):
             value, most = getattr(self, name), MOST_LAYERS if name == "layers" else LARGEST
-            if not isinstance(value, int) or not 1 <= value <= most:
+            if not is_whole(value, 1, most):
                 raise ConfigError(f"{name}={value!r}: a whole number from 1 to {most}")
         if self.heads * self.head_dim > LARGEST:
             raise ConfigError(f"{self.heads} heads of {self.head_dim}: more than {LARGEST} in all")

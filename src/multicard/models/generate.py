@@ -15,6 +15,7 @@ from multicard.mesh import ParallelMesh
 from multicard.models.config import DecoderConfig
 from multicard.models.decoder import ParallelTransformer
 from multicard.models.sampling import Sampling, choose
+from multicard.values import is_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Request:
             ConfigError: an empty prompt, a token that isn't in the vocabulary, a prompt longer than the context.
             UnsupportedError: more tokens than the checkpoint's sliding window.
         """
-        if isinstance(self.max_new_tokens, bool) or not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
+        if not is_whole(self.max_new_tokens, least=1):
             raise ConfigError(f"max_new_tokens={self.max_new_tokens!r}: a whole number of 1 or more")
         for number, prompt in enumerate(self.prompts, start=self.first):
             if not prompt:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from multicard.attention.segments import by_segment
 from multicard.models.memory import check_cache
 from multicard.partition import HeadShard
 
@@ -68,13 +69,7 @@ class KVCache:
         keys.narrow(2, start, stop - start).copy_(k.transpose(1, 2))
         values.narrow(2, start, stop - start).copy_(v.transpose(1, 2))
         keys, values = keys.narrow(2, 0, stop), values.narrow(2, 0, stop)
-        if self.heads.uniform:
-            return self._kernel(q, keys, values)
-        outs = [
-            self._kernel(q[:, :, qs.start : qs.stop], keys[:, ks.start : ks.stop], values[:, ks.start : ks.stop])
-            for qs, ks in self.heads.segments
-        ]
-        return torch.cat(outs, dim=2)
+        return by_segment(self._kernel, self.heads.segments, q, keys, values, kv_dim=1)
 
     def last(self, x: Tensor) -> Tensor:
         """The last token's row of ``(batch, tokens, hidden)``."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from multicard import collectives
 from multicard.axis import Axis
 from multicard.errors import ConfigError, MulticardError
+from multicard.values import is_whole
 
 MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
@@ -49,11 +50,11 @@ class Sampling:
     def __post_init__(self) -> None:
         if not (isinstance(self.temperature, int | float) and 0 <= self.temperature < math.inf):
             raise ConfigError(f"temperature={self.temperature!r}: 0 (greedy) or more")
-        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
+        if self.top_k is not None and not is_whole(self.top_k, least=1):
             raise ConfigError(f"top_k={self.top_k!r}: a whole number of 1 or more, or None for all tokens")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p!r}: more than 0 and at most 1, or None for all tokens")
-        if not isinstance(self.seed, int):
+        if not is_whole(self.seed):
             raise ConfigError(f"seed={self.seed!r}: a whole number")
 
 

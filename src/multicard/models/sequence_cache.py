@@ -9,6 +9,7 @@ from torch import Tensor
 
 from multicard import collectives
 from multicard.attention import attend, attend_decode, gather_sequence, shard_sequence
+from multicard.attention.segments import by_segment
 from multicard.mesh import ParallelMesh
 from multicard.models.memory import check_cache
 from multicard.partition import HeadShard
@@ -84,11 +85,7 @@ class SequenceKVCache:
             cache[:, start:stop] = new if self._turns is None else new[:, self._turns]
         if not self._split:
             k, v = self.keys[layer][:, :stop], self.values[layer][:, :stop]
-        outs = [
-            self._segment(q[:, :, qs.start : qs.stop], k[:, :, ks.start : ks.stop], v[:, :, ks.start : ks.stop])
-            for qs, ks in self.heads.segments
-        ]
-        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+        return by_segment(self._segment, self.heads.segments, q, k, v)
 
     def last(self, x: Tensor) -> Tensor:
         """The last token's row of ``(batch, this rank's tokens, hidden)`` on every rank. At most one broadcast."""

@@ -29,7 +29,7 @@ def test_a_star_stays_within_a_part():
 
 
 def test_a_rule_that_matches_nothing_raises_and_says_what_is_close():
-    with pytest.raises(ConfigError, match=r"'layers.\*.attn.query' matches nothing in Toy; the closest name is"):
+    with pytest.raises(ConfigError, match=r"'layers.\*.attn.query' matches nothing in Toy; did you mean"):
         resolve(make_plan({"layers.*.attn.query": "column"}), NAMES, ["column"], "Toy")
 
 

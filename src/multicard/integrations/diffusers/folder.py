@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib.util
 import pathlib
 import re
@@ -22,6 +21,7 @@ from multicard.integrations.diffusers.parallelize import parallelize
 from multicard.integrations.diffusers.plans import sequence_plan
 from multicard.integrations.diffusers.tensor import tensor_changes
 from multicard.mesh import ParallelMesh
+from multicard.values import did_you_mean
 from multicard.weights import agree
 from multicard.weights.checkpoint import read_header
 from multicard.weights.folder import read_json
@@ -124,8 +124,7 @@ class PipelineFolder:
         if isinstance(name, list) and len(name) == 2:
             self._check_code(f"{name[0]}.py", f"{self.path / INDEX} asks for")
         elif not isinstance(name, str) or name not in dir(diffusers):
-            close = difflib.get_close_matches(str(name), [n for n in dir(diffusers) if n.endswith("Pipeline")], n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
+            hint = did_you_mean(str(name), [n for n in dir(diffusers) if n.endswith("Pipeline")])
             raise CheckpointError(f"{self.path / INDEX}: diffusers {diffusers.__version__} has no class {name!r}{hint}")
 
     def _check_component(self, name: str, library: str, cls: str) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from multicard.errors import ConfigError
+from multicard.values import is_whole
 
 COUNTS = frozenset(
     [
@@ -37,20 +38,16 @@ SCALES = frozenset(
 
 
 def check_request(arguments: Mapping[str, Any]) -> None:
-    """Refuse what can't be meant; None is the pipeline's default.
+    """Refuse counts and scales that no pipeline could use; None is the pipeline's default.
 
     Raises:
         ConfigError: naming the argument, its value and the limit.
     """
     for name, value in arguments.items():
-        if name in COUNTS and value is not None and not _is_count(value):
+        if name in COUNTS and value is not None and not is_whole(value, least=1):
             raise ConfigError(f"{name}={value!r}: a whole number of 1 or more, or None for the pipeline's default")
         if name in SCALES and not _may_be_scale(value):
             raise ConfigError(f"{name}={value!r}: a finite number, or None for the pipeline's default")
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def _may_be_scale(value: Any) -> bool:

@@ -6,6 +6,7 @@ Causality, window and padding come from positions in the whole sequence and the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from multicard.attention import choose_schedule
 from multicard.attention.kernels import block_attention
 from multicard.attention.merge import merge_ranks
+from multicard.attention.segments import Segments, by_segment
 from multicard.attention.sharding import Sharding
 from multicard.attention.ulysses import group_attention
 from multicard.attention.visibility import Visibility, as_tensor
@@ -75,48 +77,45 @@ def attention_forward(
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     segments = getattr(module, "_multicard_segments", None) or ((range(q.shape[2]), range(k.shape[2])),)
-    attend = _sliced if step.chunk.sliced else _whole
-    return attend(step, q, k, v, segments, scale, sliding_window), None
+    if step.chunk.sliced:
+        return by_segment(functools.partial(_sliced, step, sliding_window, scale), segments, q, k, v), None
+    return _whole(step, q, k, v, segments, scale, sliding_window), None
 
 
-def _sliced(step: Step, q: Tensor, k: Tensor, v: Tensor, segments: Any, scale: float, window: int | None) -> Tensor:
+def _sliced(step: Step, window: int | None, scale: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Every rank has its slice of the new rows, and its keys of all positions."""
     mesh, rows = step.mesh, step.chunk.held
     mask = None
     if window is not None and window < step.chunk.stop:
         mine = as_tensor(rows[mesh.sequence.rank])
         mask = (mine[:, None] - torch.arange(step.chunk.stop) < window)[None, None].to(q.device)
-    outs = []
-    for heads, kv_heads in segments:
-        choice = choose_schedule(
-            mesh,
-            heads=len(heads),
-            kv_heads=len(kv_heads),
-            seq_len=step.chunk.length,
-            kv_seq_len=step.chunk.stop,
-            causal=True,
-            order="zigzag",
-            masked=mask is not None,
-        )
-        sharding = Sharding(*choice.axes(mesh), rows, step.keys, mesh.sequence.rank, False)
-        visible = Visibility(
-            blocks=sharding.blocks, causal=True, q_positions=sharding.positions(0), mask=mask, key_mask=step.keep
-        )
-        parts = (q[:, :, _cut(heads)], k[:, :, _cut(kv_heads)], v[:, :, _cut(kv_heads)])
-        outs.append(group_attention(*parts, sharding=sharding, visible=visible, scale=scale, joint=None)[0])
-    return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+    choice = choose_schedule(
+        mesh,
+        heads=q.shape[2],
+        kv_heads=k.shape[2],
+        seq_len=step.chunk.length,
+        kv_seq_len=step.chunk.stop,
+        causal=True,
+        order="zigzag",
+        masked=mask is not None,
+    )
+    sharding = Sharding(*choice.axes(mesh), rows, step.keys, mesh.sequence.rank, False)
+    visible = Visibility(
+        blocks=sharding.blocks, causal=True, q_positions=sharding.positions(0), mask=mask, key_mask=step.keep
+    )
+    return group_attention(q, k, v, sharding=sharding, visible=visible, scale=scale, joint=None)[0]
 
 
-def _whole(step: Step, q: Tensor, k: Tensor, v: Tensor, segments: Any, scale: float, window: int | None) -> Tensor:
+def _whole(step: Step, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None) -> Tensor:
     """Every rank has all the new rows, and attends to its own keys; the parts are merged in rank order."""
-    axis = step.mesh.sequence
     k, v, mask = _visible(step, k, v, window)
-    parts = [
-        block_attention(q[:, :, _cut(heads)], k[:, :, _cut(kv)], v[:, :, _cut(kv)], scale=scale, mask=mask)
-        for heads, kv in segments
-    ]
-    out, lse = parts[0] if len(parts) == 1 else (torch.cat([part[i] for part in parts], 2) for i in (0, 1))
-    return merge_ranks(out, lse, axis).to(q.dtype)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, lse = block_attention(q, k, v, scale=scale, mask=mask)
+        return torch.cat([out.float(), lse.unsqueeze(-1)], -1)
+
+    parts = by_segment(attend, segments, q, k, v)
+    return merge_ranks(parts[..., :-1], parts[..., -1], step.mesh.sequence).to(q.dtype)
 
 
 def _visible(step: Step, k: Tensor, v: Tensor, window: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -139,10 +138,6 @@ def _visible(step: Step, k: Tensor, v: Tensor, window: int | None) -> tuple[Tens
         padding = step.keep[:, None, None].index_select(3, positions)
         mask = padding if mask is None else mask & padding
     return k, v, mask
-
-
-def _cut(heads: range) -> slice:
-    return slice(heads.start, heads.stop)
 
 
 def mask_forward(*args: Any, use_vmap: bool = False, **kwargs: Any) -> None:

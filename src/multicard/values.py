@@ -1,0 +1,21 @@
+"""Values that callers give: is a number whole and within its limits, and what may a misspelt name have meant?"""
+
+from __future__ import annotations
+
+import difflib
+import numbers
+from collections.abc import Iterable
+from typing import Any
+
+
+def is_whole(value: Any, least: int | None = None, most: int | None = None) -> bool:
+    """Whether ``value`` is a whole number, not a bool, from ``least`` to ``most``."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        return False
+    return (least is None or int(value) >= least) and (most is None or int(value) <= most)
+
+
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """``; did you mean 'ulysses'?`` to end an error with; empty where nothing in ``known`` is alike."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
+    return f"; did you mean {close[0]!r}?" if close else ""
