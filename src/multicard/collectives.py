@@ -218,5 +218,5 @@ def _check_sizes(name: str, mine: int, sizes: Sequence[int], axis: Axis) -> None
     if len(sizes) != axis.size or sizes[axis.rank] != mine:
         raise ConfigError(
             f"{name}: sizes={tuple(sizes)} on rank {axis.rank} of {axis.size}, which holds {mine}: "
-            "give every rank's length, in rank order"
+            "pass the length on every rank, in rank order"
         )

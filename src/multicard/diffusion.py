@@ -49,7 +49,7 @@ class DiffusionPipeline:
         cfg: ranks over guidance branches.
         ring, ulysses: ranks that share image tokens.
         tp: ranks that share every layer of the denoiser.
-        dp: copies, which share a list of prompts.
+        dp: replicas, which share a list of prompts.
         dtype: "auto" (as diffusers loads it), "float32", "bfloat16", "float16".
         variant: the part of weight files' names that tells several sets apart, "fp16" say.
         trust_remote_code: whether Python files in the folder may run; as in diffusers.
@@ -94,13 +94,13 @@ class DiffusionPipeline:
         """Run the pipeline: its own arguments, but ``seed`` instead of a generator.
 
         Args:
-            args, kwargs: the pipeline's. A list of prompts is shared out over the copies of dp; the pictures are the
+            args, kwargs: the pipeline's. A list of prompts is shared out over the replicas of dp; the pictures are the
                 same as with dp=1. Functions (``callback_on_step_end``) run on every rank, in a copy of their own: what
                 they return or change in the pipeline counts, rank 0 prints, and the caller's variables stay.
             seed: the noise is that of ``generator=torch.Generator().manual_seed(seed)`` in one process, at all degrees.
 
         Returns:
-            the output's fields, brought here from rank 0 (with dp, from each copy's first rank).
+            the output's fields, brought here from rank 0 (with dp, from each replica's first rank).
 
         Raises:
             ConfigError: an argument that the pipeline doesn't have, a seed that isn't one, no steps or no pixels.
@@ -172,7 +172,7 @@ def _parameters(mesh: ParallelMesh, pipe: Any) -> list[str]:
 def _generate(
     mesh: ParallelMesh, pipe: Any, arguments: Mapping[str, Any], seed: int, bar: str | bool
 ) -> dict[str, Any] | None:
-    """This copy's share of a request; its output from the copy's first rank, None from others."""
+    """This replica's share of a request; its output from the replica's first rank, None from others."""
     Replica(mesh, whole_mesh=True).compare("a call of DiffusionPipeline", {**arguments, "seed": seed})
     batch = Batch(arguments, mesh.dp.size)
     mine = batch.arguments(mesh.dp.rank)

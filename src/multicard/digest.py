@@ -20,7 +20,7 @@ import xxhash
 from torch import Tensor
 
 PLAIN = (type(None), bool, int, str, bytes, slice, range, enum.Enum, torch.dtype, torch.Size)
-"""Values that their ``repr`` says all about."""
+"""Values that their ``repr`` describes completely."""
 
 NUMPY_HAS = frozenset(
     [torch.float32, torch.float64, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8]

@@ -1,7 +1,7 @@
 """Every error that multicard raises on purpose.
 
 MulticardError
-├── ConfigError (ValueError)               input that can't be meant: a flag, a degree, a config's value
+├── ConfigError (ValueError)               invalid input: a flag, a degree, a config's value
 ├── UnsupportedError (NotImplementedError) refused by name, with what to do instead
 ├── CheckpointError (ValueError)           a checkpoint's files are missing, cut, damaged or of the wrong shape
 └── RankError (RuntimeError)               a rank failed, and which
@@ -17,7 +17,7 @@ class MulticardError(Exception):
 
 
 class ConfigError(MulticardError, ValueError):
-    """Input that can't be meant. The message names the value, the limit and the fix."""
+    """Invalid input. The message names the value, the limit and the fix."""
 
 
 class UnsupportedError(MulticardError, NotImplementedError):

@@ -63,7 +63,7 @@ class LLM:
         path: a Hugging Face checkpoint folder with safetensors.
         tp: ranks that share every layer.
         ring, ulysses: ranks that share the sequence and its cache.
-        dp: copies, which share a list of prompts.
+        dp: replicas, which share a list of prompts.
         dtype: "auto" (the checkpoint's), "float32", "bfloat16", "float16".
         verify: compare the files with SHA256SUMS in their folder first.
         progress: show a bar on standard error while loading; None: on a terminal.
@@ -130,7 +130,7 @@ class LLM:
             a :class:`Generation`, or a list of them for a list.
 
         Raises:
-            ConfigError: a value or a prompt that can't be meant, one longer than the model's context.
+            ConfigError: an invalid value or prompt, or a prompt longer than the model's context.
             UnsupportedError: more tokens than the checkpoint's sliding window.
         """
         prompts = _plain(prompts)
@@ -290,7 +290,7 @@ def _generate(mesh: ParallelMesh, slot: _Slot, request: Request) -> tuple[list[l
 
 
 def _stream(mesh: ParallelMesh, slot: _Slot, request: Request) -> Iterator[int]:
-    # Every data-parallel copy computes it: the others have nothing else to do.
+    # Every data-parallel replica computes it: the others have nothing else to do.
     slot.replicas.compare("LLM.stream", vars(request))
     for step in decoding.generate(slot.model, request):
         yield step[0]  # type: ignore[misc]
@@ -302,7 +302,7 @@ def _logits(mesh: ParallelMesh, slot: _Slot, token_ids: list[int]) -> torch.Tens
 
 
 def _plain(prompts: Any) -> Any:
-    """Tensors and arrays of token ids, and numbers out of them, as Python's own."""
+    """Tensors and arrays of token ids as lists of Python's ints."""
     if hasattr(prompts, "tolist"):
         return prompts.tolist()
     return [_plain(part) for part in prompts] if isinstance(prompts, list | tuple) else prompts

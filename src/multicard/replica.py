@@ -1,8 +1,8 @@
 """The ranks that work on one request, and what must be equal on all of them: compared exactly before it is used.
 
 Where they compare is called a *point*: a request's arrival, a model's forward, a scheduler's step. Each rank hashes all
-that it was given there, on the device that holds it, and one all-gather of three numbers on each axis tells every rank
-whether all have the same. Only where they differ are words exchanged, to say who has what.
+that it was given there, on the device that holds it, and one all-reduce of three numbers a rank on each axis
+tells every rank whether all have the same. Only where they differ are descriptions exchanged.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from multicard.errors import MismatchError, RankError
 from multicard.mesh import ParallelMesh
 
 PAGE = 4096
-"""Bytes that each rank has to say what it was given, once ranks differ."""
+"""Bytes for each rank's description of its inputs, exchanged only once ranks differ."""
 
 
 class Status(enum.IntEnum):
-    """What a rank says first at a point."""
+    """A rank's state at a point."""
 
     OK = 0
     RAISED = 1
     CHANGED = 2
-    """The output of a call has another shape than its kind had before."""
+    """A call's output has another shape than the last time."""
     DIFFERS = 3
-    """Ranks of an axis before this one differ: those of this axis have to learn of it."""
+    """The ranks of an axis that was compared earlier differ; those of this axis must learn of it."""
 
 
 class Replica:
@@ -57,8 +57,8 @@ class Replica:
 
         Args:
             point: where this is, in words.
-            inputs: by name: numbers, strings, tensors, arrays, pictures, generators, and containers of them. What
-                isn't known counts by its class, functions by their names.
+            inputs: by name: numbers, strings, tensors, arrays, pictures, generators, and containers of them. An
+                object of any other class counts by its class, a function by its name.
 
         Raises:
             MismatchError: naming the inputs that differ, and what ranks have.

@@ -65,7 +65,7 @@ def generate(
     ) as llm:
         if llm.engine != "multicard":
             print(
-                f"{model}: an architecture that multicard's decoder isn't; running it by {llm.engine}", file=sys.stderr
+                f"{model}: not an architecture of multicard's own decoder, so it runs on {llm.engine}", file=sys.stderr
             )
         live = sys.stdout.isatty() and not as_json and not place.in_job()
         if live and len(prompts) == 1 and llm.tokenizer is not None:

@@ -10,7 +10,7 @@ Tp = Annotated[int, typer.Option("--tp", help="Tensor-parallel ranks.")]
 Ulysses = Annotated[int, typer.Option("--ulysses", help="Ulysses sequence-parallel ranks.")]
 Ring = Annotated[int, typer.Option("--ring", help="Ring sequence-parallel ranks.")]
 Cfg = Annotated[int, typer.Option("--cfg", help="Ranks over guidance branches.")]
-Dp = Annotated[int, typer.Option("--dp", help="Data-parallel copies.")]
+Dp = Annotated[int, typer.Option("--dp", help="Data-parallel replicas.")]
 
 Timeout = Annotated[float, typer.Option("--timeout", help="Seconds that one collective may wait.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, npu or xpu.")]

@@ -33,7 +33,7 @@ from multicard.guidance.trial import passes, random_state
 from multicard.replica import Status
 
 CHANGES = 2
-"""A denoiser that has changed in as many calls isn't just filling caches (positions, frequencies) for a new shape."""
+"""After so many calls that changed a denoiser it is taken to keep state, not to fill caches for a new shape."""
 
 
 class Denoiser(Protocol):
@@ -46,7 +46,7 @@ class Denoiser(Protocol):
         """Call it."""
 
     def state(self) -> object:
-        """What it keeps beside its parameters: equal before and after a call that left nothing behind."""
+        """A snapshot of its state beside its parameters: equal before and after a call without side effects."""
 
     def freeze(self) -> Callable[[Mapping[str, Any]], Any]:
         """``run`` under the hooks that it has now, whichever it has when that is called."""
@@ -78,7 +78,7 @@ class Branches:
         self.axis, self.plan, self.step_per_call = axis, plan, step_per_call
         self._steps: dict[Hashable, Step] = {}  # by the key of the first call
         self._may_split: dict[Hashable, bool] = {}  # by the key of the call, as tried
-        self._changes: Counter[Hashable] = Counter()  # by the key of the call: how often it left something behind
+        self._changes: Counter[Hashable] = Counter()  # by the key of the call: in how many calls it changed state
         self._remembered = 0
         self._running = False
         self._begin()
@@ -238,7 +238,7 @@ class Branches:
         self._steps.pop(kinds[0].key, None)
         fills_caches = any(0 < self._changes[kind.key] < CHANGES for kind in kinds if not kind.pure)
         if fills_caches or any(made[i].trial is None for i in untried):
-            return  # to be learned once more
+            return  # it will be recorded again
         if untried:
             passed = torch.tensor(
                 [self._passes(made[i], shares[i][self.axis.rank]) for i in untried], device=self._device

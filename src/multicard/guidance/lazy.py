@@ -33,7 +33,7 @@ PYTHON_NAMES = frozenset(
 
 
 class Promise:
-    """Tensors to come, in a fixed order: filled from outside, or computed by ``compute`` on the first read."""
+    """Tensors whose values come later, in a fixed order: from outside, or from ``compute`` on the first read."""
 
     def __init__(self, compute: Callable[[], Sequence[Tensor]]) -> None:
         self._compute: Callable[[], Sequence[Tensor]] | None = compute

@@ -22,7 +22,7 @@ class Kind:
         key: its signature: two calls of the same have arguments and outputs of the same shapes.
         rows: rows of its batch.
         output: its output, with meta tensors.
-        pure: its output is all that it leaves behind, so a rank may leave it out.
+        pure: it has no side effects, so a rank may skip it.
     """
 
     key: Hashable

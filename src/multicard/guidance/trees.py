@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 TRANSPARENT = (Tensor, bool, int, float, str, type(None), torch.dtype, torch.device)
-"""Arguments that say all there is to say; a call with others (caches, generators) may change them: never left out."""
+"""Arguments that a call can't change. A call with others (caches, generators) is made on every rank."""
 
 
 def tensors_of(tree: Any) -> list[Tensor]:
@@ -25,7 +25,7 @@ def signature(name: str, kwargs: Mapping[str, Any]) -> Hashable:
 
 
 def is_transparent(kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call with these arguments can't leave anything behind in them."""
+    """Whether a call can't change any of these arguments."""
     return all(isinstance(leaf, TRANSPARENT) for leaf in tree_flatten(dict(kwargs))[0])
 
 

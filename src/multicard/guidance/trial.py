@@ -30,7 +30,7 @@ def passes(
     try:
         part = tensors_of(run(plan.take(kwargs, share, rows)))
         wanted = tensors_of(take_output(output, share, rows))
-    except Exception:  # whatever it is, the whole went well: the split is what doesn't
+    except Exception:  # the whole batch ran, so the error comes from the split
         return False
     finally:
         _set_random_state(device, noise)

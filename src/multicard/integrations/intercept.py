@@ -1,4 +1,4 @@
-"""A method of somebody else's class, answered by us for the objects that we were given; others don't notice.
+"""Intercepting a method of another library's class for chosen instances; other instances are unaffected.
 
 So objects keep their class, which pipelines compare, a copy of one is intercepted like the original, and whatever is
 put around ``forward`` later (offloading, hooks, compilation) stays inside. Nothing that takes hooks off takes this off.

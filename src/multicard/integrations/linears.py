@@ -1,4 +1,4 @@
-"""What counts as a linear layer, whatever library it comes from, and its parallel forms: the one place that knows."""
+"""Which modules are linear layers, whatever library they come from, and their column- and row-parallel forms."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class RowProof:
     """Proof that a model's row-parallel layers are called, so that their sums over ranks are made.
 
     Where a module runs and none of the row-parallel layers directly in it does, something multiplied by a shard of
-    their weights itself. Looked at once for every kind of call, with hooks that are taken off again.
+    their weights itself. Checked once for each kind of call, with hooks that are removed again.
     """
 
     def __init__(self, library: str, model: nn.Module) -> None:

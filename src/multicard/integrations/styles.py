@@ -23,12 +23,12 @@ from multicard.layers import Shard
 from multicard.layers.shard import Shares, Spans, halves, sharded
 
 Change = Callable[[], object]
-"""Something that is done to a model."""
+"""A step that changes a model."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a style knows beside its module.
+    """What a style is given beside its module.
 
     Attributes:
         model: that the module belongs to.
@@ -148,7 +148,7 @@ def changes(
     hooks: Hooks,
     heads: Mapping[str, Heads],
 ) -> list[Change]:
-    """What has to be done to ``model``: everything is checked, nothing is done yet.
+    """The changes that split ``model``: everything is checked, nothing is changed yet.
 
     Args:
         plan: the style of each module and parameter, by path.

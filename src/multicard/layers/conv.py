@@ -19,7 +19,7 @@ from multicard.layers.shard import Shard, shard_of, sharded
 
 
 class _ParallelConv2d(nn.Module):
-    """What both have in common: the numbers of the whole convolution, and this rank's part of its parameters."""
+    """What both share: the settings of the whole convolution, and this rank's part of its parameters."""
 
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -36,7 +36,9 @@ class _ParallelConv2d(nn.Module):
         """Be this rank's part of ``conv``."""
         nn.Module.__init__(self)
         if type(conv) is not nn.Conv2d:
-            raise ConfigError(f"{type(conv).__name__} isn't torch.nn.Conv2d: parallel convolutions compute no other")
+            raise ConfigError(
+                f"{type(conv).__name__} isn't torch.nn.Conv2d: parallel convolutions support no other class"
+            )
         self.axis = axis
         self.in_channels, self.out_channels, self.groups = conv.in_channels, conv.out_channels, conv.groups
         self.kernel_size, self.stride = conv.kernel_size, conv.stride
@@ -64,7 +66,7 @@ class _ParallelConv2d(nn.Module):
             padding = (0, 0)
         if weight.numel():
             return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, groups)
-        # nothing here: the shape alone, from one channel that isn't computed
+        # no channels on this rank: only the output's shape is needed, from meta tensors
         one = torch.empty(1, 1, *self.kernel_size, dtype=x.dtype, device="meta")
         like = x.new_empty(x.shape[0], 1, *x.shape[2:], device="meta")
         size = F.conv2d(like, one, None, self.stride, padding, self.dilation).shape[2:]

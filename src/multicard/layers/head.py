@@ -40,7 +40,9 @@ class GatherLastDim(nn.Module):
         if held != list(range(size)):
             place = {row: i for i, row in reversed(list(enumerate(held)))}
             if len(place) != size:
-                raise ConfigError(f"gathering {size} features of which ranks hold {len(place)}: give every one a rank")
+                raise ConfigError(
+                    f"ranks hold {len(place)} of {size} features to gather: assign each feature to at least one rank"
+                )
             self.order = torch.tensor([place[row] for row in range(size)])
 
     def forward(self, x: Tensor) -> Tensor:

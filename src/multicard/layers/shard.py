@@ -102,12 +102,14 @@ def check_shares(shares: Sequence[Sequence[range]] | None, size: int, axis: Axis
     if shares is None:
         return even_shares(size, axis.size)
     if len(shares) != axis.size:
-        raise ConfigError(f"{len(shares)} shares on axis {axis.name!r} of {axis.size} ranks: give every rank's")
+        raise ConfigError(
+            f"{len(shares)} shares for the {axis.size} ranks of axis {axis.name!r}: pass one share for each rank"
+        )
     merged = tuple(partition.merge_spans(spans) for spans in shares)
     for rank, spans in enumerate(merged):
         for span in spans:
             if span.start < 0 or span.stop > size or span.step != 1:
-                raise ConfigError(f"rank {rank}'s share {span} is outside the {size} rows that there are")
+                raise ConfigError(f"rank {rank}'s share {span} lies outside range({size})")
     return merged
 
 

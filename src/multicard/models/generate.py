@@ -67,7 +67,7 @@ def generate(model: ParallelTransformer, request: Request) -> Iterator[list[int 
     Ends when all have: at a stop id, at ``max_new_tokens``, or at the end of the model's context. Every rank yields the
     same. Prompts of unequal length are padded in front.
     """
-    if not request.prompts:  # a data-parallel copy without work
+    if not request.prompts:  # a data-parallel replica without work
         return
     config, device = model.config, model.mesh.device
     longest = max(map(len, request.prompts))
@@ -82,7 +82,9 @@ def generate(model: ParallelTransformer, request: Request) -> Iterator[list[int 
         with torch.inference_mode():
             logits = model(ids, cache)[:, -1]
             ids = choose(logits, model.mesh.tp, vocabulary, request.sampling, rows, step)[:, None]
-            ids = collectives.broadcast(ids, model.mesh.sequence)  # they all know; this is so that they can't differ
+            ids = collectives.broadcast(
+                ids, model.mesh.sequence
+            )  # each has chosen the same; the broadcast guarantees it
         tokens = ids[:, 0].tolist()
         yield [token if alive else None for token, alive in zip(tokens, running, strict=True)]
         for row, token in enumerate(tokens):
@@ -94,7 +96,7 @@ def generate(model: ParallelTransformer, request: Request) -> Iterator[list[int 
 def answer(
     model: ParallelTransformer, mesh: ParallelMesh, request: Request
 ) -> tuple[list[list[int]], dict[str, float]]:
-    """Every prompt's new tokens, on every rank, and seconds; each data-parallel copy answers its share of them."""
+    """Every prompt's new tokens, on every rank, and seconds; each data-parallel replica answers its share of them."""
     mine = partition.split(len(request.prompts), mesh.dp.size)[mesh.dp.rank]
     part = dataclasses.replace(request, prompts=request.prompts[mine.start : mine.stop], first=mine.start)
     tokens: list[list[int]] = [[] for _ in mine]
@@ -114,7 +116,7 @@ def answer(
 
 
 def _gather_tokens(tokens: list[list[int]], mesh: ParallelMesh, prompts: int, width: int) -> list[list[int]]:
-    """Every copy's answers on every rank. One all-gather on ``dp``."""
+    """Every replica's answers on every rank. One all-gather on ``dp``."""
     if mesh.dp.size == 1:
         return tokens
     table = torch.tensor([row + [-1] * (width - len(row)) for row in tokens], device=mesh.device, dtype=torch.int64)

@@ -108,14 +108,14 @@ def check(
     source_of: SourceOf,
     ignored: Callable[[str], bool] | None = None,
 ) -> None:
-    """The checkpoint has every tensor that ``model`` needs, in its shape.
+    """Check that the checkpoint has every tensor that ``model`` needs, in its shape.
 
     Args:
         ignored: which of the checkpoint's tensors the model needs no place for, by name; any other must have one.
             None: all of them.
 
     Raises:
-        CheckpointError: it hasn't. No tensor is read, and every rank raises the same.
+        CheckpointError: one is missing, of another shape, or has no place in the model. No tensor has been read.
     """
     needed: dict[str, tuple[int, ...]] = {}
     seen: set[int] = set()
@@ -173,13 +173,13 @@ def _size(owned: Owned) -> int:
 
 
 class _Placer:
-    """Tensors read and put in their modules, and the count of what that took."""
+    """Reads tensors, puts them in their modules, and counts what that took."""
 
     def __init__(
         self, model: nn.Module, reader: Reader, source_of: SourceOf, device: torch.device, finish: Finish | None
     ) -> None:
         self._reader, self._source_of, self._device, self._finish = reader, source_of, device, finish
-        # The copy made while the largest are reordered is made when the others aren't there yet.
+        # Largest first: while one is reordered there are two of it, which costs least before the others are there.
         self._modules = sorted(_owners(model), key=lambda item: -_size(item[1]))
         tensors = [
             tensor for _, owned in self._modules for _, _, tensor in owned
@@ -246,8 +246,8 @@ class _Placer:
         return out
 
     def _memory_for(self, declared: Tensor) -> Tensor:
-        """Where they are reordered, on the CPU, matrices of one size come into one buffer, out of which that is done:
-        as many that are freed in turn would leave holes."""
+        """Matrices that ``finish`` reorders, on the CPU, share one buffer a size: freed one by one they would leave the
+        heap in holes."""
         shape, dtype = declared.shape, declared.dtype
         kept = self._finish is None or self._device.type != "cpu" or not isinstance(declared, nn.Parameter)
         if kept or len(shape) < 2 or id(declared) in self._shared:
@@ -259,7 +259,7 @@ class _Placer:
 
 
 def _like(declared: Tensor, tensor: Tensor) -> Tensor:
-    """``tensor`` as what ``declared`` is: a parameter with all that it carries, or a buffer."""
+    """``tensor`` as a parameter with all attributes of ``declared``, or as a buffer, like it."""
     if not isinstance(declared, nn.Parameter):
         return tensor
     parameter = nn.Parameter(tensor, requires_grad=False)

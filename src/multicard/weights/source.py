@@ -131,7 +131,7 @@ class Stacked:
 
 
 class Converted:
-    """Whatever a function makes of whole tensors, cut to this rank's part. Read once for all that it makes.
+    """This rank's part of what a function makes of whole tensors, which are read once for all that it makes.
 
     Args:
         convert: given a function that reads a whole tensor by name, it returns whole parameters by name.

@@ -43,7 +43,7 @@ def test_the_command_line_says_so(folder):
     command = [sys.executable, "-m", "multicard", "generate", "--model", str(folder), "--ring", "2", "--json", "hello"]
     refused = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert refused.returncode == 2  # text without a tokenizer
-    assert "running it by transformers" in refused.stderr
+    assert "so it runs on transformers" in refused.stderr
     assert "tokenizer" in refused.stderr
 
 

@@ -34,7 +34,7 @@ WITHOUT_WEIGHTS = ("Scheduler", "Tokenizer", "Processor", "Extractor")
 
 @dataclasses.dataclass(frozen=True)
 class PipelineFolder:
-    """A pipeline folder that has been looked through, and how to load it.
+    """A pipeline folder, and how to load it.
 
     Attributes:
         path: absolute.
@@ -69,7 +69,7 @@ class PipelineFolder:
                     _check_plans(self.path / name, cls, degrees)
 
     def load(self, mesh: ParallelMesh) -> Any:
-        """This rank's pipeline, split over ``mesh``. One all-gather, of whether everybody has it.
+        """This rank's pipeline, split over ``mesh``. One all-gather tells every rank whether all have it.
 
         Raises:
             CheckpointError: diffusers couldn't load it; the first rank's reason, on every rank.
@@ -78,7 +78,9 @@ class PipelineFolder:
         import diffusers
 
         _hide_bars(mesh.rank)
-        wanted: dict[str, Any] = dict.fromkeys(_left_out(self._index()))  # diffusers wants to be told again
+        wanted: dict[str, Any] = dict.fromkeys(
+            _left_out(self._index())
+        )  # components that the index leaves out must be passed as None again
         if self.dtype is not None:
             wanted["dtype" if _takes_dtype(diffusers) else "torch_dtype"] = self.dtype
         failure: MulticardError | None = None

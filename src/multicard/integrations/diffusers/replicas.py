@@ -1,4 +1,4 @@
-"""One request of a diffusers pipeline shared out over data-parallel copies, each image the same as in one batch."""
+"""One request of a diffusers pipeline shared out over data-parallel replicas, each image the same as in one batch."""
 
 from __future__ import annotations
 
@@ -46,40 +46,40 @@ RANDOM = frozenset(
 
 
 class Batch:
-    """The prompts of one request, and which data-parallel copy answers which.
+    """The prompts of one request, and which data-parallel replica answers which.
 
-    A list of several prompts is split evenly in order, the first copies one more; a single prompt is the first copy's.
+    A list of several prompts is split evenly in order, the first replicas one more; a single prompt goes to the first.
 
     Args:
         arguments: of the pipeline's call, by name.
-        copies: how many there are.
+        replicas: how many there are.
     """
 
-    def __init__(self, arguments: Mapping[str, Any], copies: int) -> None:
+    def __init__(self, arguments: Mapping[str, Any], replicas: int) -> None:
         self._arguments = arguments
         self.prompts = next((n for name in LEADS if (n := _rows(arguments.get(name))) is not None), 1)
-        self.shares = partition.split(self.prompts, copies)
+        self.shares = partition.split(self.prompts, replicas)
         repeats = [value for name, value in arguments.items() if re.fullmatch(r"num_\w+_per_prompt", name)]
         self.repeats = int(repeats[0]) if repeats and repeats[0] else 1
-        self.shared = copies > 1 and self.prompts > 1
+        self.shared = replicas > 1 and self.prompts > 1
 
-    def arguments(self, copy: int) -> dict[str, Any] | None:
-        """What ``copy`` calls its pipeline with; None: nothing is left for it.
+    def arguments(self, replica: int) -> dict[str, Any] | None:
+        """What ``replica`` calls its pipeline with; None: nothing is left for it.
 
         Raises:
             UnsupportedError: a list or tensor as long as the prompts that may or may not have a row for each.
         """
-        if not self.shares[copy]:
+        if not self.shares[replica]:
             return None
         if not self.shared:
             return dict(self._arguments)
-        return {name: self._share(name, value, self.shares[copy]) for name, value in self._arguments.items()}
+        return {name: self._share(name, value, self.shares[replica]) for name, value in self._arguments.items()}
 
-    def noise(self, copy: int) -> contextlib.AbstractContextManager[Any]:
-        """While ``copy`` runs: random numbers as the whole batch would draw them."""
+    def noise(self, replica: int) -> contextlib.AbstractContextManager[Any]:
+        """While ``replica`` runs: random numbers as the whole batch would draw them."""
         if not self.shared:
             return contextlib.nullcontext()
-        mine = self.shares[copy]
+        mine = self.shares[replica]
         return _SharedNoise(
             range(mine.start * self.repeats, mine.stop * self.repeats), self.prompts * self.repeats, len(self.shares)
         )
@@ -101,14 +101,14 @@ class Batch:
 
 
 class _SharedNoise(TorchFunctionMode):
-    """``torch.randn`` and ``torch.rand`` draw what the whole batch needs, and this copy keeps its images' rows.
+    """``torch.randn`` and ``torch.rand`` draw what the whole batch needs, and this replica keeps its images' rows.
 
-    So generators advance as they would without copies, and each image gets its own noise.
+    So generators advance as they would with one replica, and each image gets its own noise.
     """
 
-    def __init__(self, mine: range, whole: int, copies: int) -> None:
+    def __init__(self, mine: range, whole: int, replicas: int) -> None:
         super().__init__()
-        self._mine, self._whole, self._copies = mine, whole, copies
+        self._mine, self._whole, self._replicas = mine, whole, replicas
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -130,8 +130,8 @@ class _SharedNoise(TorchFunctionMode):
 
     def _refusal(self, does: str) -> UnsupportedError:
         return UnsupportedError(
-            f"the pipeline {does}: its pictures would depend on how prompts are shared over dp={self._copies} copies; "
-            "give one prompt at a time, or use dp=1"
+            f"the pipeline {does}: its pictures would depend on how dp={self._replicas} replicas share the prompts; give "
+            "one prompt at a time, or use dp=1"
         )
 
 

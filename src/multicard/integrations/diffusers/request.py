@@ -1,4 +1,4 @@
-"""A request's values that pipelines take without a word and make nonsense of: refused by name, before anything runs."""
+"""Values that a pipeline would accept and turn into nonsense: refused by name before anything runs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SCALES = frozenset(
         "eta",
     ]
 )
-"""Finite numbers; what isn't a number (a list by prompt, say) is the pipeline's to judge."""
+"""Finite numbers; anything else (a list with one for each prompt, say) is left to the pipeline."""
 
 
 def check_request(arguments: Mapping[str, Any]) -> None:

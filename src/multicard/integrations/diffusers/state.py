@@ -16,11 +16,11 @@ DEPTH = 4
 class ModuleState:
     """A snapshot; two are equal if nothing was assigned, appended or written in place between them.
 
-    Private attributes are left out: hooks (offloading) and compilation keep their books there.
+    Private attributes are left out: hooks (offloading) and compilation keep their own state there.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._kept: list[Any] = []  # what is known by its identity mustn't be freed, or another could take it
+        self._kept: list[Any] = []  # objects are compared by id, so they must stay alive: an id may be used again
         self._seen: set[int] = set()
         self._facts = list(itertools.chain.from_iterable(self._attributes(module, DEPTH) for module in modules))
 

@@ -1,4 +1,4 @@
-"""Tensor parallelism of a ``diffusers`` model: what has to be done to it."""
+"""Tensor parallelism of a ``diffusers`` model: the changes that split its weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HOOKS = "_multicard_tensor_hooks"
 
 
 def tensor_changes(model: nn.Module, axis: Axis, plan: Mapping[str, str] | None = None) -> list[Change]:
-    """What leaves each rank its part of every planned module. Checked, and not done yet.
+    """The changes that leave each rank its part of every planned module: checked, not made yet.
 
     Raises:
         ConfigError: the plan doesn't fit the model.

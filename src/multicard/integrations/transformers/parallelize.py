@@ -131,7 +131,7 @@ def load_model(
 def tensor_changes(
     model: PreTrainedModel, axis: Axis, hooks: Hooks, plan: Mapping[str, str] | None = None
 ) -> list[Change]:
-    """Tensor parallel only: what leaves each rank its part of every planned module. Checked, and not done yet."""
+    """The changes that leave each rank its part of every planned module: checked, not made yet."""
     if axis.size == 1:
         return []
     resolved = resolve_plan(model, plan)

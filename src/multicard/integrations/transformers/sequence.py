@@ -34,7 +34,7 @@ FAMILIES = (
     "olmo3", "olmoe", "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss",
     "smollm3", "solar_open", "stablelm", "starcoder2", "youtu",
 )  # fmt: skip
-"""Decoders whose tokens meet in attention only. The tests split a model of each."""
+"""Decoders in which tokens interact only through attention. The tests split a model of each."""
 
 
 def check(model: PreTrainedModel, mesh: ParallelMesh) -> None:
@@ -46,7 +46,10 @@ def check(model: PreTrainedModel, mesh: ParallelMesh) -> None:
     kind, name = model.config.model_type, type(model).__name__
     why = None
     if kind not in FAMILIES:
-        why = f"model_type={kind!r} isn't one whose tokens are known to meet in attention only ({', '.join(FAMILIES)})"
+        why = (
+            f"model_type={kind!r} isn't among those whose tokens are known to interact only through attention "
+            f"({', '.join(FAMILIES)})"
+        )
     elif getattr(model.config, "attn_logit_softcapping", None):
         why = "its attention caps scores, which the kernels don't"
     elif set(getattr(model.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
