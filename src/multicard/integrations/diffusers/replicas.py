@@ -130,8 +130,8 @@ class _SharedNoise(TorchFunctionMode):
 
     def _refusal(self, does: str) -> UnsupportedError:
         return UnsupportedError(
-            f"the pipeline {does}: its pictures would depend on how dp={self._replicas} replicas share the prompts; give "
-            "one prompt at a time, or use dp=1"
+            f"the pipeline {does}: its pictures would depend on how dp={self._replicas} replicas share the prompts; "
+            "give one prompt at a time, or use dp=1"
         )
 
 
