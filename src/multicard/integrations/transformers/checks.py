@@ -70,7 +70,9 @@ def _check_attention(model: nn.Module, plan: ResolvedPlan, path: str, heads: Hea
     for name, _ in module.named_parameters(recurse=False):
         if f"{path}.{name}" not in plan.styles:
             raise _refused(path, module, f"its parameter {name!r} isn't in the plan")
-    dims = _head_dims(model, plan, path, heads)
+    queries, keys = (_head_dims(model, plan, path, heads, style) for style in ("query", "key_value"))
+    _check_head_counts(path, module, heads, queries, keys)
+    dims = queries | keys
     widths = {count * dim for count in (heads.query, heads.kv) if count > 1 for dim in dims}
     for name, child in module.named_children():
         if plan.styles.get(f"{path}.{name}") in BY_HEADS:
@@ -86,13 +88,26 @@ def _beside(name: str, path: str) -> bool:
     )
 
 
-def _head_dims(model: nn.Module, plan: ResolvedPlan, path: str, heads: Heads) -> set[int]:
-    dims = set()
-    for name, style in plan.styles.items():
-        if name.rpartition(".")[0] == path and style in ("query", "key_value"):
-            _, width = features(model.get_submodule(name))
-            dims.add(width // (heads.query if style == "query" else heads.kv))
-    return dims
+def _head_dims(model: nn.Module, plan: ResolvedPlan, path: str, heads: Heads, style: str) -> set[int]:
+    """How long the heads of the attention's projections of this style are."""
+    count = heads.query if style == "query" else heads.kv
+    own = [name for name, each in plan.styles.items() if name.rpartition(".")[0] == path and each == style]
+    return {features(model.get_submodule(name))[1] // count for name in own}
+
+
+def _check_head_counts(path: str, module: nn.Module, heads: Heads, queries: set[int], keys: set[int]) -> None:
+    """A config may have a number of key/value heads that the attention doesn't read."""
+    dim = getattr(module, "head_dim", None)
+    fit = (
+        any(key == dim for key in keys) if isinstance(dim, int) else any(q % k == 0 for q in queries for k in keys if k)
+    )
+    if keys and queries and not fit:
+        raise _refused(
+            path,
+            module,
+            f"{heads.query} query heads of {sorted(queries)} features and {heads.kv} key/value heads of {sorted(keys)} "
+            "don't fit together",
+        )
 
 
 def _check_bystander(
@@ -100,7 +115,7 @@ def _check_bystander(
 ) -> None:
     """A child of an attention that isn't split must work on whole tensors, or on each head by itself."""
     shapes = {n: tuple(p.shape) for n, p in child.named_parameters() if f"{path}.{name}.{n}" not in plan.styles}
-    if not shapes or BEFORE_HEADS.fullmatch(name):
+    if BEFORE_HEADS.fullmatch(name) or not (shapes or _is_norm(child)):
         return
     per_head = PER_HEAD_NORMS.fullmatch(name) and all(len(s) == 1 and s[0] not in widths for s in shapes.values())
     if not per_head:
@@ -134,6 +149,14 @@ def _check_owners(model: nn.Module, plan: ResolvedPlan, attentions: Mapping[str,
             full = f"{owner}.{name}"
             if full not in planned and not any(full.startswith(f"{path}.") for path in planned):
                 raise _refused(owner, module, f"its parameter {name!r} isn't in the plan")
+        for name, child in module.named_children():
+            if _is_norm(child):
+                raise _refused(owner, module, f"its part {name!r} ({type(child).__name__}) isn't in the plan")
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """By its class: one without parameters has nothing else to tell it by."""
+    return "norm" in type(module).__name__.lower()
 
 
 def _refused(path: str, module: nn.Module, why: str) -> UnsupportedError:
