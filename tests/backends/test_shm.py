@@ -424,7 +424,7 @@ def test_ranks_that_disagree_all_raise(run_on, checked):
         "numel": "all_reduce(4 × torch.float32, sum)",
         "root": "root 1",
         "site": "test_shm.py",
-        "splits": "sends",
+        "splits": "sending [1, 2]",
     }
     for name in names:
         assert told[0][name][:1] == told[1][name][:1]
@@ -436,7 +436,7 @@ def hold(mesh):
     """Where the memory is: anonymous, its owner's alone, and only as much as was used."""
     dist.barrier()
     group = dist.new_group()
-    made = group.shm._invitation.fd
+    made = group.shm._handshake.fd
     before = group.shm.sync
     dist.all_reduce(torch.ones(4), group=group)
     with open("/proc/self/maps") as file:
