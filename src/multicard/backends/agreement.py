@@ -24,42 +24,51 @@ class Agreement:
 
     Args:
         ranks: every rank's global rank, for messages.
-        all_gather: ``all_gather(out, x)`` fills the rows of ``out``, ``(ranks, bytes)``, with everybody's ``x``.
 
     Attributes:
         axis: the group's mesh axis, for messages; "" for other groups.
     """
 
-    def __init__(self, ranks: Sequence[int], all_gather: Callable[[Tensor, Tensor], None]) -> None:
-        self.axis = ""
-        self._ranks, self._all_gather = tuple(ranks), all_gather
-        self._record = struct.Struct(f"={CALL_WORDS + 1}q{2 * len(ranks)}q{TEXT}s")
+    def __init__(self, ranks: Sequence[int]) -> None:
+        self.axis, self._ranks, self._size = "", tuple(ranks), len(ranks)
+        self._record = struct.Struct(f"={CALL_WORDS + 1}q{2 * self._size}q{TEXT}s")
+        self._mine, self._all = bytearray(self._record.size), bytearray(self._record.size * self._size)
+        with torch.inference_mode(False):  # they outlive whatever mode the group is made in
+            self._row = torch.frombuffer(self._mine, dtype=torch.uint8)
+            self._rows = torch.frombuffer(self._all, dtype=torch.uint8).view(self._size, -1)
 
     def find_mismatch(
-        self, number: int, call: Call, x: Tensor | None, sent: Sequence[int], received: Sequence[int]
+        self,
+        all_gather: Callable[[Tensor, Tensor], object],
+        number: int,
+        call: Call,
+        x: Tensor | None,
+        sent: Sequence[int],
+        received: Sequence[int],
     ) -> MismatchError | None:
         """Compare this call with everybody's; the error to raise if they differ, on every rank. One all-gather.
 
         An operation with a root may be called from different lines, as root and others often do.
 
         Args:
+            all_gather: fills the rows of its first argument, ``(ranks, bytes)``, with everybody's second.
             number: of the call in this group, for messages.
             call: what must be the same on all ranks.
             x: this rank's tensor; its shape is compared where the operation asks for one shape.
             sent: elements for each rank; what rank i sends to j must be what j receives from i. Empty: none.
             received: elements from each rank.
         """
-        size, name, record = len(self._ranks), CALLS[call[0]], self._record
+        name, size = CALLS[call[0]], self._size
         site, where = sites() if name in SYMMETRIC else (0, "")
         where = f" at {where}" if where else ""
         if x is not None and name in SAME_SHAPE:
             where = f" of shape {tuple(x.shape)}{where}"
         splits = (*sent, *received) or (0,) * 2 * size
-        mine = bytearray(record.pack(*call, site, *splits, where.encode()[-TEXT:]))
-        everybody = bytearray(size * record.size)
-        out = torch.frombuffer(everybody, dtype=torch.uint8).view(size, record.size)
-        self._all_gather(out, torch.frombuffer(mine, dtype=torch.uint8))
-        rows = list(record.iter_unpack(everybody))
+        self._record.pack_into(self._mine, 0, *call, site, *splits, where.encode()[-TEXT:])
+        all_gather(self._rows, self._row)
+        if not sent and self._all == self._mine * size:
+            return None
+        rows = list(self._record.iter_unpack(self._all))
         sends = [row[CALL_WORDS + 1 : -1 - size] for row in rows]
         takes = [row[-1 - size : -1] for row in rows]
         said = [(*row[: CALL_WORDS + 1], row[-1]) for row in rows]

@@ -52,7 +52,7 @@ class GlooGroup:
     def __init__(self, store: dist.Store, rank: int, ranks: Sequence[int], timeout: datetime.timedelta) -> None:
         self.rank, self.size, self.ranks, self.calls = rank, len(ranks), tuple(ranks), 0
         self._gloo: Any = dist.ProcessGroupGloo(store, rank, self.size, timeout=timeout)
-        self.agreement = Agreement(ranks, lambda out, x: self._gloo._allgather_base(out.view(-1), x).wait())
+        self.agreement = Agreement(ranks)
         self._receivers: dict[int, concurrent.futures.ThreadPoolExecutor] = {}
 
     def _enter(
@@ -66,10 +66,14 @@ class GlooGroup:
     ) -> Any:
         """Agree on a collective; see the same method of shm's group."""
         self.calls += 1
-        error = self.agreement.find_mismatch(self.calls, to_call(name, x, numel, detail, op), x, *splits)
+        call = to_call(name, x, numel, detail, op)
+        error = self.agreement.find_mismatch(self._all_gather_rows, self.calls, call, x, *splits)
         if error is not None:
             raise error
         return self._gloo
+
+    def _all_gather_rows(self, rows: Tensor, x: Tensor) -> None:
+        self._gloo._allgather_base(rows.view(-1), x).wait()
 
     # ---- collectives
 

@@ -16,7 +16,7 @@ from multicard.backends.shm.messages import Messages, progress_all
 from multicard.backends.shm.parts import Parts
 from multicard.backends.shm.segment import WINDOW, Handshake
 from multicard.backends.shm.sync import Sync, guarded
-from multicard.backends.shm.tensor import Flat, Flats, about, check, check_writable, flatten, plain
+from multicard.backends.shm.tensor import Flat, about, check, check_writable, flatten, plain
 from multicard.backends.shm.window import Windows
 from multicard.backends.work import Work
 from multicard.errors import ConfigError, RankError, UnsupportedError
@@ -47,7 +47,7 @@ class Group:
     ) -> None:
         self.rank, self.size, self.ranks = rank, len(ranks), tuple(ranks)
         self.timeout, self.checked = timeout, checked
-        self.agreement = Agreement(self.ranks, self._all_gather_records)
+        self.agreement = Agreement(self.ranks)
         self.sync: Sync | None = None
         self._handshake = Handshake(store, rank, self.ranks)
         self._closed = False
@@ -60,7 +60,7 @@ class Group:
     def _attach(self) -> Sync:
         """Map the group's memory. Runs once, before the first operation."""
         if self._closed:
-            raise self.again()
+            raise RankError("this process group is shut down", rank=self.ranks[self.rank])
         with torch.inference_mode(False):  # the views made here outlive whatever mode their first user is in
             segment, peers = self._handshake.complete(self.timeout)
             sync = Sync(segment, self.rank, peers, self.ranks, self.timeout, progress_all)
@@ -84,15 +84,11 @@ class Group:
         call = to_call(name, x, numel, detail, op)
         sync.enter(call)
         if self.checked:
-            error = self.agreement.find_mismatch(sync.calls, call, x, *splits)
+            with sync.compare():
+                error = self.agreement.find_mismatch(self._windows.all_gather, sync.calls, call, x, *splits)
             if error is not None:
                 raise sync.fail(error)
         return self._windows
-
-    def _all_gather_records(self, out: Tensor, x: Tensor) -> None:
-        assert self.sync is not None
-        with self.sync.compare():
-            self._windows.all_gather(out, x)
 
     # ---- collectives
 
@@ -126,23 +122,17 @@ class Group:
         """``root``'s ``x`` into everybody's."""
         self._check_root("broadcast", root)
         check(x)
-        receives = self.rank != root
-        if x.numel() * x.itemsize <= WINDOW:
-            if receives:
-                check_writable(x)
-            self._enter("broadcast", x, x.numel(), root).broadcast(plain(x), root)
-            return
-        with Flat(x, write=receives) as flat:
-            windows = self._enter("broadcast", x, x.numel(), root)
-            for part in flat.split(WINDOW // x.itemsize):
-                windows.broadcast(part, root)
+        if self.rank != root:
+            check_writable(x)
+        self._enter("broadcast", x, x.numel(), root).broadcast(plain(x), root)
 
     @guarded
     def all_gather(self, outs: Sequence[Tensor], x: Tensor) -> None:
         """Everybody's ``x`` into ``outs`` by rank; sizes may differ."""
         sizes = self._check_parts("all_gather", x, outs)
         check_writable(*outs)
-        _gather(self._enter("all_gather", x, sum(sizes), size_code(sizes)), outs, x, max(sizes))
+        windows = self._enter("all_gather", x, sum(sizes), size_code(sizes))
+        windows.all_gather([plain(out) for out in outs], plain(x), max(sizes))
 
     @guarded
     def all_gather_single(self, out: Tensor, x: Tensor) -> None:
@@ -163,10 +153,12 @@ class Group:
         """Everybody's ``x``, of one size, into ``root``'s ``outs`` by rank; the others give no ``outs``."""
         self._check_root("gather", root)
         check(x)
+        outs = outs if self.rank == root else ()
         if self.rank == root:
             self._check_parts("gather", x, outs, even=True)
             check_writable(*outs)
-        _gather(self._enter("gather", x, x.numel(), root), outs if self.rank == root else (), x, x.numel())
+        windows = self._enter("gather", x, x.numel(), root)
+        windows.all_gather([plain(out) for out in outs], plain(x), x.numel())
 
     @guarded
     def reduce_scatter(self, out: Tensor, parts: Sequence[Tensor], op: str = "sum") -> None:
@@ -259,8 +251,9 @@ class Group:
         for peer, tensors in ((to, sends), (source, receives)):
             if tensors and (peer == self.rank or not 0 <= peer < self.size):
                 raise UnsupportedError(f"group rank {self.rank} of {self.size} can't talk to group rank {peer}")
-        if (self.sync or self._attach()).error is not None:
-            raise self.again()
+        sync = self.sync or self._attach()
+        if sync.error is not None:
+            raise sync.again()
         transfers = [Transfer(to, x, tag) for x in sends]
         transfers += [Transfer(source, x, tag, receives=True) for x in receives]
         return Work(receives or sends, self._messages, self._messages.start(transfers))
@@ -271,12 +264,6 @@ class Group:
         if self.sync is None:
             self._attach()
         return self.recv(tensors, self._messages.wait_for_any(tag), tag)
-
-    def again(self) -> RankError:
-        """The error of a group that is shut down or has failed before."""
-        if self.sync is not None:
-            return self.sync.again()
-        return RankError("this process group is shut down", rank=self.ranks[self.rank])
 
     # ---- life
 
@@ -293,15 +280,6 @@ class Group:
             del self._windows, self._messages, self._parts
         self._handshake.withdraw()
         self._closed = True
-
-
-def _gather(windows: Windows, outs: Sequence[Tensor], x: Tensor, longest: int) -> None:
-    """Everybody's ``x``, of at most ``longest`` elements, into ``outs`` by rank; no ``outs``: nothing is wanted."""
-    if longest * x.itemsize <= WINDOW:
-        windows.all_gather([plain(out) for out in outs], plain(x))
-    else:
-        with Flats(outs) as flats:
-            windows.all_gather_long(flats, flatten(x))
 
 
 def _fits(x: Tensor, parts: int) -> bool:

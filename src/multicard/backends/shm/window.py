@@ -16,7 +16,7 @@ from multicard import partition
 from multicard.backends.reductions import reduce_into
 from multicard.backends.shm.segment import WINDOW, Segment
 from multicard.backends.shm.sync import Sync
-from multicard.backends.shm.tensor import VIEWS
+from multicard.backends.shm.tensor import VIEWS, Flat, Flats, flatten
 
 FLAT = 1 << 16
 """Up to this many bytes every rank adds up everything (one wait); above, each adds up its slice (two waits)."""
@@ -83,19 +83,25 @@ class Windows:
             if r != rank:
                 share.copy_(slots[r][: share.numel()])
 
-    def all_gather(self, outs: Tensor | Sequence[Tensor], x: Tensor) -> None:
-        """Everybody's ``x``, each of which fits a window, into ``outs``.
+    def all_gather(self, outs: Tensor | Sequence[Tensor], x: Tensor, longest: int = 0) -> None:
+        """Everybody's ``x`` into ``outs``.
 
         Args:
-            outs: by rank; or ``(ranks, numel)`` where all are contiguous and of one shape, which takes one copy.
-                Empty: this rank wants nothing.
+            outs: by rank; or ``(ranks, numel)``, contiguous, where all fit a window, which takes one copy. Empty: this
+                rank wants nothing, and all ranks' ``x`` are of one size.
             x: this rank's.
+            longest: the most elements that a rank has, where they may not fit a window.
         """
         sync, half = self._sync, self._sync.sequence + 1 & 1
-        slots, rows = self.views(half, x.dtype, x.shape, 0)
         if isinstance(outs, Tensor):
+            slots, rows = self.views(half, x.dtype, x.shape, 0)
             pairs = [(outs, rows)]
+        elif longest * x.itemsize > WINDOW:
+            with Flats(outs) as flats:
+                self._all_gather_long(flats, flatten(x), longest)
+            return
         else:
+            slots = self._slots(x.dtype, x.shape)
             pairs = [(out, self.views(half, x.dtype, out.shape, 0)[0][r]) for r, out in enumerate(outs)]
         sync.await_readers()
         slots[self.rank].copy_(x)
@@ -105,14 +111,10 @@ class Windows:
         for out, slot in pairs:
             out.copy_(slot)
 
-    def all_gather_long(self, outs: Sequence[Tensor], x: Tensor) -> None:
-        """Everybody's flat ``x`` into flat ``outs`` by rank, of any lengths. ``outs[rank]`` may be ``x``.
-
-        A rank that wants nothing gives no ``outs``; then all lengths are the same.
-        """
+    def _all_gather_long(self, outs: Sequence[Tensor], x: Tensor, longest: int) -> None:
         if outs and outs[self.rank].data_ptr() != x.data_ptr():
             outs[self.rank].copy_(x)
-        for start, slots in self._show(x, max(part.numel() for part in (x, *outs)), reads=bool(outs)):
+        for start, slots in self._show(x, longest, reads=bool(outs)):
             for r, (out, slot) in enumerate(zip(outs, slots, strict=True)):
                 part = out[start : start + slot.numel()]
                 if r != self.rank and part.numel():
@@ -136,7 +138,12 @@ class Windows:
                 yield start, slots
 
     def broadcast(self, x: Tensor, root: int) -> None:
-        """The ``x`` of ``root``, which fits a window, into everybody's."""
+        """The ``x`` of ``root`` into everybody's."""
+        if x.numel() * x.itemsize > WINDOW:
+            with Flat(x, write=self.rank != root) as flat:
+                for part in flat.split(WINDOW // x.itemsize):
+                    self.broadcast(part, root)
+            return
         sync, slots = self._sync, self._slots(x.dtype, x.shape)
         if self.rank == root:
             sync.await_readers()
