@@ -89,7 +89,7 @@ class ProcessGroup(dist.ProcessGroup):
         size = self._group.size
         if x.numel() != out.numel() * size:
             raise ConfigError(f"reduce_scatter: {x.numel()} elements are not {size} ranks × {out.numel()}")
-        self._group.reduce_scatter(out, x.contiguous().view(size, -1).unbind() if x.numel() else [x] * size, _op(opts))
+        self._group.reduce_scatter(out, x.contiguous().view(size, *out.shape).unbind(), _op(opts))
         return Work((out,))
 
     _reduce_scatter_base = reduce_scatter_single

@@ -17,9 +17,9 @@ data on the reader's (acquire). Copies made by torch's own threads are ordered b
 parallel region.
 
 **Waits** spin, then yield the core, then sleep, at most a millisecond at first and five later. While not spinning they
-move this thread's other messages along (so two ranks that wait for one another's messages in different groups both go
-on), let Python handle signals (Ctrl-C), see within a fraction of a second that a peer is dead or has given up, and end
-at the timeout.
+move this thread's other messages along (so two ranks that wait for one another's messages in different groups both
+continue), let Python handle signals (Ctrl-C), notice within a fraction of a second that a peer is dead or has given up,
+and end at the timeout.
 """
 
 from __future__ import annotations
