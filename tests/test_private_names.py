@@ -69,20 +69,12 @@ TABLE = {
         "_shutdown": Use("the interpreter's exit on the stack", ("ranks/interrupt.py",), has(threading)),
     },
     "torch.distributed": {
-        "_allgather_base": Use(
-            "gloo by its own calls", ("backends/agreement.py", "backends/check.py"), has(dist.ProcessGroup)
-        ),
+        "_allgather_base": Use("gloo by its own calls", ("backends/gloo.py",), has(dist.ProcessGroupGloo)),
         "_flatten": Use("ring and ulysses as one axis", ("mesh.py",), has(dist.device_mesh.DeviceMesh)),
         "_get_default_group": Use("the memo of meshes", ("mesh.py",), has(dist.distributed_c10d)),
         "_get_sequence_number_for_group": Use("who didn't arrive", ("ranks/activity.py",), has(dist.ProcessGroup)),
-        "_reduce_scatter_base": Use("gloo by its own calls", ("backends/check.py",), has(dist.ProcessGroup)),
-        "_register_backend": Use("gloo inside checked_gloo", ("backends/check.py",), has(dist.ProcessGroup)),
-        "_set_default_backend": Use("gloo inside checked_gloo", ("backends/check.py",), has(dist.ProcessGroup)),
-        "_set_group_name": Use("gloo inside checked_gloo", ("backends/check.py",), has(dist.ProcessGroup)),
+        "_set_default_timeout": Use("gloo by its own calls", ("backends/gloo.py",), has(dist.ProcessGroupGloo)),
         "_set_pg_timeout": Use("sub-groups' timeouts", ("join.py",), has(dist.distributed_c10d)),
-        "_set_sequence_number_for_group": Use(
-            "gloo inside checked_gloo", ("backends/check.py",), has(dist.ProcessGroupGloo)
-        ),
         "_world": Use("all groups, and their ranks", ("ranks/activity.py",), has(dist.distributed_c10d)),
     },
     "torch": {

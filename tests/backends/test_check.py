@@ -107,69 +107,58 @@ COLLECTIVES = [
     more_taken_than_sent,
     barrier_against_all_reduce,
 ]
-MESSAGES = {"gloo": [short_send, send_of_another_dtype], "shm": [short_send]}  # shm's messages have a length only
+MESSAGES = {"gloo": [short_send, send_of_another_dtype], "auto": [short_send]}  # shm's messages have a length only
 
 
-def run_all(mesh, cases):
-    """Every case on a group of its own, which a disagreement may spoil; the last rank is the odd one."""
-    told, under_way = [], []
-    for case in cases:
-        group = dist.new_group(timeout=datetime.timedelta(seconds=30))
-        try:
-            under_way.append(case(group, mesh.rank == mesh.world_size - 1))
-            told.append(("nothing", "", None))
-        except Exception as error:
-            told.append((type(error).__name__, str(error), getattr(error, "rank", None)))
+def call(mesh, case):
+    """A case on a group of its own, which it spoils; the last rank is the odd one. What this rank is told."""
+    group = dist.new_group(timeout=datetime.timedelta(seconds=30))
+    told = under_way = None
+    try:
+        under_way = case(group, mesh.rank == mesh.world_size - 1)
+    except Exception as error:
+        told = error
     dist.barrier()  # what is under way is kept until its receiver has seen it
     del under_way
     return told
 
 
-@pytest.fixture(scope="module", params=["shm", "gloo"])
-def checked(request):
-    with mc.Ranks(mc.ParallelConfig(tp=3), backend=request.param, check=True, timeout=60) as ranks:
-        yield ranks
+BACKENDS = [pytest.param("auto", id="shm"), "gloo"]  # the names of the pools that other tests use too
 
 
-def test_every_disagreement_is_named_on_every_rank(checked):
-    by_rank = checked.run(run_all, COLLECTIVES)
-    for case, *told in zip(COLLECTIVES, *by_rank, strict=True):
-        for kind, text, _ in told:
-            assert kind in ("MismatchError", "ConfigError"), f"{case.__name__}: {kind} {text}"
-            assert "rank 2" in text or "rank" in text, f"{case.__name__}: {text}"
-        assert any(kind == "MismatchError" for kind, _, _ in told), case.__name__
+def check_told(told):
+    """Every rank raises, and names what each of them calls."""
+    ranks = range(len(told))
+    for error in told:
+        assert isinstance(error, MismatchError), told
+        assert error.rank in ranks
+        assert all(f"rank {rank} calls " in str(error) for rank in ranks), error
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", COLLECTIVES)
+def test_every_disagreement_is_named_on_every_rank(run_on, case, backend):
+    check_told(run_on(call, case, backend=backend, tp=3))
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("backend", ["shm", "gloo"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size", [2, 4])
-def test_every_disagreement_is_named_at_other_sizes(backend, size):
-    with mc.Ranks(mc.ParallelConfig(tp=size), backend=backend, check=True, timeout=60) as ranks:
-        by_rank = ranks.run(run_all, COLLECTIVES)
-    for case, *told in zip(COLLECTIVES, *by_rank, strict=True):
-        assert {kind for kind, _, _ in told} <= {"MismatchError", "ConfigError"}, f"{case.__name__}: {told}"
+@pytest.mark.parametrize("case", COLLECTIVES)
+def test_every_disagreement_is_named_at_other_sizes(run_on, case, size, backend):
+    check_told(run_on(call, case, backend=backend, tp=size))
 
 
-def test_a_wrong_message_is_named_by_its_receiver(checked, request):
-    cases = MESSAGES[request.node.callspec.params["checked"]]
-    by_rank = checked.run(run_all, cases)
-    for i, case in enumerate(cases):
-        kind, text, _ = by_rank[0][i]
-        assert kind == "MismatchError", f"{case.__name__}: {kind} {text}"
-        assert "rank 2" in text
+@pytest.mark.parametrize(("backend", "case"), [(name, case) for name in MESSAGES for case in MESSAGES[name]])
+def test_a_wrong_message_is_named_by_its_receiver(run_on, case, backend):
+    told, *_ = run_on(call, case, backend=backend, tp=3)
+    assert isinstance(told, MismatchError)
+    assert "rank 2 sen" in str(told)
 
 
 @pytest.mark.seam
-def test_the_launcher_raises_it(checked):
-    with pytest.raises(MismatchError, match="all_reduce") as caught:
-        checked.run(lambda mesh: different_shape(mesh.tp.group, mesh.rank == 1))
-    assert isinstance(caught.value, MulticardError)
-    assert caught.value.rank is not None
-    checked.restart()
-
-
-@pytest.mark.seam
-def test_what_agrees_is_let_through(checked):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_agrees_is_let_through(run_on, backend):
     def agree(mesh):
         axis, n, r = mesh.tp, mesh.tp.size, mesh.tp.rank
         x = torch.arange(6.0) + r
@@ -193,7 +182,7 @@ def test_what_agrees_is_let_through(checked):
             "half": collectives.all_reduce(x.bfloat16(), axis),
         }
 
-    out = checked.run(agree)
+    out = run_on(agree, backend=backend, tp=3)
     base = torch.arange(6.0)
     for r, values in enumerate(out):
         assert torch.equal(values["sum"], 3 * base + 3)
@@ -203,6 +192,15 @@ def test_what_agrees_is_let_through(checked):
         assert torch.equal(values["moved"], 2 * (base + (r - 1) % 3))
         assert torch.equal(values["same"], base)
         assert torch.equal(values["rows"], torch.cat([base[2 * r : 2 * r + 2] + i for i in range(3)]))
+
+
+@pytest.mark.seam
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_launcher_raises_it(run_on, backend):
+    with pytest.raises(MismatchError, match="all_reduce") as caught:
+        run_on(lambda mesh: different_shape(mesh.tp.group, mesh.rank == 1), backend=backend, tp=3)
+    assert isinstance(caught.value, MulticardError)
+    assert caught.value.rank is not None
 
 
 def test_only_gloo_and_shm_on_cpus_can_be_checked(monkeypatch):

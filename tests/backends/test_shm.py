@@ -89,32 +89,29 @@ def collectives_on(group, numel: int, dtype: torch.dtype, all_ops: bool = False)
     return got
 
 
-def matrix(mesh):
-    """Everything against gloo; the names of what differs."""
-    rank, wrong = dist.get_rank(), []
+def against_gloo(mesh, numel):
+    """Everything of that size against gloo, in the whole group and in two of its parts."""
     for ranks in subgroups(dist.get_world_size()):
         shm, gloo = dist.new_group(ranks), dist.new_group(ranks, backend="gloo")
-        if rank not in ranks:
+        if dist.get_rank() not in ranks:
             continue
-        for numel, dtype in itertools.product(SIZES, GLOO_DTYPES):
-            if numel > 1000 and dtype not in (torch.float32, torch.float16):
-                continue
+        for dtype in GLOO_DTYPES if numel <= 1000 else (torch.float32, torch.float16):
             got, want = collectives_on(shm, numel, dtype), collectives_on(gloo, numel, dtype)
             for name in want:
-                if len(got[name]) != len(want[name]) or not all(map(same, got[name], want[name])):
-                    wrong.append((name, numel, dtype, ranks))
-    return wrong
+                assert len(got[name]) == len(want[name]), (name, dtype, ranks)
+                assert all(map(same, got[name], want[name])), (name, dtype, ranks)
 
 
+@pytest.mark.parametrize("numel", SIZES)
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_every_collective_against_gloo(run_on, ranks):
-    assert run_on(matrix, dp=ranks) == [[]] * ranks
+def test_every_collective_against_gloo(run_on, ranks, numel):
+    run_on(against_gloo, numel, dp=ranks)
 
 
-def odd_dtypes(mesh):
+def odd_dtype(mesh, dtype):
     """What gloo doesn't have: reductions against torch's own in float64 or wider, copies bit for bit."""
-    rank, size, wrong = dist.get_rank(), dist.get_world_size(), []
-    for numel, dtype in itertools.product((1, 999, 70_001), ODD_DTYPES):
+    rank, size = dist.get_rank(), dist.get_world_size()
+    for numel in (1, 999, 70_001):
         mine = [values(r, numel, dtype) for r in range(size)]
         wide = torch.complex128 if dtype.is_complex else torch.float64 if dtype.is_floating_point else torch.int64
         stack = torch.stack([x.to(wide) for x in mine])
@@ -134,26 +131,25 @@ def odd_dtypes(mesh):
                 continue  # torch.distributed refuses it itself
             x = mine[rank].clone()
             dist.all_reduce(x, getattr(dist.ReduceOp, name))
-            if not same(x, want.to(dtype)):
-                wrong.append((name, numel, dtype))
+            assert same(x, want.to(dtype)), (name, numel)
         outs = [torch.empty_like(x) for x in mine]
         dist.all_gather(outs, mine[rank])
         x = mine[rank].clone()
         dist.broadcast(x, size - 1)
-        if not all(map(same, outs, mine)) or not same(x, mine[-1]):
-            wrong.append(("copies", numel, dtype))
-    return wrong
+        assert all(map(same, outs, mine)), numel
+        assert same(x, mine[-1]), numel
 
 
+@pytest.mark.parametrize("dtype", ODD_DTYPES, ids=str)
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_dtypes_that_gloo_lacks(run_on, ranks):
-    assert run_on(odd_dtypes, dp=ranks) == [[]] * ranks
+def test_dtypes_that_gloo_lacks(run_on, ranks, dtype):
+    run_on(odd_dtype, dtype, dp=ranks)
 
 
-def rank_order(mesh):
+def rank_order(mesh, dtype):
     """Real numbers: rank order, half types in float32, the same bits on all ranks and however it is called."""
-    rank, size, found = dist.get_rank(), dist.get_world_size(), []
-    for numel, dtype in itertools.product((100, 20_000, 500_000), (torch.float32, torch.bfloat16, torch.float16)):
+    rank, size = dist.get_rank(), dist.get_world_size()
+    for numel in (100, 20_000, 500_000):
         mine = [torch.randn(numel, generator=torch.Generator().manual_seed(r)).to(dtype) for r in range(size)]
         want = mine[0].float() if dtype.itemsize == 2 else mine[0].clone()
         for x in mine[1:]:
@@ -166,19 +162,27 @@ def rank_order(mesh):
         dist.reduce_scatter_single(part, mine[rank][:cut])
         y = mine[rank].clone()
         dist.reduce(y, 0)
-        found.append(same(x, want) and same(part, want[:cut].chunk(size)[rank]) and (rank > 0 or same(y, want)))
-    return found
+        assert same(x, want), numel
+        assert same(part, want[:cut].chunk(size)[rank]), numel
+        assert rank > 0 or same(y, want), numel
+        own = mine[rank][:cut].clone()  # the result may be this rank's own contribution
+        dist.reduce_scatter(own.chunk(size)[rank], list(own.chunk(size)))
+        assert same(own.chunk(size)[rank], want[:cut].chunk(size)[rank]), numel
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_sums_are_in_rank_order_and_float32(run_on, ranks):
-    assert all(map(all, run_on(rank_order, dp=ranks)))
+def test_sums_are_in_rank_order_and_float32(run_on, ranks, dtype):
+    run_on(rank_order, dtype, dp=ranks)
+
+
+def by_rank(size):
+    return [torch.arange(24.0).view(4, 6) * (r + 1) for r in range(size)]
 
 
 def strided(mesh):
-    """Tensors of any strides, gradients, inference mode: as a dense one would."""
-    rank, size, wrong = dist.get_rank(), dist.get_world_size(), []
-    whole = [torch.arange(24.0).view(4, 6) * (r + 1) for r in range(size)]
+    rank, size = dist.get_rank(), dist.get_world_size()
+    whole = by_rank(size)
     for numel in (24, 24 * 20_000):
         rows = [x.repeat(numel // 24, 1).t() for x in whole]
         x = rows[rank].clone(memory_format=torch.preserve_format)
@@ -191,252 +195,289 @@ def strided(mesh):
         works = [dist.isend(rows[rank], (rank + 1) % size), dist.irecv(z, (rank - 1) % size)]
         for work in works:
             work.wait()
-        if not (torch.equal(x, sum(rows)) and all(map(torch.equal, outs, rows)) and torch.equal(y, rows[1])):
-            wrong.append(("strides", numel))
-        if not torch.equal(z, rows[rank - 1]):
-            wrong.append(("messages", numel))
+        assert torch.equal(x, sum(rows)), numel
+        assert all(map(torch.equal, outs, rows)), numel
+        assert torch.equal(y, rows[1]), numel
+        assert torch.equal(z, rows[rank - 1]), numel
+        gathered = [torch.empty(numel // 6, 6).t() for _ in whole] if rank == 1 else None
+        dist.gather(rows[rank], gathered, 1)
+        assert rank != 1 or all(map(torch.equal, gathered, rows)), numel
+        dist.scatter(z, rows if rank == 1 else None, 1)
+        assert torch.equal(z, rows[rank]), numel
+
+
+def parameters(mesh):
+    rank, size = dist.get_rank(), dist.get_world_size()
+    whole = by_rank(size)
     weight = torch.nn.Parameter(whole[rank].clone())
     dist.broadcast(weight, 0)
     dist.all_reduce(weight)
-    if not torch.equal(weight, size * whole[0]) or weight.grad_fn is not None:
-        wrong.append("parameter")
+    assert torch.equal(weight, size * whole[0])
+    assert weight.grad_fn is None
+
+
+def inference_mode(mesh):
+    whole = by_rank(dist.get_world_size())[dist.get_rank()]
     group = dist.new_group()
     with torch.inference_mode():  # the group's first use, and each view's
-        inside = whole[rank].clone()
+        inside = whole.clone()
         dist.all_reduce(inside, group=group)
         collectives_on(group, 5, torch.float32)
-    outside = whole[rank].clone()
+    outside = whole.clone()
     dist.all_reduce(outside, group=group)
     collectives_on(group, 5, torch.float32)
-    if not torch.equal(inside, outside):
-        wrong.append("inference mode")
+    assert torch.equal(inside, outside)
+
+
+def conjugates(mesh):
+    rank, whole = dist.get_rank(), by_rank(dist.get_world_size())
     conj = torch.complex(whole[rank], -whole[rank]).conj()
     outs = [torch.empty_like(conj) for _ in whole]
     dist.group.WORLD.shm.all_gather(outs, conj)  # torch.distributed itself refuses these
-    if not all(torch.equal(out, torch.complex(x, x)) for out, x in zip(outs, whole, strict=True)):
-        wrong.append("conj")
-    return wrong
+    assert all(torch.equal(out, torch.complex(x, x)) for out, x in zip(outs, whole, strict=True))
 
 
+@pytest.mark.parametrize("case", [strided, parameters, inference_mode, conjugates])
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_strides_gradients_and_inference_mode(run_on, ranks):
-    assert run_on(strided, dp=ranks) == [[]] * ranks
+def test_any_tensor_is_as_a_dense_one(run_on, ranks, case):
+    run_on(case, dp=ranks)
 
 
-def messages(mesh):
-    """Tags, any source, zero bytes, more than fits a channel both ways, and progress across groups."""
-    rank, size, wrong = dist.get_rank(), dist.get_world_size(), []
-    after, before = (rank + 1) % size, (rank - 1) % size
+def alone(mesh):
+    """A rank that is alone in its group: everything gives what it gave."""
+    group = [dist.new_group([r]) for r in range(dist.get_world_size())][dist.get_rank()]
+    for numel, dtype in itertools.product((0, 7, 300_001), (torch.float32, torch.bfloat16)):
+        x = values(0, numel, dtype)
+        for name, call in {
+            "all_reduce": lambda out, x: dist.all_reduce(out.copy_(x), dist.ReduceOp.AVG, group=group),
+            "reduce": lambda out, x: dist.reduce(out.copy_(x), group=group, group_dst=0),
+            "broadcast": lambda out, x: dist.broadcast(out.copy_(x), group=group, group_src=0),
+            "all_gather": lambda out, x: dist.all_gather([out], x, group=group),
+            "gather": lambda out, x: dist.gather(x, [out], group=group, group_dst=0),
+            "reduce_scatter": lambda out, x: dist.reduce_scatter(out, [x], group=group),
+            "scatter": lambda out, x: dist.scatter(out, [x], group=group, group_src=0),
+            "all_to_all": lambda out, x: dist.all_to_all([out], [x], group=group),
+            "all_to_all_single": lambda out, x: dist.all_to_all_single(out, x, group=group),
+        }.items():
+            out = torch.full_like(x, 9)
+            call(out, x)
+            assert same(out, x), (name, numel, dtype)
+    dist.barrier(group)
 
-    def expect(name, got, want):
-        if not torch.equal(got, want):
-            wrong.append(name)
 
-    for numel in (3, 3_000_000):  # the second: 12 MB, above a channel's 8
+def test_a_rank_alone_in_its_group(run_on):
+    run_on(alone, dp=2)
+
+
+def neighbours():
+    rank, size = dist.get_rank(), dist.get_world_size()
+    return (rank + 1) % size, (rank - 1) % size
+
+
+def tags(mesh):
+    """Received in another order than sent; the longer ones are 12 MB each, above a channel's 8."""
+    after, before = neighbours()
+    for numel in (3, 3_000_000):
         sends = [dist.isend(torch.full((numel,), float(tag)), after, tag=tag) for tag in (1, 2, 3)]
-        parts = {tag: torch.empty(numel) for tag in (3, 1, 2)}
-        for tag, part in parts.items():  # not in the order sent
+        for tag in (3, 1, 2):
+            part = torch.empty(numel)
             dist.recv(part, before, tag=tag)
-            expect("tag", part, torch.full((numel,), float(tag)))
+            assert torch.equal(part, torch.full((numel,), float(tag))), (numel, tag)
         for work in sends:
             work.wait()
+
+
+def zero_bytes(mesh):
+    after, before = neighbours()
     empty = dist.isend(torch.empty(0), after)
     dist.recv(torch.empty(0), before)
     empty.wait()
-    if rank == 0:
-        seen = []
-        for _ in range(size - 1):
-            x = torch.empty(2)
-            seen.append(dist.recv(x, tag=7))
-            expect("any source", x, torch.full((2,), float(seen[-1])))
-        if sorted(seen) != list(range(1, size)):
-            wrong.append(("any source", seen))
-    else:
+
+
+def any_source(mesh):
+    rank, size = dist.get_rank(), dist.get_world_size()
+    if rank > 0:
         dist.send(torch.full((2,), float(rank)), 0, tag=7)
+        return
+    seen = []
+    for _ in range(size - 1):
+        x = torch.empty(2)
+        seen.append(dist.recv(x, tag=7))
+        assert x.tolist() == [seen[-1]] * 2
+    assert sorted(seen) == list(range(1, size))
+
+
+def across_groups(mesh):
+    """The others' messages can only end while rank 0 waits in another group."""
+    rank, (after, before) = dist.get_rank(), neighbours()
     both = dist.new_group()
     out, big = torch.empty(5_000_000), torch.full((5_000_000,), float(rank))
     works = [dist.isend(big, after), dist.irecv(out, before)]
-    if rank == 0:  # the others' messages can only end while rank 0 waits in another group
+    if rank == 0:
         dist.barrier(both)
     for work in works:
         work.wait()
     if rank > 0:
         dist.barrier(both)
-    expect("across groups", out, torch.full((5_000_000,), float(before)))
+    assert torch.equal(out, torch.full((5_000_000,), float(before)))
+
+
+def coalesced(mesh):
+    after, before = neighbours()
     with dist._coalescing_manager(device=torch.device("cpu"), async_ops=True) as manager:
-        x, y = torch.full((4,), float(rank)), torch.empty(4)
+        x, y = torch.full((4,), float(dist.get_rank())), torch.empty(4)
         dist.isend(x, after)
         dist.irecv(y, before)
     manager.wait()
-    expect("coalesced", y, torch.full((4,), float(before)))
-    work = dist.all_to_all_single(z := torch.empty(size), torch.full((size,), float(rank)), async_op=True)
-    expect("future", work.get_future().wait()[0], torch.arange(float(size)))
-    expect("all_to_all", z, torch.arange(float(size)))
+    assert y.tolist() == [before] * 4
+
+
+def futures(mesh):
+    size = dist.get_world_size()
+    out, x = torch.empty(size), torch.full((size,), float(dist.get_rank()))
+    work = dist.all_to_all_single(out, x, async_op=True)
+    assert torch.equal(work.get_future().wait()[0], torch.arange(float(size)))
+    assert torch.equal(out, torch.arange(float(size)))
+
+
+def is_completed(mesh):
+    after, before = neighbours()
+    y = torch.empty(4)
     work = dist.irecv(y, before)
-    if work.is_completed():
-        wrong.append("complete before it was sent")
+    assert not work.is_completed()
     dist.barrier()
     dist.isend(torch.ones(4), after)
     dist.barrier()
-    if not work.is_completed():
-        wrong.append("not complete after it was sent")
-    expect("is_completed", y, torch.ones(4))
-    return wrong
+    assert work.is_completed()
+    assert y.tolist() == [1.0] * 4
 
 
+@pytest.mark.parametrize("case", [tags, zero_bytes, any_source, across_groups, coalesced, futures, is_completed])
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_messages(run_on, ranks):
-    assert run_on(messages, dp=ranks) == [[]] * ranks
+def test_messages(run_on, ranks, case):
+    run_on(case, dp=ranks)
 
 
-def splits(mesh):
+def uneven(mesh, width, long):
     """An all_to_all that looks even to one rank, uneven to another, too long for a window to a third."""
-    rank, wrong = dist.get_rank(), []
-    for width, long in itertools.product((1, 60_000), (2, 3, 9)):
-        sizes = [[2, long, 2], [2, 2, 2], [2, 2, 2]]  # by source, then destination
-        data = [torch.randn(sum(row), width, generator=torch.Generator().manual_seed(r)) for r, row in enumerate(sizes)]
-        takes = [row[rank] for row in sizes]
-        out = torch.empty(sum(takes), width)
-        dist.all_to_all_single(out, data[rank], takes, sizes[rank])
-        if not torch.equal(out, torch.cat([x.split(row)[rank] for x, row in zip(data, sizes, strict=True)])):
-            wrong.append((width, long))
-    return wrong
+    rank = dist.get_rank()
+    sizes = [[2, long, 2], [2, 2, 2], [2, 2, 2]]  # by source, then destination
+    data = [torch.randn(sum(row), width, generator=torch.Generator().manual_seed(r)) for r, row in enumerate(sizes)]
+    takes = [row[rank] for row in sizes]
+    out = torch.empty(sum(takes), width)
+    dist.all_to_all_single(out, data[rank], takes, sizes[rank])
+    assert torch.equal(out, torch.cat([x.split(row)[rank] for x, row in zip(data, sizes, strict=True)]))
 
 
-def test_an_exchange_that_looks_even_to_some_ranks(run_on):
-    assert run_on(splits, dp=3) == [[]] * 3
+@pytest.mark.parametrize("long", [2, 3, 9])
+@pytest.mark.parametrize("width", [1, 60_000])
+def test_an_exchange_that_looks_even_to_some_ranks(run_on, width, long):
+    run_on(uneven, width, long, dp=3)
 
 
-def refused(mesh):
-    """What is refused, by name, before anything was said: the group goes on."""
-    rank, size = dist.get_rank(), dist.get_world_size()
-    x, said = torch.ones(4), {}
-    shm = dist.group.WORLD.shm
-    for name, call in {
-        "premul": lambda: dist.all_reduce(x, dist._make_nccl_premul_sum(2.0)),
-        "avg": lambda: dist.all_reduce(x.int(), dist.ReduceOp.AVG),
-        "band": lambda: dist.all_reduce(x, dist.ReduceOp.BAND),
-        "unsigned": lambda: dist.all_reduce(x.to(torch.uint16), dist.ReduceOp.MAX),
-        "kernel": lambda: dist.all_reduce(torch.zeros(4, dtype=torch.uint8).view(torch.bits8)),
-        "quantized": lambda: dist.broadcast(torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), 0),
-        "device": lambda: dist.all_reduce(x.to("meta")),
-        "sparse": lambda: shm.all_reduce(x.to_sparse()),
-        "expanded": lambda: dist.all_reduce(torch.ones(1).expand(4)),
-        "expanded receive": lambda: dist.irecv(torch.ones(1).expand(4), (rank + 1) % size),
-        "gather": lambda: shm.all_gather([torch.ones(3)] * size, x),
-        "gather dtype": lambda: shm.all_gather([x.double()] * size, x),
-        "scatter": lambda: dist.reduce_scatter_single(torch.ones(3), x),
-        "exchange": lambda: shm.all_to_all([x] * (size + 1), [x] * size),
-        "exchange own": lambda: shm.all_to_all([x] * size, [x[: rank + 1]] * size),
-        "exchange rows": lambda: shm.all_to_all_single(x, x, [3, 2], [2, 2]),
-        "exchange dtype": lambda: shm.all_to_all_single(x.double(), x),
-        "root": lambda: shm.broadcast(x, size),
-        "peer": lambda: shm.send([x], rank),
-    }.items():
-        try:
-            call()
-        except (UnsupportedError, ConfigError) as error:
-            said[name] = str(error)
-    dist.all_reduce(x)
-    return said, x.tolist()
+REFUSED = {  # what is called, and a word of what it is told
+    "premul": (lambda x, **_: dist.all_reduce(x, dist._make_nccl_premul_sum(2.0)), "PREMUL_SUM"),
+    "avg": (lambda x, **_: dist.all_reduce(x.int(), dist.ReduceOp.AVG), "torch.int32 by avg"),
+    "band": (lambda x, **_: dist.all_reduce(x, dist.ReduceOp.BAND), "torch.float32 by band"),
+    "unsigned": (lambda x, **_: dist.all_reduce(x.to(torch.uint16), dist.ReduceOp.MAX), "uint16"),
+    "kernel": (lambda x, **_: dist.all_reduce(torch.zeros(4, dtype=torch.uint8).view(torch.bits8)), "bits8"),
+    "quantized": (lambda x, **_: dist.broadcast(torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), 0), "qint8"),
+    "device": (lambda x, **_: dist.all_reduce(x.to("meta")), "on meta"),
+    "sparse": (lambda x, shm, **_: shm.all_reduce(x.to_sparse()), "sparse"),
+    "expanded": (lambda x, **_: dist.all_reduce(torch.ones(1).expand(4)), "share"),
+    "expanded receive": (lambda x, shm, **_: dist.irecv(torch.ones(1).expand(4), 1 - shm.rank), "share"),
+    "gather": (lambda x, shm, **_: shm.all_gather([torch.ones(3)] * shm.size, x), "fit"),
+    "gather dtype": (lambda x, shm, **_: shm.all_gather([x.double()] * shm.size, x), "float64"),
+    "scatter": (lambda x, **_: dist.reduce_scatter_single(torch.ones(3), x), "4"),
+    "exchange": (lambda x, shm, **_: shm.all_to_all([x] * (shm.size + 1), [x] * shm.size), "all_to_all"),
+    "exchange own": (lambda x, shm, **_: shm.all_to_all([x] * shm.size, [x[: shm.rank + 1]] * shm.size), "itself"),
+    "exchange rows": (lambda x, shm, **_: shm.all_to_all_single(x, x, [3, 2], [2, 2]), "[3, 2]"),
+    "exchange dtype": (lambda x, shm, **_: shm.all_to_all_single(x.double(), x), "torch.float64"),
+    "root": (lambda x, shm, **_: shm.broadcast(x, shm.size), "group rank 2"),
+    "peer": (lambda x, shm, **_: shm.send([x], shm.rank), "group rank"),
+}
 
 
-def test_what_it_does_not_have_is_refused_by_name(run_on):
-    for said, after in run_on(refused, dp=2):
+def refused(mesh, call):
+    x = torch.ones(4)
+    with pytest.raises((UnsupportedError, ConfigError)) as caught:
+        call(x=x, shm=dist.group.WORLD.shm)
+    dist.all_reduce(x)  # nothing was said: the group goes on
+    return str(caught.value), x.tolist()
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_it_does_not_have_is_refused_by_name(run_on, case):
+    call, word = REFUSED[case]
+    for said, after in run_on(refused, call, dp=2):
+        assert word in said
         assert after == [2.0] * 4
-        words = {
-            "premul": "PREMUL_SUM",
-            "avg": "torch.int32 by avg",
-            "band": "torch.float32 by band",
-            "unsigned": "uint16",
-            "kernel": "bits8",
-            "quantized": "qint8",
-            "device": "on meta",
-            "sparse": "sparse",
-            "expanded": "share",
-            "expanded receive": "share",
-            "gather": "fit",
-            "gather dtype": "float64",
-            "scatter": "4",
-            "exchange": "all_to_all",
-            "exchange own": "itself",
-            "exchange rows": "[3, 2]",
-            "exchange dtype": "torch.float64",
-            "root": "group rank 2",
-            "peer": "group rank",
-        }
-        assert said.keys() == words.keys()
-        for name, word in words.items():
-            assert word in said[name], (name, said[name])
 
 
-def disagreements(mesh, checked):
-    """Calls that don't fit one another, each in a group of its own: what each rank is told."""
-    rank, told = dist.get_rank(), {}
-    x = torch.ones(8)
+def first(x, group):
+    dist.all_reduce(x, group=group)
 
-    def first(group):
-        dist.all_reduce(x, group=group)
 
-    def second(group):
-        dist.all_reduce(x, group=group)
+def second(x, group):
+    dist.all_reduce(x, group=group)
 
-    cases = {
-        "operation": lambda g: dist.all_reduce(x, group=g) if rank else dist.broadcast(x, 0, group=g),
-        "reduction": lambda g: dist.all_reduce(x, [dist.ReduceOp.SUM, dist.ReduceOp.MAX][rank % 2], group=g),
-        "dtype": lambda g: dist.all_reduce(x if rank else x.int(), group=g),
-        "numel": lambda g: dist.all_reduce(x if rank else x[:4], group=g),
-        "root": lambda g: dist.broadcast(x, rank % 2, group=g),
-    }
-    if checked:
-        cases |= {
-            "site": lambda g: first(g) if rank else second(g),
-            "splits": lambda g: dist.all_to_all_single(x[:2], x[2:5], [1, 1], [2, 1] if rank else [1, 2], group=g),
-        }
-    for name, call in cases.items():
-        group = dist.new_group()
-        group.shm.checked = checked
+
+DISAGREEMENTS = {  # what rank 0 and rank 1 call, and what both are told
+    "operation": (
+        lambda x, g: dist.broadcast(x, 0, group=g),
+        lambda x, g: dist.all_reduce(x, group=g),
+        "broadcast(8 × torch.float32, root 0)",
+    ),
+    "reduction": (first, lambda x, g: dist.all_reduce(x, dist.ReduceOp.MAX, group=g), "max)"),
+    "dtype": (lambda x, g: dist.all_reduce(x.int(), group=g), first, "torch.int32"),
+    "numel": (lambda x, g: dist.all_reduce(x[:4], group=g), first, "all_reduce(4 × torch.float32, sum)"),
+    "root": (lambda x, g: dist.broadcast(x, 0, group=g), lambda x, g: dist.broadcast(x, 1, group=g), "root 1"),
+}
+FOUND_BY_THE_CHECK = {
+    "site": (first, second, "test_shm.py"),
+    "splits": (
+        lambda x, g: dist.all_to_all_single(x[:2], x[2:5], [1, 1], [1, 2], group=g),
+        lambda x, g: dist.all_to_all_single(x[:2], x[2:5], [1, 1], [2, 1], group=g),
+        "sending [1, 2]",
+    ),
+}
+
+
+def disagree(mesh, calls, checked):
+    """What a rank is told whose call doesn't fit the other's."""
+    group, x = dist.new_group(), torch.ones(8)
+    group.shm.checked = checked
+    dist.barrier(group)
+
+    def call():
+        calls[dist.get_rank()](x, group)
         dist.barrier(group)
-        try:
-            call(group)
-            dist.barrier(group)
-        except MismatchError as error:
-            told[name] = (error.rank, error.collective, str(error))
-        try:
-            dist.all_reduce(x, group=group)
-        except RankError as error:
-            told[name] = (*told[name], "failed before" in str(error))
-    return told
+
+    with pytest.raises(MismatchError) as caught:
+        call()
+    with pytest.raises(RankError, match="failed before"):
+        dist.all_reduce(x, group=group)
+    return caught.value.rank, str(caught.value)
 
 
 @pytest.mark.seam
-@pytest.mark.parametrize("checked", [False, True])
-def test_ranks_that_disagree_all_raise(run_on, checked):
-    told = run_on(disagreements, checked, dp=2)
-    names = {"operation", "reduction", "dtype", "numel", "root"} | ({"site", "splits"} if checked else set())
-    for each in told:
-        assert each.keys() == names
-        assert all(after for *_, after in each.values())
-    words = {
-        "operation": "broadcast(8 × torch.float32, root 0)",
-        "reduction": "max)",
-        "dtype": "torch.int32",
-        "numel": "all_reduce(4 × torch.float32, sum)",
-        "root": "root 1",
-        "site": "test_shm.py",
-        "splits": "sends",
-    }
-    for name in names:
-        assert told[0][name][:1] == told[1][name][:1]
-        assert words[name] in told[0][name][2], told[0][name][2]
-        assert words[name] in told[1][name][2], told[1][name][2]
+@pytest.mark.parametrize(
+    ("case", "checked"), [*((case, False) for case in DISAGREEMENTS), *((case, True) for case in
+    DISAGREEMENTS | FOUND_BY_THE_CHECK)]
+)  # fmt: skip
+def test_ranks_that_disagree_all_raise(run_on, case, checked):
+    *calls, words = (DISAGREEMENTS | FOUND_BY_THE_CHECK)[case]
+    (culprit, told), (culprit1, told1) = run_on(disagree, calls, checked, dp=2)
+    assert culprit == culprit1
+    assert words in told
+    assert words in told1
 
 
 def hold(mesh):
     """Where the memory is: anonymous, its owner's alone, and only as much as was used."""
     dist.barrier()
     group = dist.new_group()
-    made = group.shm._invitation.fd
+    made = group.shm._handshake.fd
     before = group.shm.sync
     dist.all_reduce(torch.ones(4), group=group)
     with open("/proc/self/maps") as file:

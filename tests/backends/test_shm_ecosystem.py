@@ -33,12 +33,13 @@ def functional(mesh):
             sum(every),
         ),
     }
-    return [name for name, (got, want) in pairs.items() if not torch.equal(got + 0, want)]
+    for name, (got, want) in pairs.items():
+        assert torch.equal(got + 0, want), name
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_functional_collectives(run_on, ranks):
-    assert run_on(functional, dp=ranks) == [[]] * ranks
+    run_on(functional, dp=ranks)
 
 
 def meshes(mesh):
@@ -48,25 +49,22 @@ def meshes(mesh):
 
     device_mesh = init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("a", "b", "c"))
     flat = device_mesh["b", "c"]._flatten("bc")
-    grid, wrong = device_mesh["b", "c"], []
+    grid = device_mesh["b", "c"]
     for rows, where, placements in ((10, flat, [Shard(0)]), (10, flat, [Shard(1)]), (12, grid, [Shard(0), Shard(1)])):
         whole = torch.arange(8.0 * rows).view(rows, 8)
         one = distribute_tensor(whole, where, placements)
         for others in ([Replicate()] * where.ndim, [Shard(1)] * where.ndim, placements):
-            if not torch.equal(one.redistribute(where, others).full_tensor(), whole):
-                wrong.append((placements, others))
+            assert torch.equal(one.redistribute(where, others).full_tensor(), whole), (placements, others)
         product = one @ distribute_tensor(whole.t().contiguous(), where, [Replicate()] * where.ndim)
-        if not isinstance(product, DTensor) or not torch.equal(product.full_tensor(), whole @ whole.t()):
-            wrong.append(("matmul", placements))
+        assert isinstance(product, DTensor)
+        assert torch.equal(product.full_tensor(), whole @ whole.t()), placements
     lonely = torch.ones(3)
     dist.all_reduce(lonely, group=device_mesh.get_group("a"))
-    if lonely.tolist() != [1.0] * 3:
-        wrong.append("size 1")
-    return wrong
+    assert lonely.tolist() == [1.0] * 3
 
 
 def test_device_mesh_and_dtensor(run_on):
-    assert run_on(meshes, dp=4) == [[]] * 4
+    run_on(meshes, dp=4)
 
 
 def compiled(mesh):

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from multicard.backends.shm.segment import Invitation
+from multicard.backends.shm.segment import Handshake
 from multicard.errors import CollectiveTimeout, RankError
 
 RANKS = 4
@@ -186,11 +186,11 @@ def test_a_rank_that_leaves_is_named_and_groups_can_be_made_again(tmp_path):
 
 
 @pytest.mark.parametrize("left", ["", "0f2c", "0f2c/pid 7 8 ", "\0\0\0\0"])
-def test_a_rank_without_a_whole_invitation_is_named(left):
+def test_a_rank_without_a_whole_handshake_is_named(left):
     store = dist.HashStore()
     store.set("1", left)
-    invitation = Invitation(store, 0, (4, 6))
+    handshake = Handshake(store, 0, (4, 6))
     with pytest.raises(RankError, match="rank 6 is gone") as caught:
-        invitation.accept(timeout=20)
+        handshake.complete(timeout=20)
     assert caught.value.rank == 6
     assert repr(left.encode()) in str(caught.value)

@@ -1,90 +1,98 @@
-"""Ranks agree on what they are about to do: one all-gather of a short record of it, by gloo."""
+"""The check: before a collective moves data, its ranks compare what each of them calls, from where, with which splits.
+
+What is compared goes through one all-gather of a record per rank, by whatever the group has for that: its own windows
+in shm, gloo in gloo.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import struct
+from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from multicard.backends.calls import ROOTED, sites
+from multicard.backends.calls import CALL_WORDS, CALLS, SAME_SHAPE, SYMMETRIC, Call, describe, sites
 from multicard.errors import MismatchError
 
-RECORD = 512
-"""Bytes for a description, and as many for a call site; what is cut off is the start."""
+TEXT = 512
+"""Bytes of a record for the call site and the shape; what is cut off is the start."""
 
 
 class Agreement:
-    """What a group's ranks compare before each collective.
+    """What the ranks of one group compare.
 
     Args:
-        group: where the records are exchanged.
-        ranks: the group's ranks, for messages.
+        ranks: every rank's global rank, for messages.
 
     Attributes:
-        calls: how many collectives this rank has entered.
         axis: the group's mesh axis, for messages; "" for other groups.
     """
 
-    def __init__(self, group: dist.ProcessGroup, ranks: Sequence[int]) -> None:
-        self.calls = 0
-        self.axis = ""
-        self._group, self._ranks = group, tuple(ranks)
+    def __init__(self, ranks: Sequence[int]) -> None:
+        self.axis, self._ranks, self._size = "", tuple(ranks), len(ranks)
+        self._record = struct.Struct(f"={CALL_WORDS + 1}q{2 * self._size}q{TEXT}s")
+        self._mine, self._all = bytearray(self._record.size), bytearray(self._record.size * self._size)
+        with torch.inference_mode(False):  # they outlive whatever mode the group is made in
+            self._row = torch.frombuffer(self._mine, dtype=torch.uint8)
+            self._rows = torch.frombuffer(self._all, dtype=torch.uint8).view(self._size, -1)
 
-    def reach(self, call: str, sent: Sequence[int] = (), received: Sequence[int] = ()) -> None:
-        """Compare ``call``, and where it is called, with everybody's. One all-gather.
+    def find_mismatch(
+        self,
+        all_gather: Callable[[Tensor, Tensor], object],
+        number: int,
+        call: Call,
+        x: Tensor | None,
+        sent: Sequence[int],
+        received: Sequence[int],
+    ) -> MismatchError | None:
+        """Compare this call with everybody's; the error to raise if they differ, on every rank. One all-gather.
 
-        An operation with a root may be called from different lines, as roots and others often do.
+        An operation with a root may be called from different lines, as root and others often do.
 
         Args:
-            call: the operation with what must be the same on all ranks.
-            sent: elements for each rank; what rank i sends to j must be what j receives from i.
+            all_gather: fills the rows of its first argument, ``(ranks, bytes)``, with everybody's second.
+            number: of the call in this group, for messages.
+            call: what must be the same on all ranks.
+            x: this rank's tensor; its shape is compared where the operation asks for one shape.
+            sent: elements for each rank; what rank i sends to j must be what j receives from i. Empty: none.
             received: elements from each rank.
-
-        Raises:
-            MismatchError: ranks differ; on every rank.
         """
-        self.calls += 1
-        size = len(self._ranks)
-        number, line = sites() if not call.startswith(ROOTED) else (0, "")
-        words = torch.zeros(2 * size + 1, dtype=torch.int64)
-        words[0] = number
-        words[1 : 1 + len(sent)] = torch.tensor(sent, dtype=torch.int64)
-        words[1 + size : 1 + size + len(received)] = torch.tensor(received, dtype=torch.int64)
-        mine = torch.cat([to_record(call), to_record(line), words.view(torch.uint8)])
-        everybody = torch.empty(size * mine.numel(), dtype=torch.uint8)
-        self._group._allgather_base(everybody, mine).wait()
-        rows = everybody.view(size, -1)
-        words = rows[:, 2 * RECORD :].contiguous().view(torch.int64).view(size, -1)
-        texts = rows[:, : 2 * RECORD]
-        same = torch.equal(texts, texts[:1].expand_as(texts)) and bool((words[:, 0] == words[0, 0]).all())
-        crossed = torch.equal(words[:, 1 : 1 + size], words[:, 1 + size :].T)
-        if not same or not crossed:
-            raise self._disagreement(texts, words[:, 1:])
+        name, size = CALLS[call[0]], self._size
+        site, where = sites() if name in SYMMETRIC else (0, "")
+        where = f" at {where}" if where else ""
+        if x is not None and name in SAME_SHAPE:
+            where = f" of shape {tuple(x.shape)}{where}"
+        splits = (*sent, *received) or (0,) * 2 * size
+        self._record.pack_into(self._mine, 0, *call, site, *splits, where.encode()[-TEXT:])
+        all_gather(self._rows, self._row)
+        if not sent and self._all == self._mine * size:
+            return None
+        rows = list(self._record.iter_unpack(self._all))
+        sends = [row[CALL_WORDS + 1 : -1 - size] for row in rows]
+        takes = [row[-1 - size : -1] for row in rows]
+        said = [(*row[: CALL_WORDS + 1], row[-1]) for row in rows]
+        if said.count(said[0]) == size and sends == list(zip(*takes, strict=True)):
+            return None
+        return self._disagreement(number, said, sends, takes)
 
-    def _disagreement(self, texts: Tensor, splits: Tensor) -> MismatchError:
-        size, calls = len(self._ranks), []
-        for text, split in zip(texts, splits.tolist(), strict=True):
-            call, line = from_record(text[:RECORD]), from_record(text[RECORD:])
-            moved = f" sending {split[:size]} and receiving {split[size:]}" if any(split) else ""
-            calls.append(call + moved + (f" at {line}" if line else ""))
-        odd = min(range(size), key=lambda i: (calls.count(calls[i]), -i))
+    def _disagreement(
+        self,
+        number: int,
+        said: Sequence[tuple],
+        sends: Sequence[tuple[int, ...]],
+        takes: Sequence[tuple[int, ...]],
+    ) -> MismatchError:
+        calls = []
+        for (*call, _, where), sent, received in zip(said, sends, takes, strict=True):
+            splits = f" sending {list(sent)} and receiving {list(received)}" if any(sent + received) else ""
+            calls.append(f"{describe(call)}{splits}{where.rstrip(bytes(1)).decode(errors='replace')}")
+        odd = min(range(len(calls)), key=lambda i: (calls.count(calls[i]), -i))
         told = "; ".join(f"rank {rank} calls {call}" for rank, call in zip(self._ranks, calls, strict=True))
-        where = f" of {self.axis}" if self.axis else ""
+        of_axis = f" of {self.axis}" if self.axis else ""
         return MismatchError(
-            f"ranks disagree about collective number {self.calls}{where}: {told}",
+            f"ranks disagree about collective number {number}{of_axis}: {told}",
             rank=self._ranks[odd],
-            collective=calls[odd].partition("(")[0],
-            sequence_number=self.calls,
+            collective=CALLS[said[odd][0]],
+            sequence_number=number,
         )
-
-
-def to_record(text: str) -> Tensor:
-    """``text`` as ``RECORD`` bytes."""
-    return torch.frombuffer(bytearray(text.encode()[-RECORD:].ljust(RECORD, b"\0")), dtype=torch.uint8)
-
-
-def from_record(record: Tensor) -> str:
-    """What :func:`to_record` was given."""
-    return bytes(record.tolist()).rstrip(b"\0").decode(errors="replace")

@@ -8,12 +8,13 @@ import zlib
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from multicard.backends.reductions import COMBINE
 
 ROOTED = ("broadcast", "reduce", "gather", "scatter")  # often called from different lines by root and others
 SYMMETRIC = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
-SAME_SHAPE = ("all_reduce", "broadcast", "reduce")  # the others' shapes may differ between ranks
+SAME_SHAPE = ("all_reduce", *ROOTED)  # the others' shapes may differ between ranks
 CALLS = ("none", "barrier", *SYMMETRIC, *ROOTED)
 CODES = {name: code for code, name in enumerate(CALLS)}
 DTYPES = sorted({t for t in vars(torch).values() if isinstance(t, torch.dtype)}, key=str)
@@ -21,9 +22,23 @@ DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 OPS = tuple(COMBINE)
 OP_CODES = {name: code for code, name in enumerate(OPS)}
 
+Call = tuple[int, int, int, int]
+"""A collective in numbers, which all its ranks give alike: operation, dtype, elements, root or sizes with reduction."""
+CALL_WORDS = 4
+
 NOT_THE_CALLER = ("<eval_with_key>", "torchinductor_", "typing_extensions.py")  # generated code, deprecated names
 _OURS = os.path.dirname(os.path.dirname(__file__))
 _TORCH = os.path.dirname(torch.__file__)
+
+
+def to_call(name: str, x: Tensor | None, numel: int, detail: int, op: str) -> Call:
+    """``numel`` and ``detail`` (root, or what :func:`size_code` gives) are the same on all ranks."""
+    return CODES[name], 0 if x is None else DTYPE_CODES[x.dtype], numel, detail * len(OPS) + OP_CODES[op]
+
+
+def size_code(sizes: Sequence[int]) -> int:
+    """A number for the sizes of parts by rank: the size itself where all are equal."""
+    return sizes[0] if min(sizes) == max(sizes) else hash(tuple(sizes)) & 0xFFFFFFFF
 
 
 def describe(call: Sequence[int]) -> str:
@@ -34,14 +49,9 @@ def describe(call: Sequence[int]) -> str:
         return name
     if name == "all_to_all":
         return f"{name}({DTYPES[dtype]})"
-    about = f"{name}({numel} × {DTYPES[dtype]}"
-    if name in ("all_reduce", "reduce_scatter", "reduce"):
-        about += f", {OPS[detail % len(OPS)]}"
-    if name == "reduce":
-        detail //= len(OPS)
-    if name in ROOTED:
-        about += f", root {detail}"
-    return about + ")"
+    root, op = divmod(detail, len(OPS))
+    reduction = f", {OPS[op]}" if name in ("all_reduce", "reduce_scatter", "reduce") else ""
+    return f"{name}({numel} × {DTYPES[dtype]}{reduction}{f', root {root}' if name in ROOTED else ''})"
 
 
 def sites() -> tuple[int, str]:

@@ -23,6 +23,7 @@ NAMES = {
     Op.BOR: "bor",
     Op.BXOR: "bxor",
 }
+TORCH_OPS = {name: op for op, name in NAMES.items()}
 COMBINE: dict[str, Callable[..., Tensor]] = {
     "sum": torch.add,
     "avg": torch.add,
@@ -43,13 +44,13 @@ def op_name(op: dist.ReduceOp) -> str:
     kind: Any = op.op  # type: ignore[attr-defined]
     name = NAMES.get(kind)
     if name is None:
-        raise UnsupportedError(f"backend shm has no reduction {kind.name}: it has {', '.join(NAMES.values())}")
+        raise UnsupportedError(f"reduction {kind.name} isn't supported: use one of {', '.join(TORCH_OPS)}")
     return name
 
 
 @functools.cache
 def check(name: str, dtype: torch.dtype) -> None:
-    """Refuse what has no meaning, or none in torch: everywhere alike, and before any data moves."""
+    """Refuse what has no meaning or no kernel in torch, on every rank alike and before any data moves."""
     meaningless = (
         (name == "avg" and not (dtype.is_floating_point or dtype.is_complex))
         or (name in ("min", "max") and (dtype.is_complex or dtype in SIGNED))
@@ -79,6 +80,9 @@ def reduce_into(out: Tensor, parts: Sequence[Tensor], name: str) -> None:
         for part in parts[1:]:
             combine(total, part if dtype.itemsize == 2 else part.to(torch.float32), out=total)
         out.copy_(total.div_(len(parts)) if name == "avg" else total)
+        return
+    if len(parts) == 1:
+        out.copy_(parts[0])
         return
     combine(parts[0], parts[1], out=out)
     for part in parts[2:]:

@@ -2,8 +2,8 @@
 
 A sender copies a message into free cells when it is sent, so that ``isend`` returns at once and the message is there
 before the receiver asks (up to DEPTH · CELL bytes; the rest follows whenever either side waits for anything). There is
-no thread: whoever waits moves its own messages along. The lowest free cell is taken, so short messages and long ones
-whose receiver keeps up stay in cache, and memory is only used to the depth that a program needs.
+no background thread: a rank that waits moves its own messages along. The lowest free cell is taken, so short messages,
+and long ones whose receiver keeps up, stay in cache, and memory is only used to the depth that a program needs.
 
 Messages between two ranks match in order for each tag, as in MPI; one that comes before its receive, while another tag
 is waited for, is kept aside.

@@ -2,43 +2,24 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from multicard.backends import calls, reductions
+from multicard.backends import reductions
+from multicard.backends.agreement import Agreement
+from multicard.backends.calls import size_code, to_call
 from multicard.backends.shm.channel import Transfer
-from multicard.backends.shm.messages import COLLECTIVE_TAG, Mail, progress_all
-from multicard.backends.shm.segment import WINDOW, Invitation
-from multicard.backends.shm.sync import Sync
-from multicard.backends.shm.tensor import Flat, Flats, about, check, check_writable, flatten, plain
-from multicard.backends.shm.window import Board
-from multicard.backends.shm.work import ShmWork
-from multicard.errors import ConfigError, MismatchError, MulticardError, RankError, UnsupportedError
-
-Args = ParamSpec("Args")
-T = TypeVar("T")
-
-
-def _guarded(call: Callable[Concatenate[Group, Args], T]) -> Callable[Concatenate[Group, Args], T]:
-    """Whatever stops a call half way (Ctrl-C too) ends this rank's part in the group, and tells the others so."""
-
-    @functools.wraps(call)
-    def guarded(self: Group, *args: Args.args, **kwargs: Args.kwargs) -> T:
-        try:
-            return call(self, *args, **kwargs)
-        except MulticardError:
-            raise
-        except BaseException as error:
-            if self.sync is not None:
-                self.sync.leave(f"was stopped by {type(error).__name__} in {call.__name__}")
-            raise
-
-    return guarded
+from multicard.backends.shm.messages import Messages, progress_all
+from multicard.backends.shm.parts import Parts
+from multicard.backends.shm.segment import WINDOW, Handshake
+from multicard.backends.shm.sync import Sync, guarded
+from multicard.backends.shm.tensor import Flat, about, check, check_writable, flatten, plain
+from multicard.backends.shm.window import Windows
+from multicard.backends.work import Work
+from multicard.errors import ConfigError, RankError, UnsupportedError
 
 
 class Group:
@@ -66,247 +47,166 @@ class Group:
     ) -> None:
         self.rank, self.size, self.ranks = rank, len(ranks), tuple(ranks)
         self.timeout, self.checked = timeout, checked
+        self.agreement = Agreement(self.ranks)
         self.sync: Sync | None = None
-        self._invitation: Invitation | None = Invitation(store, rank, self.ranks) if self.size > 1 else None
+        self._handshake = Handshake(store, rank, self.ranks)
         self._closed = False
+
+    @property
+    def calls(self) -> int:
+        """How many collectives this rank has entered."""
+        return self.sync.calls if self.sync is not None else 0
 
     def _attach(self) -> Sync:
         """Map the group's memory. Runs once, before the first operation."""
-        if self._closed or self._invitation is None:
-            raise self.again()
+        if self._closed:
+            raise RankError("this process group is shut down", rank=self.ranks[self.rank])
         with torch.inference_mode(False):  # the views made here outlive whatever mode their first user is in
-            segment, peers = self._invitation.accept(self.timeout)
+            segment, peers = self._handshake.complete(self.timeout)
             sync = Sync(segment, self.rank, peers, self.ranks, self.timeout, progress_all)
-            self._mail = Mail(segment, sync)
-            self._board = Board(segment, sync)
+            self._messages = Messages(segment, sync)
+            self._windows = Windows(segment, sync)
+            self._parts = Parts(self._windows, self._messages, sync)
         self.sync = sync
         return sync
 
-    def _enter(self, name: str, x: Tensor | None = None, numel: int = 0, detail: int = 0) -> Board:
-        """Begin a collective; ``numel`` and ``detail`` (reduction, root, sizes) are the same on all ranks."""
+    def _enter(
+        self,
+        name: str,
+        x: Tensor | None = None,
+        numel: int = 0,
+        detail: int = 0,
+        op: str = "sum",
+        splits: tuple[Sequence[int], Sequence[int]] = ((), ()),
+    ) -> Windows:
+        """Begin a collective; ``numel``, ``detail`` (root or :func:`size_code`) and ``op`` are equal on all ranks."""
         sync = self.sync or self._attach()
-        dtype = 0 if x is None else calls.DTYPE_CODES[x.dtype]
-        sync.enter(calls.CODES[name], dtype, numel, detail)
+        call = to_call(name, x, numel, detail, op)
+        sync.enter(call)
         if self.checked:
-            site, line = calls.sites() if name in calls.SYMMETRIC else (0, "")
-            if x is not None and name in calls.SAME_SHAPE:
-                site, line = hash((site, *x.shape)), line and f"{line} with shape {tuple(x.shape)}"
-            sync.agree(site, line)
-        return self._board
+            with sync.compare():
+                error = self.agreement.find_mismatch(self._windows.all_gather, sync.calls, call, x, *splits)
+            if error is not None:
+                raise sync.fail(error)
+        return self._windows
 
     # ---- collectives
 
-    @_guarded
+    @guarded
     def barrier(self) -> None:
         """Wait until every rank is here."""
-        if self.size > 1:
-            self._enter("barrier").barrier()
+        self._enter("barrier").barrier()
 
-    @_guarded
+    @guarded
     def all_reduce(self, x: Tensor, op: str = "sum") -> None:
         """Combine everybody's ``x`` in place; ``op`` is one of :data:`reductions.COMBINE`."""
         check(x)
         reductions.check(op, x.dtype)
-        if self.size == 1:
-            return
-        board = self._enter("all_reduce", x, x.numel(), calls.OP_CODES[op])
         if x.requires_grad or not x.is_contiguous():
             with Flat(x) as flat:
-                board.all_reduce(flat, op)
+                self._enter("all_reduce", x, x.numel(), 0, op).all_reduce(flat, op)
         else:
-            board.all_reduce(x, op)
+            self._enter("all_reduce", x, x.numel(), 0, op).all_reduce(x, op)
 
-    @_guarded
+    @guarded
+    def reduce(self, x: Tensor, root: int, op: str = "sum") -> None:
+        """Combine everybody's ``x`` into ``root``'s."""
+        self._check_root("reduce", root)
+        check(x)
+        reductions.check(op, x.dtype)
+        with Flat(x, write=self.rank == root) as flat:
+            self._enter("reduce", x, x.numel(), root, op).reduce(flat, op, reads=self.rank == root)
+
+    @guarded
+    def broadcast(self, x: Tensor, root: int) -> None:
+        """``root``'s ``x`` into everybody's."""
+        self._check_root("broadcast", root)
+        check(x)
+        if self.rank != root:
+            check_writable(x)
+        self._enter("broadcast", x, x.numel(), root).broadcast(plain(x), root)
+
+    @guarded
     def all_gather(self, outs: Sequence[Tensor], x: Tensor) -> None:
         """Everybody's ``x`` into ``outs`` by rank; sizes may differ."""
-        check(x, *outs)
-        sizes = tuple(out.numel() for out in outs)
-        if len(outs) != self.size or sizes[self.rank] != x.numel() or any(out.dtype != x.dtype for out in outs):
-            raise ConfigError(
-                f"all_gather: {about(x)} on rank {self.rank} doesn't fit outputs of {sizes}, {outs[0].dtype}"
-            )
+        sizes = self._check_parts("all_gather", x, outs)
         check_writable(*outs)
-        if self.size == 1:
-            plain(outs[0]).copy_(plain(x).reshape(outs[0].shape))
-            return
-        board = self._enter("all_gather", x, sum(sizes), hash(sizes) & 0xFFFFFFFF)
-        if max(sizes) * x.itemsize <= WINDOW:
-            board.all_gather([plain(out) for out in outs], plain(x))
-        else:
-            with Flats(outs) as flats:
-                board.all_gather_long(flats, flatten(x))
+        windows = self._enter("all_gather", x, sum(sizes), size_code(sizes))
+        windows.all_gather([plain(out) for out in outs], plain(x), max(sizes))
 
-    @_guarded
+    @guarded
     def all_gather_single(self, out: Tensor, x: Tensor) -> None:
         """Everybody's ``x``, of one size, one after the other into ``out``."""
         check(out, x)
         numel = x.numel()
         if out.numel() != numel * self.size or out.dtype != x.dtype:
             raise ConfigError(f"all_gather: {self.size} × {about(x)} doesn't fill an output of {about(out)}")
-        if self.size > 1 and numel * x.itemsize <= WINDOW and out.is_contiguous():
+        if numel * x.itemsize <= WINDOW and out.is_contiguous():
             rows = plain(out).view(self.size, numel)
-            self._enter("all_gather", x, out.numel(), numel).all_gather_rows(rows, plain(x))
+            self._enter("all_gather", x, out.numel(), numel).all_gather(rows, plain(x))
         else:
             with Flat(out) as flat:
                 self.all_gather(flat.view(self.size, numel).unbind(), x)
 
-    @_guarded
-    def reduce_scatter(self, out: Tensor, parts: Sequence[Tensor], op: str = "sum") -> None:
-        """``parts`` are contributions to every rank; ``out`` gets everybody's to this one. Sizes may differ by rank."""
-        check(out, *parts)
-        reductions.check(op, out.dtype)
-        sizes = tuple(part.numel() for part in parts)
-        if len(parts) != self.size or sizes[self.rank] != out.numel() or any(p.dtype != out.dtype for p in parts):
-            raise ConfigError(f"reduce_scatter: parts of {sizes} don't fit {about(out)} on rank {self.rank}")
-        with Flat(out) as flat:
-            if self.size == 1:
-                flat.copy_(flatten(parts[0]))
-                return
-            detail = (hash(sizes) & 0xFFFFFFFF) * len(calls.OPS) + calls.OP_CODES[op]
-            board = self._enter("reduce_scatter", out, sum(sizes), detail)
-            board.reduce_scatter(flat, [flatten(part) for part in parts], op)
-
-    @_guarded
-    def broadcast(self, x: Tensor, root: int) -> None:
-        """``root``'s ``x`` into everybody's."""
-        check(x)
-        self._check_root("broadcast", root)
-        if self.size == 1:
-            return
-        if self.rank != root:
-            check_writable(x)
-        board = self._enter("broadcast", x, x.numel(), root)
-        if x.numel() * x.itemsize <= WINDOW:
-            board.broadcast(plain(x), root)
-        else:
-            with Flat(x, write=self.rank != root) as flat:
-                for part in flat.split(WINDOW // x.itemsize):
-                    board.broadcast(part, root)
-
-    @_guarded
-    def reduce(self, x: Tensor, root: int, op: str = "sum") -> None:
-        """Combine everybody's ``x`` into ``root``'s."""
-        check(x)
-        reductions.check(op, x.dtype)
-        self._check_root("reduce", root)
-        if self.size > 1:
-            with Flat(x, write=self.rank == root) as flat:
-                board = self._enter("reduce", x, x.numel(), root * len(calls.OPS) + calls.OP_CODES[op])
-                board.collect(flat, root, lambda at, parts: reductions.reduce_into(flat[at], parts, op))
-
-    @_guarded
+    @guarded
     def gather(self, outs: Sequence[Tensor], x: Tensor, root: int) -> None:
         """Everybody's ``x``, of one size, into ``root``'s ``outs`` by rank; the others give no ``outs``."""
-        check(x, *outs)
         self._check_root("gather", root)
-        self._check_parts("gather", x, outs, root)
-        with Flats(outs) as flats:
-            if self.size == 1:
-                flats[0].copy_(flatten(x))
-                return
+        check(x)
+        outs = outs if self.rank == root else ()
+        if self.rank == root:
+            self._check_parts("gather", x, outs, even=True)
+            check_writable(*outs)
+        windows = self._enter("gather", x, x.numel(), root)
+        windows.all_gather([plain(out) for out in outs], plain(x), x.numel())
 
-            def keep(at: slice, pieces: Sequence[Tensor]) -> None:
-                for flat, piece in zip(flats, pieces, strict=True):
-                    flat[at].copy_(piece)
-
-            self._enter("gather", x, x.numel(), root).collect(flatten(x), root, keep)
-
-    @_guarded
-    def scatter(self, out: Tensor, parts: Sequence[Tensor], root: int) -> None:
-        """``root``'s ``parts`` by rank, of one size, into everybody's ``out``; the others give no ``parts``."""
-        check(out, *parts)
-        self._check_root("scatter", root)
-        self._check_parts("scatter", out, parts, root)
+    @guarded
+    def reduce_scatter(self, out: Tensor, parts: Sequence[Tensor], op: str = "sum") -> None:
+        """``parts`` are contributions to every rank; ``out`` gets everybody's to this one. Sizes may differ by rank."""
+        sizes = self._check_parts("reduce_scatter", out, parts)
+        reductions.check(op, out.dtype)
         with Flat(out) as flat:
-            if self.size == 1:
-                flat.copy_(flatten(parts[0]))
-            else:
-                board = self._enter("scatter", out, out.numel(), root)
-                board.scatter(flat, [flatten(part) for part in parts], root)
+            windows = self._enter("reduce_scatter", out, sum(sizes), size_code(sizes), op)
+            windows.reduce_scatter(flat, [flatten(part) for part in parts], op)
 
-    def _check_root(self, name: str, root: int) -> None:
-        if not 0 <= root < self.size:
-            raise ConfigError(f"{name}: group rank {root} is outside this group of {self.size}")
+    @guarded
+    def scatter(self, out: Tensor, parts: Sequence[Tensor], root: int) -> None:
+        """``root``'s ``parts`` by rank, of one size, into everybody's ``out``; the others give no ``parts``.
 
-    def _check_parts(self, name: str, x: Tensor, parts: Sequence[Tensor], root: int) -> None:
-        if self.rank == root and (
-            [p.numel() for p in parts] != [x.numel()] * self.size or any(p.dtype != x.dtype for p in parts)
-        ):
-            raise ConfigError(f"{name}: {about(x)} a rank, but {len(parts)} parts of {[p.numel() for p in parts]}")
+        An all-to-all in which the others send nothing.
+        """
+        self._check_root("scatter", root)
+        check(out)
+        check_writable(out)
+        outs, ins = ([out.new_empty(0)] * self.size for _ in range(2))
+        outs[root] = plain(out)
+        if self.rank == root:
+            self._check_parts("scatter", out, parts, even=True)
+            ins = [plain(part) for part in parts]
+        self._enter("scatter", out, out.numel(), root)
+        Work((), self._messages, self._parts.swap(outs, ins)).wait()
 
-    # ---- messages
-
-    def send(self, tensors: Sequence[Tensor], to: int, tag: int = 0) -> ShmWork:
-        """Start sending. The tensors may change once the work is waited for."""
-        return self.exchange(tensors, to, (), 0, tag)
-
-    def recv(self, tensors: Sequence[Tensor], source: int, tag: int = 0) -> ShmWork:
-        """Start receiving. The tensors hold what came once the work is waited for."""
-        return self.exchange((), 0, tensors, source, tag)
-
-    @_guarded
-    def exchange(
-        self, sends: Sequence[Tensor], to: int, receives: Sequence[Tensor], source: int, tag: int = 0
-    ) -> ShmWork:
-        """Start sending to one rank and receiving from one, the same or another."""
-        check(*sends, *receives)
-        for peer, tensors in ((to, sends), (source, receives)):
-            if tensors and (peer == self.rank or not 0 <= peer < self.size):
-                raise UnsupportedError(f"group rank {self.rank} of {self.size} can't talk to group rank {peer}")
-        if (self.sync or self._attach()).error is not None:
-            raise self.again()
-        transfers = [Transfer(to, x, tag) for x in sends]
-        transfers += [Transfer(source, x, tag, receives=True) for x in receives]
-        return ShmWork(receives or sends, self, self._mail.start(transfers))
-
-    @_guarded
-    def recv_from_any(self, tensors: Sequence[Tensor], tag: int = 0) -> ShmWork:
-        """Receive from whichever rank sends first; waits until one does."""
-        if self.sync is None:
-            self._attach()
-        return self.recv(tensors, self._mail.wait_for_any(tag), tag)
-
-    @_guarded
-    def all_to_all(self, outs: Sequence[Tensor], ins: Sequence[Tensor], tensors: Sequence[Tensor] = ()) -> ShmWork:
+    @guarded
+    def all_to_all(self, outs: Sequence[Tensor], ins: Sequence[Tensor], tensors: Sequence[Tensor] = ()) -> Work:
         """``ins`` by destination, ``outs`` by source; sizes may differ. A work's future gives ``tensors``.
 
         Waits until every rank has called; what doesn't fit a window goes on after that.
         """
         check(*outs, *ins)
-        rank = self.rank
-        if len(outs) != self.size or len(ins) != self.size or outs[rank].numel() != ins[rank].numel():
+        sent, received, dtypes = [x.numel() for x in ins], [x.numel() for x in outs], {x.dtype for x in (*outs, *ins)}
+        whole = len(outs) == len(ins) == self.size and len(dtypes) == 1
+        if not whole or sent[self.rank] != received[self.rank]:
             raise ConfigError(
-                f"all_to_all: rank {rank} of {self.size} sends {[x.numel() for x in ins]} elements by rank and takes "
-                f"{[x.numel() for x in outs]}: as many as there are ranks, and as many to itself as from itself"
+                f"all_to_all: rank {self.rank} of {self.size} sends {sent} elements by rank and takes {received}, of "
+                f"{dtypes}: give a tensor for each rank, all of one dtype, and send as much to itself as it takes"
             )
-        dtype = outs[0].dtype
-        for x in (*outs, *ins):
-            if x.dtype != dtype:
-                raise ConfigError(f"all_to_all: all tensors must be {dtype}, not {x.dtype}")
         check_writable(*outs)
-        ins, outs = [plain(x) for x in ins], [plain(out) for out in outs]
-        own, source = outs[rank], ins[rank]
-        if self.size == 1:
-            own.copy_(source.reshape(own.shape))
-            return ShmWork(tensors or outs)
-        board = self._enter("all_to_all", own)
-        if self.checked:
-            self._compare_splits([x.numel() for x in ins], [x.numel() for x in outs])
-        sends = self._mail.start([Transfer(r, ins[r], COLLECTIVE_TAG) for r in board.write_parts(ins)])
-        return self._take_parts(board, outs, ins[rank], sends, tensors or outs)
+        self._enter("all_to_all", outs[0], splits=(sent, received))
+        under_way = self._parts.swap([plain(out) for out in outs], [plain(x) for x in ins])
+        return Work(tensors or outs, self._messages, under_way)
 
-    def _take_parts(
-        self, board: Board, outs: Sequence[Tensor], own: Tensor, sends: list[Transfer], tensors: Sequence[Any]
-    ) -> ShmWork:
-        mine = outs[self.rank]
-        mine.copy_(own if own.shape == mine.shape else own.reshape(mine.shape))
-        receives = [Transfer(r, outs[r], COLLECTIVE_TAG, receives=True) for r in board.read_parts(outs)]
-        return ShmWork(tensors, self, sends + self._mail.start(receives))
-
-    @_guarded
-    def all_to_all_single(
-        self, out: Tensor, x: Tensor, receive: Sequence[int] = (), send: Sequence[int] = ()
-    ) -> ShmWork:
+    @guarded
+    def all_to_all_single(self, out: Tensor, x: Tensor, receive: Sequence[int] = (), send: Sequence[int] = ()) -> Work:
         """Slices of ``x`` along dim 0, ``send`` rows each, by rank; they arrive in rank order, ``receive`` rows each.
 
         Neither given: equal ones.
@@ -315,46 +215,55 @@ class Group:
         size = self.size
         even = len({*send, *receive}) <= 1 and len(send) in (0, size) and len(receive) in (0, size)
         even = even and out.shape == x.shape and out.dtype == x.dtype and _fits(x, size) and _fits(out, size)
-        if not even or self.checked or size == 1:
+        if not even:
             return self.all_to_all(_rows(out, receive, size), _rows(x, send, size), (out,))
-        out, x = plain(out), plain(x)
-        board = self._enter("all_to_all", x)
-        board.write_even_parts(x)
-        if board.read_even_parts(out):
-            return ShmWork((out,))
-        outs = _rows(out, receive, size)
-        return self._take_parts(board, outs, _rows(x, send, size)[self.rank], [], (out,))
+        counts = [x.numel() // size] * size
+        self._enter("all_to_all", x, splits=(counts, counts))
+        return Work((out,), self._messages, self._parts.swap_even(plain(out), plain(x)))
 
-    def _compare_splits(self, sent: Sequence[int], received: Sequence[int]) -> None:
-        """What rank i sends to j must be what j takes from i."""
-        assert self.sync is not None
-        splits = torch.empty(self.size, 2, self.size, dtype=torch.int64)
-        self._board.all_gather(splits.unbind(), torch.tensor([sent, received]))
-        wrong = (splits[:, 0] != splits[:, 1].t()).nonzero().tolist()
-        if wrong:
-            source, to = wrong[0]
-            told = f"rank {self.ranks[source]} sends {splits[source, 0, to]} elements to rank {self.ranks[to]}, which "
-            told += f"takes {splits[to, 1, source]}"
-            raise self.sync.fail(self.sync.make_error(MismatchError, source, f"ranks disagree: {told}"))
+    def _check_root(self, name: str, root: int) -> None:
+        if not 0 <= root < self.size:
+            raise ConfigError(f"{name}: group rank {root} is outside this group of {self.size}")
 
-    def progress(self) -> None:
-        """Move messages along, as far as that goes without waiting."""
-        if self.sync is not None:
-            self._mail.progress()
+    def _check_parts(self, name: str, x: Tensor, parts: Sequence[Tensor], even: bool = False) -> list[int]:
+        """One part for each rank, of ``x``'s dtype, this rank's (``even``: every one) of its size. Gives the sizes."""
+        check(x, *parts)
+        sizes, dtypes = [part.numel() for part in parts], {part.dtype for part in parts}
+        fit = len(parts) == self.size and sizes[self.rank] == x.numel() and dtypes == {x.dtype}
+        if not fit or (even and min(sizes) != max(sizes)):
+            raise ConfigError(f"{name}: {about(x)} on rank {self.rank} doesn't fit parts of {sizes}, {dtypes}")
+        return sizes
 
-    @_guarded
-    def drive(self, transfers: Sequence[Transfer]) -> None:
-        """Wait until these messages have arrived."""
-        if self.sync is not None:
-            self._mail.drive(transfers)
-        elif not all(transfer.complete for transfer in transfers):
-            raise self.again()
+    # ---- point-to-point messages
 
-    def again(self) -> RankError:
-        """The error of a group that is shut down or has failed before."""
-        if self.sync is not None:
-            return self.sync.again()
-        return RankError("this process group is shut down", rank=self.ranks[self.rank])
+    def send(self, tensors: Sequence[Tensor], to: int, tag: int = 0) -> Work:
+        """Start sending. The tensors may change once the work is waited for."""
+        return self.exchange(tensors, to, (), 0, tag)
+
+    def recv(self, tensors: Sequence[Tensor], source: int, tag: int = 0) -> Work:
+        """Start receiving. The tensors hold what came once the work is waited for."""
+        return self.exchange((), 0, tensors, source, tag)
+
+    @guarded
+    def exchange(self, sends: Sequence[Tensor], to: int, receives: Sequence[Tensor], source: int, tag: int = 0) -> Work:
+        """Start sending to one rank and receiving from one, the same or another."""
+        check(*sends, *receives)
+        for peer, tensors in ((to, sends), (source, receives)):
+            if tensors and (peer == self.rank or not 0 <= peer < self.size):
+                raise UnsupportedError(f"group rank {self.rank} of {self.size} can't talk to group rank {peer}")
+        sync = self.sync or self._attach()
+        if sync.error is not None:
+            raise sync.again()
+        transfers = [Transfer(to, x, tag) for x in sends]
+        transfers += [Transfer(source, x, tag, receives=True) for x in receives]
+        return Work(receives or sends, self._messages, self._messages.start(transfers))
+
+    @guarded
+    def recv_from_any(self, tensors: Sequence[Tensor], tag: int = 0) -> Work:
+        """Receive from whichever rank sends first; waits until one does."""
+        if self.sync is None:
+            self._attach()
+        return self.recv(tensors, self._messages.wait_for_any(tag), tag)
 
     # ---- life
 
@@ -368,9 +277,8 @@ class Group:
         if self.sync is not None:
             self.sync.leave("left the group")
             self.sync = None
-            del self._board, self._mail
-        if self._invitation is not None:
-            self._invitation.withdraw()
+            del self._windows, self._messages, self._parts
+        self._handshake.withdraw()
         self._closed = True
 
 

@@ -8,18 +8,18 @@ from collections.abc import Sequence
 
 from multicard.backends.shm.channel import Inbox, Outbox, Transfer
 from multicard.backends.shm.segment import Segment
-from multicard.backends.shm.sync import Sync
+from multicard.backends.shm.sync import Sync, guarded
 from multicard.errors import MismatchError
 
 COLLECTIVE_TAG = (1 << 63) - 1  # all_to_all's messages; a program's own tags are 32-bit
 POLLS = 30  # looks at a message before waiting for it properly
 
 
-class Mail:
-    """All channels of one rank of a group."""
+class Messages:
+    """Point-to-point messages of one rank of a group: its channels to and from every other."""
 
     def __init__(self, segment: Segment, sync: Sync) -> None:
-        self._sync = sync
+        self.sync = sync
         others = [rank for rank in range(len(sync.ranks)) if rank != sync.rank]
         self._outboxes = {r: Outbox(segment, sync.rank, r, sync.fence) for r in others}
         self._inboxes = {r: Inbox(segment, sync.rank, r, sync.fence, self._wrong_size) for r in others}
@@ -34,33 +34,34 @@ class Mail:
         while sum(box.progress() for box in boxes if box.queue):  # all of them, in turn
             pass
         if not all(transfer.complete for transfer in transfers):
-            pending.mails.add(self)
+            pending.groups.add(self)
         return transfers
 
     def progress(self) -> bool:
         """Move messages along, as far as that goes without waiting; whether any moved."""
-        if self._sync.error is not None:
-            pending.mails.discard(self)
+        if self.sync.error is not None:
+            pending.groups.discard(self)
             return False
         moved = sum(box.progress() for box in self._boxes if box.queue)
         if not any(box.queue for box in self._boxes):
-            pending.mails.discard(self)
+            pending.groups.discard(self)
         return moved > 0
 
+    @guarded
     def drive(self, transfers: Sequence[Transfer]) -> None:
         """Wait until these messages have arrived."""
         late = [transfer for transfer in transfers if not transfer.complete]
         for _ in range(POLLS):
             if not late:
                 return
-            if self._sync.error is not None:
-                raise self._sync.again()
+            if self.sync.error is not None:
+                raise self.sync.again()
             for transfer in late:
                 self._box(transfer).progress()
             late = [transfer for transfer in late if not transfer.complete]
         if late:
-            pending.mails.add(self)
-            self._sync.wait(lambda: sorted({t.peer for t in late if not t.complete}), _name(late[0]))
+            pending.groups.add(self)
+            self.sync.wait(lambda: sorted({t.peer for t in late if not t.complete}), _name(late[0]))
 
     def wait_for_any(self, tag: int) -> int:
         """Wait until some rank's message with this tag is there; which rank's."""
@@ -70,26 +71,26 @@ class Mail:
             found.extend(rank for rank, inbox in self._inboxes.items() if inbox.waiting(tag))
             return [] if found else list(self._inboxes)
 
-        self._sync.wait(missing)
+        self.sync.wait(missing)
         return found[0]
 
     def _box(self, transfer: Transfer) -> Outbox | Inbox:
         return (self._inboxes if transfer.receives else self._outboxes)[transfer.peer]
 
     def _wrong_size(self, peer: int, sent: int, expected: int) -> None:
-        what = f"rank {self._sync.ranks[peer]} sends {sent} bytes where {expected} are expected"
-        raise self._sync.fail(self._sync.make_error(MismatchError, peer, what))
+        what = f"rank {self.sync.ranks[peer]} sends {sent} bytes where {expected} are expected"
+        raise self.sync.fail(self.sync.make_error(MismatchError, peer, what))
 
 
 class _Pending(threading.local):
-    """Those whose messages this thread has under way.
+    """The groups in which this thread has messages under way.
 
     A rank is one party to all of its groups: while it waits in one, a peer may be waiting for its message in another.
     So this belongs to the thread and not to a group. It holds no settings, and is empty once messages have arrived.
     """
 
     def __init__(self) -> None:
-        self.mails: weakref.WeakSet[Mail] = weakref.WeakSet()
+        self.groups: weakref.WeakSet[Messages] = weakref.WeakSet()
 
 
 pending = _Pending()
@@ -97,7 +98,7 @@ pending = _Pending()
 
 def progress_all() -> bool:
     """Move all of this thread's messages along; whether any moved."""
-    return bool(sum(mail.progress() for mail in tuple(pending.mails)))
+    return bool(sum(group.progress() for group in tuple(pending.groups)))
 
 
 def _name(transfer: Transfer) -> str:

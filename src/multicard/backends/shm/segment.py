@@ -37,18 +37,17 @@ WINDOW = 1 << 20
 CELL = 1 << 18
 DEPTH = 32
 
-# a row: the flag, alone on its line; who holds the row, how it failed and whom it waits for; then its calls and their
-# sites, for even and odd steps
-PID, FAILED, WAITING, CALL, SITE = (LINE // WORD + i for i in (0, 1, 2, 4, LINE // WORD))
-CALL_WORDS = 4
-PARTS = 4 * LINE // WORD  # and where in its window the parts for every rank are, for even and odd steps
+# a row: the flag, alone on its line; who holds the row, how it failed, whom it waits for, and what it calls in even and
+# in odd steps; then where in its window the part for each rank is, for even and odd steps
+PID, FAILED, WAITING, CALL = (LINE // WORD + i for i in (0, 1, 2, 4))
+PARTS = 2 * LINE // WORD
 POSTED, TAKEN, TABLE = 0, LINE // WORD, 2 * LINE // WORD  # a channel's words
 ENTRY = 4
 CHANNEL = TABLE + DEPTH * ENTRY
 NONCE = 0
 ROWS = LINE // WORD
 
-INVITATION = re.compile(rb"(\S+) (\d+) (\d+) (-?\d+) (\d+)")  # place, pid, start time, descriptor, nonce
+HANDSHAKE = re.compile(rb"(\S+) (\d+) (\d+) (-?\d+) (\d+)")  # place, pid, start time, descriptor, nonce
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,14 +93,16 @@ def _place() -> str:
         return f"{file.read().strip()}/{os.readlink('/proc/self/ns/pid')}"
 
 
-class Invitation:
+class Handshake:
     """What every rank puts in the store when its group is made, and reads of the others when it first talks.
 
-    Making a group is cheap and never waits: size-1 and unused groups map nothing.
+    Making a group is cheap and never waits; unused groups map nothing. A rank alone in its group has nobody to tell.
     """
 
     def __init__(self, store: dist.Store, rank: int, ranks: Sequence[int]) -> None:
         self.store, self.rank, self.ranks, self.fd = store, rank, tuple(ranks), -1
+        if len(ranks) == 1:
+            return
         if not hasattr(os, "memfd_create"):
             raise UnsupportedError("backend shm needs Linux (memfd_create); use backend='gloo'")
         nonce = 0
@@ -115,14 +116,16 @@ class Invitation:
         me = Process.current()
         store.set(str(rank), f"{_place()} {me.pid} {me.start} {self.fd} {nonce}")
 
-    def accept(self, timeout: float) -> tuple[Segment, list[Process]]:
+    def complete(self, timeout: float) -> tuple[Segment, list[Process]]:
         """Map the segment and learn who the peers are. Waits until every rank has made its group.
 
         Raises:
             CollectiveTimeout: a rank didn't make its group in time.
-            RankError: a rank died, or left something else than an invitation.
+            RankError: a rank died, or left something else than its handshake.
             UnsupportedError: ranks that can't share memory.
         """
+        if len(self.ranks) == 1:
+            return Segment(-1, 1), []
         deadline = time.monotonic() + timeout
         peers = [self._read(rank, deadline) for rank in range(len(self.ranks))]
         while True:
@@ -139,11 +142,11 @@ class Invitation:
         while not self.store.check([str(rank)]):
             self._wait(rank, deadline)
         said = self.store.get(str(rank))
-        whole = INVITATION.fullmatch(said)
+        whole = HANDSHAKE.fullmatch(said)
         if whole is None:  # as a RankError it counts as a consequence, and doesn't hide what ended that rank
             raise RankError(
                 f"rank {self.ranks[rank]} is gone, or was never in this group: the store has {said!r} where its "
-                "invitation should be; start the ranks again, with a store that no other job uses",
+                "handshake should be; start the ranks again, with a store that no other job uses",
                 rank=self.ranks[rank],
             )
         place, *numbers = whole.groups()
@@ -188,7 +191,7 @@ class Invitation:
 
     def withdraw(self) -> None:
         """Give up rank 0's descriptor: the memory lives on in the ranks that have mapped it."""
-        if self.rank == 0:
+        if self.fd >= 0:
             self._close()
 
 
@@ -220,15 +223,14 @@ class Segment:
     Attributes:
         words: rows and channels as 64-bit words. An aligned word is read and written by one move, in every build of
             CPython (``memoryview`` copies a word of 8 bytes), so it is never seen half written.
-        text: the same as bytes.
         windows: ``(2, ranks, WINDOW)`` bytes.
         cells: ``(from, to, DEPTH, CELL)`` bytes.
     """
 
     def __init__(self, fd: int, size: int) -> None:
+        """Map ``fd``, memory that only this process has where that is -1."""
         memory = mmap.mmap(fd, segment_bytes(size))
-        self.text = memoryview(memory)[: _header_words(size) * WORD]
-        self.words = self.text.cast("Q")
+        self.words = memoryview(memory)[: _header_words(size) * WORD].cast("Q")
         whole = torch.frombuffer(memory, dtype=torch.uint8)
         windows, cells = _windows_at(size), _cells_at(size)
         self.windows: Tensor = whole[windows:cells].view(2, size, WINDOW)

@@ -17,23 +17,26 @@ data on the reader's (acquire). Copies made by torch's own threads are ordered b
 parallel region.
 
 **Waits** spin, then yield the core, then sleep, at most a millisecond at first and five later. While not spinning they
-move this thread's other messages along (so two ranks that wait for one another's messages in different groups both go
-on), let Python handle signals (Ctrl-C), see within a fraction of a second that a peer is dead or has given up, and end
-at the timeout.
+move this thread's other messages along (so two ranks that wait for one another's messages in different groups both
+continue), let Python handle signals (Ctrl-C), notice within a fraction of a second that a peer is dead or has given up,
+and end at the timeout.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import ParamSpec, TypeVar
 
 import torch.distributed as dist
 
-from multicard.backends.calls import describe
-from multicard.backends.shm.segment import CALL, CALL_WORDS, FAILED, LINE, PARTS, SITE, WAITING, WORD, Process, Segment
-from multicard.errors import CollectiveTimeout, MismatchError, RankError
+from multicard.backends.calls import CALL_WORDS, Call, describe
+from multicard.backends.shm.segment import CALL, FAILED, WAITING, Process, Segment
+from multicard.errors import CollectiveTimeout, MismatchError, MulticardError, RankError
 
 CALL_BITS = 24
 CALL_MASK = (1 << CALL_BITS) - 1
@@ -42,6 +45,29 @@ YIELDING = 0.001  # seconds that a wait yields before it sleeps
 REASONS: tuple[type[RankError], ...] = (RankError, CollectiveTimeout, MismatchError)
 
 Missing = Callable[[], Sequence[int]]
+Args = ParamSpec("Args")
+T = TypeVar("T")
+
+
+def guarded(call: Callable[Args, T]) -> Callable[Args, T]:
+    """For methods of what has a ``sync`` (None: not yet, or no longer).
+
+    Whatever stops a call half way (Ctrl-C too) ends this rank's part in the group, and tells the others so.
+    """
+
+    @functools.wraps(call)
+    def guard(*args: Args.args, **kwargs: Args.kwargs) -> T:
+        try:
+            return call(*args, **kwargs)
+        except MulticardError:
+            raise
+        except BaseException as error:
+            sync: Sync | None = args[0].sync  # type: ignore[attr-defined]
+            if sync is not None:
+                sync.leave(f"was stopped by {type(error).__name__} in {call.__name__}")
+            raise
+
+    return guard
 
 
 class Sync:
@@ -65,21 +91,21 @@ class Sync:
         timeout: float,
         progress: Callable[[], bool],
     ) -> None:
-        self.words, self._text = segment.words, segment.text
+        self.words = segment.words
         self.rank, self.ranks, self.timeout = rank, ranks, timeout
         self.size = len(ranks)
         self._peers, self._progress = peers, progress
-        self._rows = [segment.row(r) for r in range(self.size)]
-        self._row = self._rows[rank]
-        self._others = [(r, row) for r, row in enumerate(self._rows) if r != rank]
+        self.rows = [segment.row(r) for r in range(self.size)]
+        self._row = self.rows[rank]
+        self._others = [(r, row) for r, row in enumerate(self.rows) if r != rank]
         processes = dist.get_world_size() if dist.is_initialized() else self.size
         crowded = processes > len(os.sched_getaffinity(0))
         self._spins = 20 if crowded else 2000  # about a microsecond, or a hundred of them
         self.sequence = 0  # steps posted
-        self.settled = 0  # every peer is known to have posted this step
+        self._seen = 0  # every peer is known to have posted this step
         self.calls = 0
         self._call = self._posted = 0
-        self._words: tuple[int, ...] = (0, 0, 0, 0)
+        self._words: Call = (0, 0, 0, 0)
         self.error: RankError | None = None
         lock = threading.Lock()
         lock.acquire()
@@ -92,8 +118,8 @@ class Sync:
 
     # ---- steps
 
-    def enter(self, *call: int) -> None:
-        """Begin a collective: tell the others which, by CALL_WORDS numbers that all of them give alike.
+    def enter(self, call: Call) -> None:
+        """Begin a collective: tell the others which.
 
         Raises:
             RankError: the group has failed before.
@@ -108,32 +134,27 @@ class Sync:
             self.words[at] = word
             at += 1
 
-    def agree(self, site: int, line: str) -> None:
-        """A step of its own, before any data moves: everybody makes the same call, from the same place."""
-        self._call = hash((self._call, site)) & CALL_MASK
-        at = (self._row + SITE) * WORD + (self.sequence + 1 & 1) * LINE
-        self._text[at : at + LINE] = line.encode()[-LINE:].ljust(LINE, b"\0")
-        self.post()
-        self.await_all()
+    @contextlib.contextmanager
+    def compare(self) -> Iterator[None]:
+        """Steps in here are the same in every call, so ranks that are in different calls can compare them."""
+        call, self._call = self._call, 0
+        yield
+        self._call = call
 
-    def part(self, source: int, to: int, step: int) -> int:
-        """The first of two words in which ``source`` says where in its window its part for ``to`` is, and its bytes."""
-        return self._rows[source] + PARTS + 2 * ((step & 1) * self.size + to)
-
-    def settle(self) -> None:
-        """Wait until everybody has posted this rank's latest step: what was written one before may be overwritten.
+    def await_readers(self) -> None:
+        """Wait until everybody has posted this rank's latest step, and so has read what it wrote one step before.
 
         Precedes every write and every post. So a rank is never more than one step ahead of another, and one that is
         ahead has seen that they agree on the step behind.
         """
-        if self.settled < self.sequence:
+        if self._seen < self.sequence:
             self._await(self._others)
-            self.settled = self.sequence
+            self._seen = self.sequence
 
     def post(self) -> None:
         """Say that this rank's part of the next step is written, and that it has read everything of the last."""
-        if self.settled < self.sequence:
-            self.settle()
+        if self._seen < self.sequence:
+            self.await_readers()
         self.sequence += 1
         self._posted = self.sequence << CALL_BITS | self._call
         self._release()
@@ -143,11 +164,11 @@ class Sync:
     def await_all(self) -> None:
         """Wait until every rank has posted this step."""
         self._await(self._others)
-        self.settled = self.sequence
+        self._seen = self.sequence
 
     def await_one(self, rank: int) -> None:
         """Wait until ``rank`` has posted this step."""
-        self._await([(rank, self._rows[rank])])
+        self._await([(rank, self.rows[rank])])
 
     def _await(self, ranks: Sequence[tuple[int, int]]) -> None:
         words, spins, posted = self.words, self._spins, self._posted
@@ -164,21 +185,14 @@ class Sync:
         self._acquire()
 
     def _mismatch(self) -> RankError:
-        """What everybody who has come to this step is in. Calls start together, so their words are of its parity."""
+        """Name the calls of all ranks that have come to this step. It is the first of each, so it has their words."""
         self.fence()
-        here = [r for r, row in enumerate(self._rows) if self.words[row] >> CALL_BITS == self.sequence]
-        calls = [self._told(r) for r in here]
+        here = [r for r, row in enumerate(self.rows) if self.words[row] >> CALL_BITS == self.sequence]
+        starts = [self.rows[r] + CALL + (self.sequence & 1) * CALL_WORDS for r in here]
+        calls = [describe(self.words[at : at + CALL_WORDS].tolist()) for at in starts]
         odd = min(zip(here, calls, strict=True), key=lambda each: (calls.count(each[1]), -each[0]))[0]
         told = "; ".join(f"rank {self.ranks[r]} calls {call}" for r, call in zip(here, calls, strict=True))
         return self.make_error(MismatchError, odd, f"ranks disagree: {told}")
-
-    def _told(self, rank: int) -> str:
-        half = self.sequence & 1
-        at = self._rows[rank] + CALL + half * CALL_WORDS
-        call = describe(self.words[at : at + CALL_WORDS].tolist())
-        at = (self._rows[rank] + SITE) * WORD + half * LINE
-        line = bytes(self._text[at : at + LINE]).rstrip(b"\0").decode(errors="replace")
-        return f"{call} at {line}" if line else call
 
     # ---- waits
 
@@ -218,7 +232,7 @@ class Sync:
 
     def _look_at(self, ranks: Sequence[int], missing: Missing, name: str) -> None:
         for rank in ranks:
-            failed = self.words[self._rows[rank] + FAILED]
+            failed = self.words[self.rows[rank] + FAILED]
             if not failed and self._peers[rank].alive:
                 continue
             if rank not in missing():  # it came, and left, while we looked
@@ -246,7 +260,7 @@ class Sync:
         seen = [self.rank]
         while rank not in seen:
             seen.append(rank)
-            waits_for = self.words[self._rows[rank] + WAITING]
+            waits_for = self.words[self.rows[rank] + WAITING]
             if not waits_for or self._peers[rank].stopped:
                 return rank
             rank = waits_for - 1

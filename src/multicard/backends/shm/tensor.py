@@ -36,7 +36,7 @@ def check_writable(*tensors: Tensor) -> None:
 
 
 def plain(x: Tensor) -> Tensor:
-    """The same elements without autograd's attention."""
+    """``x``, detached from autograd."""
     return x.detach() if x.requires_grad else x
 
 

@@ -10,48 +10,53 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from multicard.backends.shm.channel import Transfer
+
+class Message(Protocol):
+    """A point-to-point message under way."""
+
+    peer: int
+
+    @property
+    def complete(self) -> bool:
+        """Whether it has arrived, or has been sent."""
 
 
 class Driver(Protocol):
-    """What moves messages along: a group."""
+    """What moves a group's messages along."""
 
-    def drive(self, transfers: Sequence[Transfer]) -> None:
+    def drive(self, messages: Sequence[Any]) -> None:
         """Wait until these messages have arrived."""
 
-    def progress(self) -> None:
+    def progress(self) -> object:
         """Move messages along, as far as that goes without waiting."""
 
 
-class ShmWork(dist.Work):
+class Work(dist.Work):
     """An operation's handle. Collectives are complete when they return; messages are when ``wait`` returns.
 
     Args:
         tensors: what a future of this gives.
-        group, transfers: the messages that must arrive first.
+        driver, messages: what moves messages along, and those that must arrive first.
     """
 
     def __init__(
-        self,
-        tensors: Sequence[Any] = (),
-        group: Driver | None = None,
-        transfers: Sequence[Transfer] = (),
+        self, tensors: Sequence[Any] = (), driver: Driver | None = None, messages: Sequence[Message] = ()
     ) -> None:
         super().__init__()
-        self._tensors, self._group, self.transfers = tensors, group, transfers
+        self._tensors, self.driver, self.messages = tensors, driver, messages
+        self._done = not messages
 
     def wait(self, timeout: datetime.timedelta | None = None) -> bool:
-        if self._group is not None:
-            self._group.drive(self.transfers)
-            self._group = None
+        if not self._done and self.driver is not None:
+            self.driver.drive(self.messages)
+            self._done = True
         return True
 
     def is_completed(self) -> bool:
-        if self._group is not None:
-            self._group.progress()
-            if all(transfer.complete for transfer in self.transfers):
-                self._group = None
-        return self._group is None
+        if not self._done and self.driver is not None:
+            self.driver.progress()
+            self._done = all(message.complete for message in self.messages)
+        return self._done
 
     def is_success(self) -> bool:
         return self.is_completed()
@@ -60,7 +65,7 @@ class ShmWork(dist.Work):
         self.wait()
 
     def source_rank(self) -> int:
-        return self.transfers[0].peer
+        return self.messages[0].peer
 
     _source_rank = source_rank
 
@@ -69,7 +74,7 @@ class ShmWork(dist.Work):
         return list(self._tensors)
 
     def get_future(self) -> torch.futures.Future:
-        """A future that is complete: nothing moves messages along behind a program's back, so this waits."""
+        """A future that is complete: no thread moves messages in the background, so this waits for them."""
         self.wait()
         future: torch.futures.Future = torch.futures.Future()
         future.set_result(self._tensors)
