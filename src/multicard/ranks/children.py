@@ -178,9 +178,10 @@ class Children:
         self._record.listen(0)
         while True:
             wait = self._judge(call, deadline)
-            if call.failure is None and self._neighbours is not None:
-                self._fail(call, self._neighbours.failure)
             if call.failure is not None or len(call.answers) == len(self.settings.ranks):
+                return call
+            if self._neighbours is not None and (elsewhere := self._neighbours.failure) is not None:
+                self._fail(call, elsewhere)
                 return call
             if not interrupted and interrupt.reached_main_thread():
                 raise KeyboardInterrupt
@@ -203,9 +204,9 @@ class Children:
                 until, ask, wake = min(until, verdict.until), ask or verdict.ask, wake or verdict.wake
         return Wait(until, ask, wake)
 
-    def _fail(self, call: Call, found: Failure | None) -> None:
+    def _fail(self, call: Call, found: Failure) -> None:
         call.failure = found
-        if found is not None and found.fatal:
+        if found.fatal:
             self.end(found.error)
 
     def _where_it_began(self, first: Failure) -> Failure:
