@@ -43,7 +43,7 @@ def look(*ranks, now=1.0, asked=0.0, deadline=math.inf):
     for rank, seen in enumerate(ranks):
         own = seen.failure and dataclasses.replace(seen.failure, rank=rank)
         numbered[rank] = dataclasses.replace(seen, failure=own)
-    snapshot = Snapshot(now, "work", numbered, asked, deadline, len(ranks))
+    snapshot = Snapshot(now, "work", numbered, asked, deadline)
     return judge(snapshot, PATIENCE)
 
 

@@ -50,7 +50,7 @@ class Children:
             {rank: environment.of_rank(settings, rank, port) for rank in settings.ranks},
             Logs(settings.ranks, settings.log_dir, settings.console, settings.log_mode),
         )
-        self._record = Record(self._supervisor, settings.config.world_size)
+        self._record = Record(self._supervisor)
         self._neighbours = (
             Neighbours(hosts, port, settings.start_timeout, settings.timeout) if hosts.count > 1 else None
         )

@@ -177,7 +177,7 @@ def _explained(failures: Sequence[Failure], since: float, snapshot: Snapshot, pa
         name, number = error.collective or call.name, error.sequence_number or call.number
         call = dataclasses.replace(call, name=name, number=number)
     else:
-        absent = _absent(waited, failures, reports, snapshot.world_size)
+        absent = _absent(waited, failures, reports, snapshot)
     who = _names(absent) if absent else "a rank"
     where = _place(absent[0], reports, snapshot) if absent else "could not determine which"
     text = f"{who} did not arrive at {call} within {patience.timeout:g} s: {where}"
@@ -189,11 +189,13 @@ def _explained(failures: Sequence[Failure], since: float, snapshot: Snapshot, pa
     return _with_stacks(Failure(rank or 0, TIMEOUT, waited.moment, made, call), reports)
 
 
-def _absent(waited: Failure, failures: Sequence[Failure], reports: Mapping[int, Report], world_size: int) -> list[int]:
+def _absent(
+    waited: Failure, failures: Sequence[Failure], reports: Mapping[int, Report], snapshot: Snapshot
+) -> list[int]:
     """Members of the group that have entered fewer of its collectives than the rank that waited, or don't answer."""
     call = waited.collective
     waiting = {each.rank for each in failures if each.kind == TIMEOUT}
-    members = call.ranks if call and call.ranks else range(world_size)
+    members = call.ranks if call and call.ranks else tuple(snapshot.ranks)
     others = [rank for rank in members if rank not in waiting]
     if call is None or call.number is None:
         return [rank for rank in others if rank not in reports or reports[rank].collective is None] or others

@@ -49,10 +49,10 @@ class Record:
     _stopped: dict[int, float]
     _woken: bool
 
-    def __init__(self, supervisor: Supervisor, world_size: int) -> None:
+    def __init__(self, supervisor: Supervisor) -> None:
         self.calls: dict[int, Call] = {}
         self.broken: RankError | None = None
-        self._supervisor, self._world_size = supervisor, world_size
+        self._supervisor = supervisor
         self._numbers = itertools.count(1)
         self._memory_kills = failure.kills_for_memory()
         self._deaths: dict[int, Failure] = {}
@@ -99,7 +99,7 @@ class Record:
             living = [each for each in self._supervisor.processes.values() if each.rank not in self._supervisor.dead]
             self._stopped = {each.rank: self._stopped.get(each.rank, now) for each in living if each.stopped}
         ranks = {rank: self._seen(rank, call) for rank in self._supervisor.processes}
-        return Snapshot(now, call.label, ranks, self._asked, deadline, self._world_size)
+        return Snapshot(now, call.label, ranks, self._asked, deadline)
 
     def obituary(self, rank: int, moment: float) -> Failure:
         """The failure of a rank whose process has ended: by itself, or because all were ended."""

@@ -38,7 +38,6 @@ class Snapshot:
     Attributes:
         asked: when ranks were last asked what they are doing.
         deadline: when all have to have answered; only starting has one.
-        world_size: ranks on all hosts.
     """
 
     now: float
@@ -46,7 +45,6 @@ class Snapshot:
     ranks: Mapping[int, Seen]
     asked: float
     deadline: float = math.inf
-    world_size: int = 1
 
     @property
     def waiting(self) -> dict[int, Seen]:
