@@ -69,7 +69,7 @@ def test_waiting_goes_on(ranks, now, expected):
 
 
 def test_gloos_numbers_count_messages_too_and_prove_nothing():
-    collective = Collective("all_reduce", "tp", ranks=(0, 1), number=5, exact=False)
+    collective = dataclasses.replace(REDUCE, exact=False)
     assert isinstance(look(waits(0.9, collective=collective), done(0.5, 3, 0.9)), Wait)
 
 
@@ -88,7 +88,9 @@ def test_a_deadline_ends_the_wait():
         ((failed(1.0, CONSEQUENCE), BUSY), 1.4, None),  # the cause may still arrive
         ((failed(1.0), waits(1.1)), 1.2, None),  # may just be on its way
         ((failed(1.0, report=report(1.1)), waits(1.1)), 1.2, True),  # waits for the one that failed
-        ((failed(1.0), dead(1.1)), 1.2, True),
+        ((failed(1.0, CONSEQUENCE, report=report(1.1)), waits(1.1)), 1.2, None),
+        ((failed(1.0), dead(1.1), BUSY), 1.2, True),
+        ((failed(1.0, TIMEOUT), dead(1.6), BUSY), 1.7, True),  # nobody is left to say who was waited for
         ((failed(1.0, error=ConfigError("too long")), BUSY), 5.9, None),
         ((failed(1.0, error=ConfigError("too long")), BUSY), 6.0, True),
         ((failed(1.0), failed(1.1)), 1.2, None),  # are they in step?
@@ -131,7 +133,7 @@ NAMED = "did not arrive at all_reduce number 5"
 
 def test_a_rank_that_has_left_is_named_with_all_stacks():
     ranks = done(1.0, reported=1.2), waits(1.2)
-    assert look(*ranks, BUSY, now=1.3, asked=1.1) == Wait(1.6)
+    assert look(*ranks, Seen(report=report(1.0)), now=1.3, asked=1.1) == Wait(1.6)
     found = look(*ranks, Seen(report=report(1.2)), now=1.3, asked=1.1)
     assert str(found.error) == f"rank 0 {NAMED} of tp at work.py:7: it has left work"
     assert (found.fatal, found.error.rank, found.error.sequence_number) == (True, 0, 5)
