@@ -12,7 +12,7 @@ from multicard.ranks.judge import Wait, judge
 from multicard.ranks.patience import Patience
 from multicard.ranks.snapshot import Seen, Snapshot
 
-PATIENCE = Patience(timeout=10.0, start_timeout=30.0)
+PATIENCE = Patience(timeout=10.0, start_timeout=30.0, looks=10)
 BUSY = Seen()
 REDUCE = Collective("all_reduce", group="tp", axis="tp", ranks=(0, 1, 2), number=5, exact=True, site="work.py:7")
 
@@ -53,14 +53,15 @@ def look(*ranks, now=1.0, asked=0.0, deadline=math.inf):
 @pytest.mark.parametrize(
     ("ranks", "now", "expected"),
     [
-        ((BUSY, BUSY), 0.1, Wait(0.5)),  # a twentieth of the timeout
-        ((BUSY, BUSY), 0.6, Wait(1.1, ask=True)),
+        ((BUSY, BUSY), 0.6, Wait(1.0)),  # a tenth of the timeout
+        ((BUSY, BUSY), 1.2, Wait(2.2, ask=True)),
         ((BUSY, done(0.2)), 0.6, Wait(1.1, ask=True)),
         ((waits(9.0), done(8.0, 5, 9.0)), 9.2, Wait(9.7, ask=True)),  # it is on its way out of the collective
         ((waits(9.0), done(8.0, 4, 7.9)), 9.2, Wait(9.7, ask=True)),  # reported before it left: may have entered since
         ((waits(7.9), done(8.0, 4, 9.0)), 9.2, Wait(9.7, ask=True)),  # may have got out since
-        ((waits(10.4), BUSY), 10.45, Wait(10.95, ask=True)),  # not yet for long enough
-        ((Seen(stopped=0.0), BUSY), 10.4, Wait(10.9, ask=True)),
+        ((waits(10.4), BUSY), 10.45, Wait(11.45, ask=True)),  # not yet for long enough
+        ((waits(9.0), BUSY), 12.0, Wait(13.0, ask=True)),  # it may have got out since it was last heard of
+        ((Seen(stopped=0.0), BUSY), 10.4, Wait(11.4, ask=True)),
     ],
 )
 def test_waiting_goes_on(ranks, now, expected):
@@ -147,6 +148,7 @@ def test_a_rank_that_has_left_is_named_with_all_stacks():
         (Seen(report=report(11.3), stopped=0.0), "it is stopped (SIGSTOP)"),
         (Seen(report=report(11.3, Collective("barrier", number=2))), "it is in barrier number 2"),
         (Seen(report=report(9.0)), "it doesn't answer"),
+        (Seen(report=report(11.3, entered=5)), "it is at work.py:9 (compute)"),  # by elimination
     ],
 )
 @pytest.mark.parametrize("seen_from_outside", [False, True])

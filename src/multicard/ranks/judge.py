@@ -128,12 +128,12 @@ def _ask_every(pause: float, snapshot: Snapshot, end: float) -> Wait:
 
 
 def _ask_since(since: float, snapshot: Snapshot, patience: Patience, wake: bool = False) -> Wait | None:
-    """Ask what ranks are doing after ``since``; None once every living one has said so, or has had the time to."""
+    """Ask what ranks are doing after ``since``; None once all have said so, or have had the time to."""
     if snapshot.asked < since:
         return Wait(snapshot.now + patience.report, ask=True, wake=wake)
-    silent = {rank for rank, seen in snapshot.ranks.items() if not seen.dead} - set(snapshot.reports(since))
     until = snapshot.asked + patience.report
-    return Wait(until) if silent and snapshot.now < until else None
+    all_heard = len(snapshot.reports(since)) == len(snapshot.ranks)
+    return None if all_heard or snapshot.now >= until else Wait(until)
 
 
 # ---- who waits for whom
@@ -154,8 +154,8 @@ def _absentee(snapshot: Snapshot, exact: bool = False) -> tuple[int, Collective]
         if waits is None or waits.number is None or (exact and not waits.exact):
             continue
         for rank, moment, entered in left:
-            count = entered.get(waits.key)  # None where it has destroyed the group since
-            if rank in waits.ranks and report.moment > moment and count is not None and count < waits.number:
+            count = entered.get(waits.key)  # None where it is no member, or has destroyed the group
+            if report.moment > moment and count is not None and count < waits.number:
                 return rank, waits
     return None
 
