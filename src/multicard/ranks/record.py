@@ -84,6 +84,7 @@ class Record:
 
     def ask(self, wake: bool = False) -> None:
         """Ask ranks what they are doing; ``wake`` stopped ones first."""
+        self._look_for_stopped()
         self._woken = self._woken or wake
         self._asked = time.monotonic()
         for rank, process in self._supervisor.processes.items():
@@ -93,11 +94,10 @@ class Record:
                 self._supervisor.send(rank, wire.Message("inspect", 0), patience.ASK)
 
     def snapshot(self, call: Call, deadline: float = math.inf) -> Snapshot:
-        """What is known now. Also looks which ranks are stopped, since no event tells of that."""
+        """What is known now. Which ranks are stopped is no event, and too slow to look at each time."""
         now = time.monotonic()
-        if not self._woken:
-            living = [each for each in self._supervisor.processes.values() if each.rank not in self._supervisor.dead]
-            self._stopped = {each.rank: self._stopped.get(each.rank, now) for each in living if each.stopped}
+        if now > self._looked + patience.LOOP / 2:
+            self._look_for_stopped()
         ranks = {rank: self._seen(rank, call) for rank in self._supervisor.processes}
         return Snapshot(now, call.label, ranks, self._asked, deadline)
 
@@ -142,7 +142,13 @@ class Record:
             self._unchanged[rank] = report.moment
         self._reports[rank] = report
 
+    def _look_for_stopped(self) -> None:
+        self._looked = time.monotonic()
+        if not self._woken:
+            living = [each for each in self._supervisor.processes.values() if each.rank not in self._supervisor.dead]
+            self._stopped = {each.rank: self._stopped.get(each.rank, self._looked) for each in living if each.stopped}
+
     def _forget_reports(self) -> None:
         """A call begins: ranks count as having been asked, and nobody has waited in it yet."""
-        self._opened = self._asked = time.monotonic()
+        self._opened = self._asked = self._looked = time.monotonic()
         self._reports, self._unchanged, self._stopped, self._woken = {}, {}, {}, False
