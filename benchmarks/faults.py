@@ -2,45 +2,75 @@
 
     python benchmarks/faults.py [--json] [--rounds 5] [--parts faults llm check peers]
 
-There is no bound but the launcher's own graces: an exception is told at once where another rank waits in a collective
-for the one that raised, and after 0.5 s where the others are still computing; a hang after the collective's timeout,
-which is 2 s here.
+What to expect (multicard/ranks/patience.py): an exception is raised at once where another rank waits in a collective
+for the one that raised, and after 0.5 s where the others are still computing; a hang 0.5 s after the collective's
+timeout, which is 2 s here.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import pathlib
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 
+import common
 import multicard as mc
 from multicard import collectives
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
-
-import common
-import faults
-import test_llm_faults as llm_faults
-import tiny_decoders
-
 BACKENDS = ("shm", "gloo")
 TIMEOUT = 2.0
-CASES: dict[str, tuple[Callable[..., Any], Callable[[], None]]] = {
-    "exception, others wait in all_reduce": (faults.in_collective, faults.fail),
-    "SIGKILL, others wait in all_reduce": (faults.in_collective, faults.kill),
-    "SIGKILL in a ring step": (faults.in_ring_step, faults.kill),
-    "SIGKILL while loading": (faults.in_load, faults.kill),
-    "exit code 3, others wait": (faults.in_collective, faults.leave),
-    f"SIGSTOP, timeout {TIMEOUT:g} s": (faults.in_collective, faults.stop),
-    f"endless loop, timeout {TIMEOUT:g} s": (faults.in_collective, faults.spin),
+Moment = Callable[[mc.ParallelMesh, int, Callable[[], None]], None]
+
+
+def in_all_reduce(mesh: mc.ParallelMesh, victim: int, fault: Callable[[], None]) -> None:
+    collectives.all_reduce(torch.ones(64), mesh.world)
+    if mesh.rank == victim:
+        fault()
+    collectives.all_reduce(torch.ones(64), mesh.world)
+
+
+def in_ring_step(mesh: mc.ParallelMesh, victim: int, fault: Callable[[], None]) -> None:
+    shift = collectives.RingShift(mesh.world)
+    shift.start([torch.ones(1 << 16)])
+    if mesh.rank == victim:
+        fault()
+    shift.wait()
+
+
+def while_busy(mesh: mc.ParallelMesh, victim: int, fault: Callable[[], None]) -> None:
+    time.sleep(0.1 if mesh.rank == victim else 60)
+    fault()
+
+
+def fail() -> None:
+    raise LookupError("not in the index")
+
+
+def spin() -> None:
+    while True:
+        pass
+
+
+CASES: dict[str, tuple[Moment, Callable[[], None]]] = {
+    "exception, others wait in all_reduce": (in_all_reduce, fail),
+    "SIGKILL, others wait in all_reduce": (in_all_reduce, lambda: os.kill(os.getpid(), signal.SIGKILL)),
+    "SIGKILL in a ring step": (in_ring_step, lambda: os.kill(os.getpid(), signal.SIGKILL)),
+    "SIGKILL while others are busy": (while_busy, lambda: os.kill(os.getpid(), signal.SIGKILL)),
+    "exit code 3, others wait": (in_all_reduce, lambda: os._exit(3)),
+    f"SIGSTOP, timeout {TIMEOUT:g} s": (in_all_reduce, lambda: os.kill(os.getpid(), signal.SIGSTOP)),
+    f"endless loop, timeout {TIMEOUT:g} s": (in_all_reduce, spin),
 }
 
 PEERS = {  # one rank raises while the other waits; prints the clock just before
@@ -69,7 +99,7 @@ if __name__ == "__main__":
 """
 
 
-def hurt(mesh: mc.ParallelMesh, moment: Callable[..., Any], victim: int, fault: Callable[[], None], clock: str) -> None:
+def hurt(mesh: mc.ParallelMesh, moment: Moment, victim: int, fault: Callable[[], None], clock: str) -> None:
     def timed() -> None:
         pathlib.Path(clock).write_text(str(time.monotonic()))
         fault()
@@ -77,71 +107,70 @@ def hurt(mesh: mc.ParallelMesh, moment: Callable[..., Any], victim: int, fault: 
     moment(mesh, victim, timed)
 
 
-def measure(ranks: mc.Ranks, moment: Callable[..., Any], victim: int, fault: Callable[[], None]) -> tuple[float, float]:
-    """Seconds from the fault to the caller's error, and until every process is gone."""
-    with tempfile.NamedTemporaryFile("r") as clock:
-        pids = ranks.pids
-        try:
-            ranks.run(hurt, moment, victim, fault, clock.name)
-        except (mc.errors.RankError, LookupError):
-            told = time.monotonic()
-        assert faults.gone(pids), "a process is left"
-        gone = time.monotonic()
-        happened = float(clock.read())
-    return told - happened, gone - happened
+def until_error(pids: list[int], call: Callable[..., Any], *args: Any) -> tuple[float, float]:
+    """The moments of the caller's error, and when every process is gone."""
+    try:
+        call(*args)
+    except (mc.errors.RankError, LookupError):
+        raised = time.monotonic()
+    while any(os.path.exists(f"/proc/{pid}") for pid in pids):
+        assert time.monotonic() < raised + 20, "a process is left"
+        time.sleep(0.005)
+    return raised, time.monotonic()
 
 
 def measure_faults(backend: str, size: int, rounds: int) -> list[dict[str, Any]]:
     rows = []
-    for name, (moment, fault) in CASES.items():
-        degrees = {"ring": size} if moment is faults.in_ring_step else {"tp": size}
-        with mc.Ranks(mc.ParallelConfig(**degrees), backend=backend, timeout=TIMEOUT, threads_per_rank=1) as ranks:
+    config = mc.ParallelConfig(tp=size)
+    with (
+        tempfile.NamedTemporaryFile("r") as clock,
+        mc.Ranks(config, backend=backend, timeout=TIMEOUT, threads_per_rank=1) as ranks,
+    ):
+        for name, (moment, fault) in CASES.items():
             times = []
             for i in range(rounds):
-                if i:
+                if not ranks.alive:
                     ranks.restart()
-                times.append(measure(ranks, moment, i % size, fault))
-        told, gone = zip(*times, strict=True)
-        rows.append(described(name, backend, size, told, gone))
+                ends = until_error(ranks.pids, ranks.run, hurt, moment, i % size, fault, clock.name)
+                clock.seek(0)
+                times.append((float(clock.read()), *ends))
+            rows.append(described(name, backend, size, times))
     return rows
 
 
 def measure_llm(backend: str, size: int, rounds: int) -> list[dict[str, Any]]:
-    """Seconds from a rank's SIGKILL within a request, or while loading, to the caller's error."""
-    rows = []
+    """A rank is killed from outside, somewhere in a request."""
+    times = []
+    config = transformers.LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
     with tempfile.TemporaryDirectory() as folder:
-        clock = pathlib.Path(folder, "clock")
+        transformers.LlamaForCausalLM(config).save_pretrained(folder)
+        with mc.LLM(folder, ring=size, backend=backend, threads_per_rank=1) as model:
+            for i in range(rounds):
+                model.generate([3, 1, 4], max_new_tokens=2)  # starts the ranks again
+                killed: list[float] = []
 
-        def fault() -> None:
-            clock.write_text(str(time.monotonic()))
-            faults.kill()
+                def kill(pid: int = model._ranks.pids[i % size], killed: list[float] = killed) -> None:
+                    killed.append(time.monotonic())
+                    os.kill(pid, signal.SIGKILL)
 
-        path, _ = tiny_decoders.write(pathlib.Path(folder), llm_faults.NAME)
-        with mc.LLM(path, ring=size, backend=backend, threads_per_rank=1) as model:
-            for moment in [each for each in llm_faults.MOMENTS if each != "idle"]:
-                times = []
-                for i in range(rounds):
-                    model.generate(llm_faults.PROMPT, max_new_tokens=2)  # starts them again
-                    try:
-                        llm_faults.hurt(model, i % size, moment, fault)
-                    except mc.errors.RankError:
-                        end = time.monotonic()
-                    assert faults.gone(model._ranks.pids), "a process is left"
-                    happened = float(clock.read_text())
-                    times.append((end - happened, time.monotonic() - happened))
-                told, gone = zip(*times, strict=True)
-                rows.append(described(f"LLM: SIGKILL in {moment}", backend, size, told, gone))
-    return rows
+                threading.Timer(0.2, kill).start()
+                ends = until_error(
+                    model._ranks.pids, lambda: model.generate([3, 1, 4], max_new_tokens=2000, ignore_eos=True)
+                )
+                times.append((killed[0], *ends))
+    return [described("LLM: SIGKILL in a request", backend, size, times)]
 
 
-def described(fault: str, backend: str, size: int, told: Sequence[float], gone: Sequence[float]) -> dict[str, Any]:
+def described(fault: str, backend: str, size: int, times: list[tuple[float, float, float]]) -> dict[str, Any]:
+    """A row of moments: the fault's, the error's, the last process's end."""
+    errors = [error - happened for happened, error, _ in times]
     return {
         "fault": fault,
         "backend": backend,
         "ranks": size,
-        "error (s), median": statistics.median(told),
-        "max": max(told),
-        "all gone (s), max": max(gone),
+        "error (s), median": statistics.median(errors),
+        "max": max(errors),
+        "all gone (s), max": max(gone - happened for happened, _, gone in times),
     }
 
 

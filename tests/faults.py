@@ -1,4 +1,4 @@
-"""What can happen to a rank, and when: shared by the tests of faults and by benchmarks/faults.py."""
+"""What can happen to a rank, and when: shared by the tests of faults."""
 
 import ctypes
 import os

@@ -1,7 +1,7 @@
 """Start ranks on this host and run functions on them.
 
 The caller is never a rank: each rank is a child process, started fresh, that gets its functions by cloudpickle on a
-pipe. So closures, notebooks, threads and unguarded scripts work, and what happens to a rank can be told.
+pipe. So closures, notebooks, threads and unguarded scripts work, and whatever happens to a rank, its caller learns it.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from multicard.config import ParallelConfig
 from multicard.errors import UnsupportedError
 from multicard.place import in_job
 from multicard.ranks.children import Children
+from multicard.ranks.crew import Crew
 from multicard.ranks.joined import Joined
 from multicard.ranks.kept import Kept
+from multicard.ranks.patience import GRACE
 from multicard.ranks.settings import Settings
-from multicard.ranks.supervisor import GRACE
 
 
 def launch(
@@ -132,7 +133,7 @@ class Ranks:
 
     @property
     def told(self) -> bool:
-        """Whether a call has raised for the ranks' end: where one dies while idle, none has until the next call."""
+        """Whether a call has raised because the ranks ended. After a rank dies while idle, the next call does."""
         return self._crew.told
 
     @property
@@ -169,7 +170,7 @@ class Ranks:
         Raises:
             UnsupportedError: inside a job, whose ranks are its launcher's.
         """
-        if isinstance(self._crew, Joined):
+        if in_job():
             raise UnsupportedError("restart() inside a job: its ranks are its launcher's; start the job again")
         self.close()
         self._settings = dataclasses.replace(self._settings, log_mode="a")
@@ -188,8 +189,8 @@ class Ranks:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _start(self) -> Children | Joined:
-        crew = Joined(self._settings) if in_job() else Children(self._settings)
+    def _start(self) -> Crew:
+        crew: Crew = Joined(self._settings) if in_job() else Children(self._settings)
         self._forget = weakref.finalize(self, crew.end, "forgotten", GRACE)  # also when the interpreter exits
         try:
             crew.join()

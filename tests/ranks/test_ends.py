@@ -144,17 +144,17 @@ def work(mesh):
     print("hello")
     return collectives.all_reduce(torch.ones(1), mesh.tp).item()
 
-with open(sys.argv[1], "w") as told:
-    told.write(str(mc.launch(work, mc.ParallelConfig(tp=2), backend="gloo")))
+with open(sys.argv[1], "w") as found:
+    found.write(str(mc.launch(work, mc.ParallelConfig(tp=2), backend="gloo")))
 """
 
 
 def test_poor_surroundings(tmp_path):
     """No standard input, output or error, no home, a folder that was deleted, descriptors beyond select's."""
     command = 'ulimit -n 2000; unset HOME; exec "$0" -c "$1" "$2" <&- >&- 2>&-'
-    told = tmp_path / "told"
-    subprocess.run(["bash", "-c", command, sys.executable, SURROUNDINGS, told], cwd=tmp_path, timeout=120)
-    assert told.read_text() == "[2.0, 2.0]"
+    found = tmp_path / "found"
+    subprocess.run(["bash", "-c", command, sys.executable, SURROUNDINGS, found], cwd=tmp_path, timeout=120)
+    assert found.read_text() == "[2.0, 2.0]"
 
 
 def test_ranks_that_cannot_be_started_are_an_error(monkeypatch):

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import threading
+import time
 
 import pytest
 
@@ -33,17 +35,31 @@ def victims():
 
 # ---- death
 
-KILLED = [  # short: each rank, moment, size and backend at least once; all of them in the soak
-    ("shm", {"tp": 3}, 0, faults.in_collective),
-    ("shm", {"ring": 2}, 1, faults.in_ring_step),
-    ("shm", {"tp": 4}, 3, faults.in_load),
-    ("gloo", {"tp": 3}, 1, faults.in_collective),
-    ("gloo", {"ring": 2}, 0, faults.in_ring_step),
-    ("gloo", {"tp": 3}, 2, faults.in_load),
+
+def soaked(*cases):
+    return [pytest.param(*case, marks=pytest.mark.soak) for case in cases]
+
+
+KILLED = [  # each rank, moment, size and backend at least once; all of them in the soak
+    ("shm", 3, 0, faults.in_collective),
+    ("shm", 2, 1, faults.in_ring_step),
+    ("shm", 4, 3, faults.in_load),
+    ("gloo", 3, 1, faults.in_collective),
+    ("gloo", 2, 0, faults.in_ring_step),
+    ("gloo", 3, 2, faults.in_load),
+]
+ALL_KILLED = [
+    (backend, size, victim, moment)
+    for moment in (faults.in_load, faults.in_collective, faults.in_ring_step)
+    for size, times in ((2, 1), (3, 5), (4, 1))
+    for backend in BACKENDS
+    for victim in [*range(size)] * times
 ]
 
 
-def check_kill(ranks, victim, moment):
+@pytest.mark.parametrize(("backend", "size", "victim", "moment"), KILLED + soaked(*ALL_KILLED))
+def test_a_killed_rank_is_named_and_takes_the_rest_along(victims, backend, size, victim, moment):
+    ranks = victims(backend, **{"ring" if moment is faults.in_ring_step else "tp": size})
     pids = ranks.pids
     with pytest.raises(RankError, match=rf"rank {victim} was killed by SIGKILL \(signal 9\)") as caught:
         ranks.run(moment, victim, faults.kill)
@@ -51,21 +67,6 @@ def check_kill(ranks, victim, moment):
     assert faults.gone(pids)
     with pytest.raises(RankError, match=f"these ranks have ended .*rank {victim} was killed"):
         ranks.run(lambda mesh: mesh.rank)
-
-
-@pytest.mark.parametrize(("backend", "degrees", "victim", "moment"), KILLED)
-def test_a_killed_rank_is_named_and_takes_the_rest_along(victims, backend, degrees, victim, moment):
-    check_kill(victims(backend, **degrees), victim, moment)
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("size", "times"), [(2, 1), (3, 5), (4, 1)])
-@pytest.mark.parametrize("moment", [faults.in_load, faults.in_collective, faults.in_ring_step])
-def test_every_killed_rank_is_named(victims, backend, size, times, moment):
-    degrees = {"ring": size} if moment is faults.in_ring_step else {"tp": size}
-    for victim in list(range(size)) * times:
-        check_kill(victims(backend, **degrees), victim, moment)
 
 
 def test_a_rank_killed_while_idle_is_named_by_the_next_call(victims):
@@ -105,20 +106,36 @@ def test_restart_makes_again_what_was_kept(victims):
     assert ranks.run(lambda mesh, own: own["rank"], kept) == [19, 20]
 
 
-def test_memory_is_blamed_where_the_kernel_says_so():
-    died = failure.death(1, -9, ["last words"], out_of_memory=True, doing="in load")
-    assert "the kernel ran out of memory" in str(died.error)
+def test_a_rank_that_dies_after_it_has_returned_is_named(victims):
+    def work(mesh):
+        if mesh.rank != 1:
+            time.sleep(60)
+        threading.Timer(0.2, faults.kill).start()
+
+    with pytest.raises(RankError, match="rank 1 was killed by SIGKILL"):
+        victims("shm", tp=3).run(work)
+
+
+@pytest.mark.parametrize(
+    ("code", "out_of_memory", "said"),
+    [(-9, True, "the kernel ran out of memory"), (-9, False, "likely out of memory"), (-11, True, "in load")],
+)
+def test_memory_is_blamed_where_the_kernel_says_so(code, out_of_memory, said):
+    died = failure.death(1, code, ["last words"], out_of_memory, doing="in load", moment=1.0)
+    assert said in str(died.error)
+    assert ("memory" in str(died.error)) == (code == -9)
     assert died.error.stderr == "last words"
-    assert "likely out of memory" in str(failure.death(1, -9, [], out_of_memory=False, doing="in load").error)
-    assert "memory" not in str(failure.death(1, -11, [], out_of_memory=True, doing="in load").error)
 
 
 # ---- exceptions
 
 
-@pytest.mark.parametrize(("backend", "victim"), [("shm", 0), ("gloo", 2)])
-def test_an_exception_reaches_the_caller_while_others_wait(victims, backend, victim):
-    ranks = victims(backend, tp=3)
+EACH = [(backend, size, victim) for backend in BACKENDS for size in (2, 3, 4) for victim in range(size)]
+
+
+@pytest.mark.parametrize(("backend", "size", "victim"), [("shm", 3, 0), ("gloo", 3, 2), *soaked(*EACH)])
+def test_an_exception_reaches_the_caller_while_others_wait(victims, backend, size, victim):
+    ranks = victims(backend, tp=size)
     pids = ranks.pids
     with pytest.raises(LookupError, match="not in the index") as caught:
         ranks.run(faults.in_collective, victim, faults.fail)
@@ -126,27 +143,6 @@ def test_an_exception_reaches_the_caller_while_others_wait(victims, backend, vic
     assert "raised on rank" in caught.value.__notes__[0]
     assert "in fail" in caught.value.__notes__[0]
     assert faults.gone(pids)
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("size", [2, 3, 4])
-def test_every_ranks_exception_reaches_the_caller(victims, backend, size):
-    for victim in range(size):
-        with pytest.raises(LookupError) as caught:
-            victims(backend, tp=size).run(faults.in_collective, victim, faults.fail)
-        assert caught.value.__cause__.rank == victim
-
-
-def test_the_cause_is_told_from_its_consequences():
-    def made(rank, kind, moment):
-        return failure.Failure(rank, kind, moment, RankError(f"of {rank}", rank=rank))
-
-    own, early = made(1, failure.OWN, 5.0), made(0, failure.CONSEQUENCE, 1.0)
-    waited = made(2, failure.TIMEOUT, 2.0)
-    assert failure.first_real([early, waited, own]) is own
-    assert failure.first_real([early, waited]) is waited
-    assert failure.first_real([made(2, failure.OWN, 6.0), own]) is own
 
 
 @pytest.mark.parametrize(
@@ -181,10 +177,13 @@ def test_a_rank_that_has_left_is_named_without_waiting_for_the_timeout(victims):
     assert str(error).endswith("it has left left_early")
 
 
-HUNG = [("shm", faults.stop), ("shm", faults.spin), ("gloo", faults.stop), ("gloo", faults.spin)]
+HUNG = [(backend, 3, 1, fault) for backend in BACKENDS for fault in (faults.stop, faults.spin)]
+ALL_HUNG = [(*each, fault) for each in EACH for fault in (faults.stop, faults.spin)]
 
 
-def check_hang(ranks, victim, fault):
+@pytest.mark.parametrize(("backend", "size", "victim", "fault"), HUNG + soaked(*ALL_HUNG))
+def test_a_rank_that_does_not_arrive_is_named(victims, backend, size, victim, fault):
+    ranks = victims(backend, timeout=4.0, tp=size)
     pids = ranks.pids
     with pytest.raises(CollectiveTimeout, match=f"rank {victim} did not arrive at all_reduce number 5") as caught:
         ranks.run(faults.in_collective, victim, fault)
@@ -196,20 +195,6 @@ def check_hang(ranks, victim, fault):
     assert all(f"rank {rank}" in notes for rank in range(len(pids)))
     assert "in in_collective" in notes
     assert faults.gone(pids)
-
-
-@pytest.mark.parametrize(("backend", "fault"), HUNG)
-def test_a_rank_that_does_not_arrive_is_named(victims, backend, fault):
-    check_hang(victims(backend, timeout=4.0, tp=3), 1, fault)
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("size", [2, 3, 4])
-@pytest.mark.parametrize("fault", [faults.stop, faults.spin])
-def test_every_rank_that_does_not_arrive_is_named(victims, backend, size, fault):
-    for victim in range(size):
-        check_hang(victims(backend, timeout=5.0, tp=size), victim, fault)
 
 
 def test_a_stopped_rank_that_nobody_waits_for_is_named(victims):

@@ -1,4 +1,4 @@
-"""What a rank is doing, as told by itself from a thread of its own: stacks, and the collective that it is in."""
+"""What a rank is doing, reported from a thread of its own: stacks, and the collective that it is in."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import itertools
 import os
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -19,11 +20,11 @@ _OURS = (os.path.join(_HERE, "collectives.py"), os.path.join(_HERE, "backends"))
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
-    """A collective as its caller made it.
+class Collective:
+    """A collective as a rank called it.
 
     Attributes:
-        collective: its name, as in ``torch.distributed``.
+        name: as in ``torch.distributed``.
         group: its group's name, the same on all of the group's ranks.
         axis: that group's description, for people.
         ranks: the group's ranks.
@@ -32,7 +33,7 @@ class Call:
         site: ``file:line`` of the code that called it.
     """
 
-    collective: str
+    name: str
     group: str = ""
     axis: str = ""
     ranks: tuple[int, ...] = ()
@@ -48,7 +49,26 @@ class Call:
     def __str__(self) -> str:
         number = f" number {self.number}" if self.number is not None else ""
         axis = f" of {self.axis}" if self.axis else ""
-        return f"{self.collective}{number}{axis}" + (f" at {self.site}" if self.site else "")
+        return f"{self.name}{number}{axis}" + (f" at {self.site}" if self.site else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a rank is doing at one moment.
+
+    Attributes:
+        moment: by ``time.monotonic()``, which all processes of a host share.
+        collective: that it is in; None: in none.
+        entered: how many collectives it has entered, by group (:attr:`Collective.key`).
+        place: the innermost line of its main thread.
+        stacks: of all its threads, in Python's words.
+    """
+
+    moment: float
+    collective: Collective | None
+    entered: Mapping[str, int]
+    place: str = ""
+    stacks: str = ""
 
 
 def is_communication(frame: FrameType) -> bool:
@@ -57,7 +77,7 @@ def is_communication(frame: FrameType) -> bool:
     return path.startswith(_OURS) or path.endswith((_C10D, *_AROUND_IT))
 
 
-def call_in(frames: Sequence[FrameType]) -> Call | None:
+def collective_in(frames: Sequence[FrameType]) -> Collective | None:
     """The collective that ``frames``, innermost first, are in; None where the innermost is not a collective's."""
     inside = list(itertools.takewhile(is_communication, frames))
     if not inside:
@@ -66,7 +86,7 @@ def call_in(frames: Sequence[FrameType]) -> Call | None:
     named = [frame for frame in named if not frame.f_code.co_name.startswith("_")] or inside
     caller = frames[len(inside)] if len(inside) < len(frames) else None
     group = _group_of(named[-1])
-    return Call(
+    return Collective(
         named[-1].f_code.co_name,
         **_about(group),
         number=_number(group),
@@ -81,13 +101,13 @@ def _distributed() -> Any:
     return dist if dist is not None and getattr(dist, "is_initialized", bool)() else None
 
 
-def numbers() -> dict[str, int]:
-    """How many collectives this rank has entered, by group: see ``Call.exact``."""
+def entered() -> dict[str, int]:
+    """How many collectives this rank has entered, by group: see :attr:`Collective.exact`."""
     dist = _distributed()
     if dist is None:
         return {}
     groups = list(dist.distributed_c10d._world.pg_map)
-    return {Call("", **_about(group)).key: _number(group) or 0 for group in groups}
+    return {Collective("", **_about(group)).key: _number(group) or 0 for group in groups}
 
 
 def stacks() -> str:
@@ -101,28 +121,19 @@ def stacks() -> str:
     return "".join(texts)
 
 
-def report() -> dict[str, Any]:
+def report() -> Report:
     """What this rank is doing now, for its parent. Called from a thread other than the main one."""
+    moment = time.monotonic()
     main = sys._current_frames().get(threading.main_thread().ident or 0)
-    frames = list(_outwards(main))
+    frames = [] if main is None else [frame for frame, _ in traceback.walk_stack(main)]
     place = f"{main.f_code.co_filename}:{main.f_lineno} ({main.f_code.co_name})" if main is not None else "its end"
-    return {"call": call_in(frames), "place": place, "numbers": numbers(), "stacks": stacks()}
+    return Report(moment, collective_in(frames), entered(), place, stacks())
 
 
-def call_of(error: BaseException) -> Call | None:
+def collective_of(error: BaseException) -> Collective | None:
     """The collective that raised ``error``."""
-    frames: list[FrameType] = []
-    trace = error.__traceback__
-    while trace is not None:
-        frames.insert(0, trace.tb_frame)
-        trace = trace.tb_next
-    return call_in(frames)
-
-
-def _outwards(frame: FrameType | None) -> Iterable[FrameType]:
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return collective_in(frames[::-1])
 
 
 def _group_of(frame: FrameType) -> Any:

@@ -1,4 +1,4 @@
-"""Failures: how a rank describes its own, and how its parent tells the first real one from those that follow."""
+"""Failures: how a rank describes its own to its parent, and how that tells the cause from its consequences."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from multicard.errors import CollectiveTimeout, RankError
 from multicard.ranks import activity, wire
 
 LOOP = ("ranks/rank.py", "<frozen runpy>")
+"""Files of the frames below every call in a rank."""
+
 OWN, TIMEOUT, CONSEQUENCE = "own", "timeout", "consequence"
 WHOLE, PARTS = "whole", "parts"
 """How an exception travels: by its own pickle, or as type, arguments and attributes."""
@@ -32,47 +34,48 @@ _BACKEND = re.compile(r"\.(cc|cpp|hpp|h):\d+|\b(gloo|nccl|hccl|c10d|TCPStore)\b"
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """What ended one rank's part of a call.
+    """Why one rank did not finish a call well.
 
     Attributes:
-        rank: whose it is.
+        rank: which.
         kind: OWN (it raised or died), TIMEOUT (it waited for another), CONSEQUENCE (another's end reached it).
-        moment: when, by the clock that all processes share.
+        moment: when, by ``time.monotonic()``, which all processes of a host share.
         error: what to raise for it.
-        call: the collective that it was in.
-        spoils: no further call can be made on its process group, whatever the other ranks did.
+        collective: that it was in.
+        fatal: the ranks can't make further calls and have to be ended.
     """
 
     rank: int
     kind: str
     moment: float
     error: BaseException
-    call: activity.Call | None = None
-    spoils: bool = True
+    collective: activity.Collective | None = None
+    fatal: bool = True
 
 
 def describe(error: BaseException, rank: int) -> dict[str, Any]:
     """In the rank: what the parent needs to raise ``error`` again; itself where it pickles, its text where not."""
     text = "".join(traceback.format_exception(_without_ours(error)))
-    told = {
+    description = {
         "type": type(error).__name__,
         "message": _text(error),
         "traceback": text,
         "kind": _kind(error, rank),
         "moment": time.monotonic(),
-        "call": activity.call_of(error),
-        "spoils": any(isinstance(link, RankError) for link in _chain(error)),
+        "collective": activity.collective_of(error),
+        "fatal": any(isinstance(link, RankError) for link in _chain(error)),
     }
     error.__traceback__ = None
-    told["exception"] = _packed(WHOLE, error, error) or _packed(PARTS, (type(error), error.args, vars(error)), error)
-    return told
+    parts = (type(error), error.args, vars(error))
+    description["exception"] = _packed(WHOLE, error, error) or _packed(PARTS, parts, error)
+    return description
 
 
 def _text(error: BaseException) -> str:
     try:
         return str(error)
     except Exception as other:  # its own __str__ can do anything
-        return f"(its text can't be made: {type(other).__name__})"
+        return f"(its __str__ raised {type(other).__name__})"
 
 
 def _packed(kind: str, value: Any, error: BaseException) -> tuple[str, bytes] | None:
@@ -129,16 +132,15 @@ def _kind(error: BaseException, rank: int) -> str:
 
 def revive(rank: int, message: wire.Message) -> Failure:
     """In the parent: the failure that a rank's error message describes."""
-    told = message.load()
-    summary = f"rank {rank} raised {told['type']}: {told['message']}"
-    cause = RankError(summary, rank=rank)
-    error = _load(told["exception"])
-    if not isinstance(error, Exception):  # nothing to load, or an exit, which is not the caller's
+    said = message.load()
+    cause = RankError(f"rank {rank} raised {said['type']}: {said['message']}", rank=rank)
+    error = _load(said["exception"])
+    if not isinstance(error, Exception):  # it couldn't be pickled, or is an exit, which isn't the caller's to make
         error = cause
     elif not isinstance(error, RankError):
         error.__cause__ = cause
-    error.add_note(f"raised on rank {rank}:\n{told['traceback'].rstrip()}")
-    return Failure(rank, told["kind"], told["moment"], error, told["call"], told["spoils"])
+    error.add_note(f"raised on rank {rank}:\n{said['traceback'].rstrip()}")
+    return Failure(rank, said["kind"], said["moment"], error, said["collective"], said["fatal"])
 
 
 def _load(packed: tuple[str, bytes] | None) -> BaseException | None:
@@ -148,22 +150,29 @@ def _load(packed: tuple[str, bytes] | None) -> BaseException | None:
         return None
 
 
-def death(rank: int, returncode: int, tail: Iterable[str], out_of_memory: bool, doing: str) -> Failure:
-    """The failure of a rank that ended by itself or was killed."""
+def death(rank: int, returncode: int, tail: Iterable[str], out_of_memory: bool, doing: str, moment: float) -> Failure:
+    """The failure of a rank that exited or was killed.
+
+    Args:
+        returncode: negative for a signal, as in ``subprocess``.
+        tail: the last lines of its standard error.
+        out_of_memory: whether the kernel has killed processes for memory since the ranks were started.
+        doing: what it was doing, as the end of a sentence.
+    """
     number = -returncode if returncode < 0 else None
     if number is None:
         what = f"rank {rank} exited with code {returncode} {doing}"
     else:
         what = f"rank {rank} was killed by {_signal_name(number)} (signal {number}) {doing}"
     if number == signal.SIGKILL and out_of_memory:
-        what += ": the kernel ran out of memory and chose it; use more ranks, a smaller dtype or a shorter context"
+        what += ": the kernel ran out of memory; use more ranks, a smaller dtype or a shorter context"
     elif number == signal.SIGKILL:
         what += ": if nobody sent it, likely out of memory"
     stderr = "\n".join(tail)
     error = RankError(what, rank=rank, signal=number, stderr=stderr)
     if stderr:
         error.add_note(f"the end of rank {rank}'s standard error:\n{stderr}")
-    return Failure(rank, OWN, time.monotonic(), error)
+    return Failure(rank, OWN, moment, error)
 
 
 def _signal_name(number: int) -> str:
@@ -174,13 +183,13 @@ def _signal_name(number: int) -> str:
 
 
 def first_real(failures: Iterable[Failure]) -> Failure:
-    """The one to raise: the earliest of those that are nobody's consequence, else of the timeouts, else of all."""
+    """The one to raise: the earliest that a rank had by itself, else the earliest timeout, else the earliest."""
     order = (OWN, TIMEOUT, CONSEQUENCE)
     return min(failures, key=lambda failure: (order.index(failure.kind), failure.moment))
 
 
 def kills_for_memory() -> int:
-    """How many processes the kernel has killed for memory, on this machine or in this container; 0 if unknown."""
+    """How many processes the kernel has killed for lack of memory, on this machine or in this container."""
     found = 0
     for path in ("/proc/vmstat", "/sys/fs/cgroup/memory.events"):
         try:

@@ -1,6 +1,6 @@
-"""What the parents of one job's ranks on several hosts tell each other: who failed, and when all are done.
+"""How the parents of one job's ranks on several hosts learn from each other who failed, and when all are done.
 
-It goes through the job's store, as JSON, on a connection and a thread of their own: a cut link blocks nobody else.
+That goes through the job's store, as JSON, on a connection and a thread of its own: a cut link blocks nothing else.
 """
 
 from __future__ import annotations
@@ -13,10 +13,8 @@ import time
 from typing import Any
 
 from multicard.errors import RankError
+from multicard.ranks import patience
 from multicard.ranks.failure import OWN, Failure
-
-POLL = 0.25
-"""Seconds between two looks at the store."""
 
 _FAILED, _DONE = "multicard/failed", "multicard/done"
 
@@ -46,54 +44,55 @@ class Neighbours:
     Args:
         hosts: the job's.
         port: the store's.
-        start_patience: seconds for the first answer from the store.
-        patience: seconds without another after which the link counts as cut.
+        start_timeout: seconds for the first answer from the store.
+        timeout: seconds without another after which the link counts as cut.
     """
 
-    def __init__(self, hosts: Hosts, port: int, start_patience: float, patience: float) -> None:
+    def __init__(self, hosts: Hosts, port: int, start_timeout: float, timeout: float) -> None:
         self._hosts, self._port = hosts, port
-        self._start_patience = self._patience = start_patience
-        self._next_patience = patience
+        self._start_timeout = self._limit = start_timeout
+        self._timeout = timeout
         self._heard = time.monotonic()
-        self._told: dict[str, Any] | None = None
-        self._news: dict[str, Any] | None = None
+        self._theirs: dict[str, Any] | None = None  # the failure that another host has written
+        self._ours: dict[str, Any] | None = None  # the one to write
         self._finished, self._all_done, self._left, self._wake = (threading.Event() for _ in range(4))
         threading.Thread(target=self._watch, name="multicard-hosts", daemon=True).start()
 
     @property
     def failure(self) -> Failure | None:
         """What went wrong elsewhere, if anything."""
-        silent = time.monotonic() - self._heard
-        if self._told is not None:
-            told = self._told
-            error = RankError(f"{told['message']} (on host {told['host']})", rank=told["rank"])
-            return Failure(told["rank"] or 0, OWN, time.monotonic(), error)
-        if silent > self._patience and not self._all_done.is_set():
+        now = time.monotonic()
+        silent = now - self._heard
+        if self._theirs is not None:
+            rank = self._theirs["rank"]
+            error = RankError(f"{self._theirs['message']} (on host {self._theirs['host']})", rank=rank)
+            return Failure(rank or 0, OWN, now, error)
+        if silent > self._limit and not self._all_done.is_set():
             error = RankError(f"no answer from {self._hosts.address}:{self._port} for {silent:.0f} s: is the link cut?")
-            return Failure(0, OWN, time.monotonic(), error)
+            return Failure(0, OWN, now, error)
         return None
 
     def tell(self, error: BaseException) -> None:
-        """Tell the others that this host has failed; not waited for longer than a moment."""
+        """Write this host's failure for the others; not waited for longer than ``patience.STORE_NEWS``."""
         message = (str(error).strip() or type(error).__name__).splitlines()[0]
-        self._news = {"message": message, "rank": getattr(error, "rank", None), "host": self._hosts.index}
+        self._ours = {"message": message, "rank": getattr(error, "rank", None), "host": self._hosts.index}
         self._wake.set()
-        self._left.wait(4 * POLL)
+        self._left.wait(patience.STORE_NEWS)
         if self._hosts.index == 0:  # the store ends with this process: let the others read it first
-            time.sleep(4 * POLL)
+            time.sleep(patience.STORE_NEWS)
 
     def await_failure(self, seconds: float) -> Failure | None:
         """What went wrong elsewhere, once it is known or ``seconds`` have passed."""
         deadline = time.monotonic() + seconds
         while (found := self.failure) is None and time.monotonic() < deadline:
-            time.sleep(POLL / 10)
+            time.sleep(patience.STORE / 10)
         return found
 
     def finish(self) -> Failure | None:
         """Wait until every host is done; returns what went wrong elsewhere meanwhile."""
         self._finished.set()
         self._wake.set()
-        while not self._all_done.wait(POLL):
+        while not self._all_done.wait(patience.STORE):
             if (failure := self.failure) is not None:
                 return failure
         return None
@@ -101,33 +100,34 @@ class Neighbours:
     def _watch(self) -> None:
         import torch.distributed as dist
 
+        limit = datetime.timedelta(seconds=self._start_timeout)
         try:
             store = dist.TCPStore(
-                self._hosts.address,
-                self._port,
-                is_master=False,
-                wait_for_workers=False,
-                timeout=datetime.timedelta(seconds=self._start_patience),
+                self._hosts.address, self._port, is_master=False, wait_for_workers=False, timeout=limit
             )
-            said = False
-            while not self._all_done.is_set():
-                if self._finished.is_set() and not said:
-                    store.add(_DONE, 1)
-                    said = True
-                if self._news is not None:
-                    if not store.check([_FAILED]):
-                        store.set(_FAILED, json.dumps(self._news))
-                    break
-                if store.check([_FAILED]):
-                    self._told = json.loads(store.get(_FAILED))
-                    break
-                if said and store.add(_DONE, 0) == self._hosts.count:
-                    self._all_done.set()
-                self._heard, self._patience = time.monotonic(), self._next_patience
-                self._wake.wait(POLL)
-                if said:
-                    time.sleep(POLL / 5)
-        except Exception:  # the connection is gone: silence says it, once it has lasted
+            self._exchange(store)
+        except Exception:  # the connection is gone, which ``failure`` notices by the silence
             if self._finished.is_set():  # host 0 closes the store when all are done
                 self._all_done.set()
         self._left.set()
+
+    def _exchange(self, store: Any) -> None:
+        """Write what there is to write, and read what others wrote, until a host fails or all are done."""
+        said_done = False
+        while not self._all_done.is_set():
+            if self._finished.is_set() and not said_done:
+                store.add(_DONE, 1)
+                said_done = True
+            failed = store.check([_FAILED])
+            if self._ours is not None and not failed:
+                store.set(_FAILED, json.dumps(self._ours))
+            elif self._ours is None and failed:
+                self._theirs = json.loads(store.get(_FAILED))
+            if self._ours is not None or failed:
+                return
+            if said_done and store.add(_DONE, 0) == self._hosts.count:
+                self._all_done.set()
+            self._heard, self._limit = time.monotonic(), self._timeout
+            self._wake.wait(patience.STORE)
+            if said_done:
+                time.sleep(patience.STORE / 5)

@@ -16,7 +16,7 @@ from multicard.ranks.settings import Settings
 
 
 class Joined:
-    """What :class:`multicard.Ranks` does inside a job: nothing is started, functions run right here.
+    """A :class:`multicard.ranks.crew.Crew` inside a job: nothing is started, functions run right here.
 
     Values by rank are exchanged as JSON and tensors, since nothing is unpickled from a socket.
     """
@@ -39,7 +39,7 @@ class Joined:
         )
 
     def run(self, fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-        """``fn(mesh, ...)`` here; everybody's values by rank. Two all-gathers."""
+        """``fn(mesh, ...)`` here, and then two all-gathers over the world for everybody's value."""
         return gather_values(self._call(fn, args, kwargs), self._mesh)
 
     def keep(self, key: int, fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -49,11 +49,11 @@ class Joined:
         self._shelf.pop(key, None)
 
     def stream(self, fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
-        """What this rank's generator yields."""
+        """What this rank's own generator yields."""
         return self._call(fn, args, kwargs)
 
-    def end(self, why: str, grace: float = 0.0) -> None:
-        """The job's ranks end with the job."""
+    def end(self, why: str | BaseException, grace: float = 0.0) -> None:
+        """Nothing: they end with the job."""
 
     def _call(self, fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         args, kwargs = self._shelf.resolve(args, kwargs)
@@ -61,7 +61,7 @@ class Joined:
 
 
 def gather_values(value: Any, mesh: ParallelMesh) -> list[Any]:
-    """Everybody's ``value`` by rank, on the CPU. Two all-gathers of bytes.
+    """Everybody's ``value`` by rank, with tensors on the CPU. Two all-gathers over the world: of sizes, and of bytes.
 
     Raises:
         UnsupportedError: it isn't made of None, bool, int, float, str, list, tuple, dict with str keys, and tensors.
@@ -96,6 +96,7 @@ def _plain(value: Any, tensors: list[torch.Tensor]) -> Any:
 
 
 def _value(part: torch.Tensor, length: int) -> Any:
+    """What one rank's bytes stand for: ``length`` of JSON, then its tensors' data in the order of the JSON."""
     rest = part[length:]
 
     def build(plain: Any) -> Any:

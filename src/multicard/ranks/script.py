@@ -7,10 +7,8 @@ from collections.abc import Sequence
 
 from multicard.errors import ConfigError
 from multicard.ranks.children import Children
+from multicard.ranks.patience import EXIT_GRACE, SCRIPT_OTHERS
 from multicard.ranks.settings import Settings
-
-EXIT_GRACE = 10.0
-"""Seconds for a script's own exit handlers, once it has ended well on every rank."""
 
 
 def run_script(path: str, args: Sequence[str], settings: Settings) -> None:
@@ -21,7 +19,7 @@ def run_script(path: str, args: Sequence[str], settings: Settings) -> None:
         what :func:`multicard.launch` raises.
     """
     _check(path, settings)
-    children = Children(settings, settle=0.1)  # a script is over at its first failure: nothing to save
+    children = Children(settings, SCRIPT_OTHERS)
     done = False
     try:
         children.start()

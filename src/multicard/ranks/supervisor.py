@@ -20,10 +20,8 @@ from collections.abc import Iterable, Mapping
 from multicard.errors import RankError
 from multicard.ranks import wire
 from multicard.ranks.logs import Logs
+from multicard.ranks.patience import GRACE
 from multicard.ranks.process import RankProcess
-
-GRACE = 0.3
-"""Seconds that ranks have to end by themselves once one has died or the job is closed; then SIGKILL."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +30,7 @@ class Event:
 
     rank: int
     message: wire.Message | None = None
+    moment: float = dataclasses.field(default_factory=time.monotonic)
 
 
 class Supervisor:
