@@ -11,16 +11,18 @@ import itertools
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from multicard.config import ParallelConfig
 from multicard.errors import UnsupportedError
 from multicard.place import in_job
 from multicard.ranks.children import Children
-from multicard.ranks.joined import Joined
 from multicard.ranks.kept import Kept
 from multicard.ranks.settings import Settings
 from multicard.ranks.supervisor import GRACE
+
+if TYPE_CHECKING:
+    from multicard.ranks.joined import Joined
 
 
 def launch(
@@ -169,7 +171,7 @@ class Ranks:
         Raises:
             UnsupportedError: inside a job, whose ranks are its launcher's.
         """
-        if isinstance(self._crew, Joined):
+        if not isinstance(self._crew, Children):
             raise UnsupportedError("restart() inside a job: its ranks are its launcher's; start the job again")
         self.close()
         self._settings = dataclasses.replace(self._settings, log_mode="a")
@@ -189,7 +191,13 @@ class Ranks:
         self.close()
 
     def _start(self) -> Children | Joined:
-        crew = Joined(self._settings) if in_job() else Children(self._settings)
+        crew: Children | Joined
+        if in_job():
+            from multicard.ranks.joined import Joined  # imports torch, which is done while ranks start
+
+            crew = Joined(self._settings)
+        else:
+            crew = Children(self._settings)
         self._forget = weakref.finalize(self, crew.end, "forgotten", GRACE)  # also when the interpreter exits
         try:
             crew.join()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from multicard.errors import CheckpointError, ConfigError, RankError, UnsupportedError
-from multicard.ranks import environment, failure, hang, interrupt, wire
+from multicard.ranks import environment, failure, hang, interrupt, starter, wire
 from multicard.ranks.calls import Call, Calls
 from multicard.ranks.failure import Failure
 from multicard.ranks.hosts import POLL, Neighbours
@@ -46,12 +46,15 @@ class Children:
         self._turn = threading.Lock()
         self._later: collections.deque[tuple[str, int]] = collections.deque()
         hosts = settings.hosts
+        server = starter.server(environment.shared(settings))  # it imports torch while the next line does
         self._store, port = None, hosts.port
         if hosts.index == 0:
             self._store, port = host_store(settings.start_timeout, hosts.address, hosts.port)
         self._supervisor = Supervisor(
             {rank: environment.of_rank(settings, rank, port) for rank in self._ranks},
             Logs(self._ranks, settings.log_dir, settings.console, settings.log_mode),
+            server,
+            settings.start_timeout,
         )
         self._calls = Calls(self._supervisor)
         self._watch = Watch(self._supervisor, self._calls, settings)
@@ -62,7 +65,7 @@ class Children:
     @property
     def pids(self) -> list[int]:
         """Process ids by rank."""
-        return [process.popen.pid for process in self._supervisor.processes.values()]
+        return [process.pid for process in self._supervisor.processes.values()]
 
     @property
     def broken(self) -> RankError | None:

@@ -12,15 +12,16 @@ import os
 import queue
 import select
 import selectors
-import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping
 
-from multicard.errors import RankError
+from multicard.errors import CollectiveTimeout, RankError
 from multicard.ranks import wire
 from multicard.ranks.logs import Logs
+from multicard.ranks.pipes import ready
 from multicard.ranks.process import RankProcess
+from multicard.ranks.starter import ForkServer
 
 GRACE = 0.3
 """Seconds that ranks have to end by themselves once one has died or the job is closed; then SIGKILL."""
@@ -44,11 +45,17 @@ class Supervisor:
         dead: exit codes of the ranks that have ended, negative for a signal, as in ``subprocess``.
     """
 
-    def __init__(self, environments: Mapping[int, dict[str, str]], logs: Logs) -> None:
+    def __init__(
+        self,
+        environments: Mapping[int, dict[str, str]],
+        logs: Logs,
+        server: ForkServer | None = None,
+        start_timeout: float = 300.0,
+    ) -> None:
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.dead: dict[int, int] = {}
         self.processes: dict[int, RankProcess] = {}
-        self._logs = logs
+        self._logs, self._server, self._start_timeout = logs, server, start_timeout
         self._deadline: float | None = None  # the moment of SIGKILL
         self._lock = threading.Lock()  # held to write to ranks and to close: a closed descriptor's number is reused
         self._wake_read, self._wake_write = os.pipe()
@@ -83,7 +90,7 @@ class Supervisor:
                 elif time.monotonic() > deadline:
                     return
                 else:
-                    _ready(process.commands, select.POLLOUT, 0.05)
+                    ready(process.commands, select.POLLOUT, 0.05)
 
     def end(self, grace: float = GRACE) -> None:
         """End all ranks: told so on their pipes, and SIGKILL after ``grace`` seconds. Returns when all are gone."""
@@ -127,10 +134,26 @@ class Supervisor:
             self._logs.close()
 
     def _start(self, environments: Mapping[int, dict[str, str]]) -> None:
-        command = [sys.executable, "-P", "-m", "multicard.ranks.rank", str(os.getpid())]
+        deadline = time.monotonic() + self._start_timeout
+
+        def wait(fd: int) -> None:
+            """Until the server answers there, which it does once it has imported torch."""
+            poll = select.poll()
+            poll.register(fd, select.POLLIN)
+            poll.register(self._wake_read, select.POLLIN)
+            found = dict(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
+            if self._wake_read in found:
+                raise RankError("ended while they were being started")
+            if not found:
+                missing = ", ".join(str(rank) for rank in environments if rank not in self.processes)
+                raise CollectiveTimeout(
+                    f"ranks {missing} did not start within {self._start_timeout:g} s: torch is still being imported",
+                    collective="start",
+                )
+
         for rank, env in environments.items():
             try:
-                self.processes[rank] = RankProcess(rank, command, env)
+                self.processes[rank] = RankProcess(rank, env, self._server, wait)
             except OSError as error:  # no more descriptors (ulimit -n) or processes (ulimit -u), say
                 raise RankError(f"rank {rank} can't be started: {error}", rank=rank) from error
 
@@ -184,7 +207,7 @@ class Supervisor:
         """Wait for a rank that has ended; what it said last comes before its end."""
         process.kill()  # what it started, while its number can't be anybody else's
         for fd in (process.reports, process.stdout, process.stderr):
-            while _ready(fd, select.POLLIN, 0) and self._listen(process, fd):
+            while ready(fd, select.POLLIN, 0) and self._listen(process, fd):
                 pass
         for fd in (process.stdout, process.stderr):
             self._print(process, fd, process.last_line(fd))
@@ -192,13 +215,6 @@ class Supervisor:
         self.events.put(Event(process.rank))
         if self._deadline is None:
             self._deadline = time.monotonic() + GRACE
-
-
-def _ready(fd: int, event: int, timeout: float) -> bool:
-    """Whether ``event`` is there within ``timeout`` seconds, for descriptors beyond 1023 too, unlike ``select``."""
-    poll = select.poll()
-    poll.register(fd, event)
-    return bool(poll.poll(timeout * 1000))
 
 
 def _forget(selector: selectors.BaseSelector, fds: Iterable[int]) -> None:
