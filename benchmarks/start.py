@@ -2,8 +2,8 @@
 
     python benchmarks/start.py --model .cache/smollm2 --rounds 5
 
-Whole processes are timed, from the command to its end, and calls within this one. "no fork server" starts every rank as a
-fresh process that imports torch by itself. Every function makes one all-reduce.
+Whole processes are timed, from the command to its end, and calls within this one. Without the fork server every rank is
+a fresh process that imports torch by itself. Every function makes one all-reduce.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from unittest import mock
 
 import torch
@@ -57,18 +57,13 @@ def run(*command: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def call(size: int) -> None:
-    mc.launch(work, mc.ParallelConfig(tp=size))
+def call(size: int, served: bool) -> None:
+    with contextlib.nullcontext() if served else mock.patch.object(starter, "server", return_value=None):
+        mc.launch(work, mc.ParallelConfig(tp=size))
 
 
 def work(mesh: mc.ParallelMesh) -> float:
     return collectives.all_reduce(torch.ones(1), mesh.world).item()
-
-
-@contextlib.contextmanager
-def no_server() -> Iterator[None]:
-    with mock.patch.object(starter, "server", lambda *_: None):
-        yield
 
 
 def contestants(size: int, model: str | None, folder: pathlib.Path) -> dict[str, Callable[[], object]]:
@@ -82,8 +77,8 @@ def contestants(size: int, model: str | None, folder: pathlib.Path) -> dict[str,
         "process: torchrun": functools.partial(run, *torchrun, str(folder / "torchrun.py")),
         "process: mc.launch, no fork server": functools.partial(run, str(folder / "fresh.py")),
         "process: mc.launch": functools.partial(run, str(folder / "launch.py")),
-        "call: mc.launch, no fork server": no_server()(functools.partial(call, size)),
-        "call: mc.launch, again": functools.partial(call, size),
+        "call: mc.launch, no fork server": functools.partial(call, size, served=False),
+        "call: mc.launch, again": functools.partial(call, size, served=True),
     }
     if model:
         first = ("generate", "--model", model, "--tp", str(size), "--max-new-tokens", "1", "Hello")

@@ -34,7 +34,7 @@ def main() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # who ignores it can't wait for children
     with socket.socket(fileno=int(control)) as channel:
         gc.disable()
-        for module in (*NEEDED, *modules):
+        for module in [*NEEDED, *modules] if _is_for_cpus() else NEEDED:
             importlib.import_module(module)
         if not _may_fork():
             sys.exit("ranks can't be forked here")
@@ -42,6 +42,13 @@ def main() -> None:
         gc.enable()
         commands, reports = _serve(channel)
     rank.main(commands, reports)  # in a rank: the server never gets here
+
+
+def _is_for_cpus() -> bool:
+    """Whether this torch knows no cards. Other libraries look for them, and so open one, while they are imported."""
+    import torch
+
+    return torch.accelerator.current_accelerator() is None
 
 
 def _may_fork() -> bool:

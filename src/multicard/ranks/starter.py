@@ -63,7 +63,7 @@ class ForkServer:
             self._process = _start_in_thread([*command, str(fd), *modules], env, fd)
             undo.pop_all()
         os.close(fd)
-        weakref.finalize(self, self._control.close)
+        weakref.finalize(self, self._control.close).atexit = False  # ranks may still have to end then
 
     @property
     def pid(self) -> int:
@@ -145,7 +145,6 @@ class Forked:
 
 _lock = threading.Lock()
 _server: ForkServer | None = None  # of this process; importing torch once for all of its jobs is the purpose
-os.register_at_fork(after_in_child=lambda: _forget())
 
 
 def server(env: Mapping[str, str], modules: Sequence[str] = ()) -> ForkServer | None:
@@ -199,6 +198,9 @@ def _forget() -> None:
     """In a process that was forked from the caller: the server is the caller's."""
     global _server, _lock
     _server, _lock = None, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 def _surroundings() -> tuple[Any, ...]:

@@ -1,7 +1,7 @@
 """The processes of one job as their parent sees them: started, listened to, ended; none is left behind.
 
-One thread a job does all of it. It also *starts* the ranks, because Linux ties a child's parent-death signal to the
-thread that made it.
+One thread a job does all of it. It also *starts* the ranks, because Linux ties the parent-death signal of a child that
+isn't forked by a server to the thread that made it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Event:
 class Supervisor:
     """Starts a rank for each of ``environments`` (by rank), and puts what happens to them in ``events``.
 
-    A rank that ends without being told to takes the others with it, whatever the caller is busy with.
+    ``server`` forks them if it is there. A rank that ends without being told to takes the others with it, whatever the
+    caller is busy with.
 
     Attributes:
         events: messages and deaths, in the order in which they happened.
@@ -49,8 +50,8 @@ class Supervisor:
         self,
         environments: Mapping[int, dict[str, str]],
         logs: Logs,
-        server: ForkServer | None = None,
-        start_timeout: float = 300.0,
+        server: ForkServer | None,
+        start_timeout: float,
     ) -> None:
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.dead: dict[int, int] = {}
@@ -137,25 +138,36 @@ class Supervisor:
         deadline = time.monotonic() + self._start_timeout
 
         def wait(fd: int) -> None:
-            """Until the server answers there, which it does once it has imported torch."""
-            poll = select.poll()
-            poll.register(fd, select.POLLIN)
-            poll.register(self._wake_read, select.POLLIN)
-            found = dict(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
-            if self._wake_read in found:
-                raise RankError("ended while they were being started")
-            if not found:
-                missing = ", ".join(str(rank) for rank in environments if rank not in self.processes)
+            if not self._await(fd, deadline):
+                missing = [str(rank) for rank in environments if rank not in self.processes]
                 raise CollectiveTimeout(
-                    f"ranks {missing} did not start within {self._start_timeout:g} s: torch is still being imported",
+                    f"ranks {', '.join(missing)} did not start within {self._start_timeout:g} s: torch is still being "
+                    "imported",
+                    rank=int(missing[0]),
                     collective="start",
                 )
 
         for rank, env in environments.items():
             try:
                 self.processes[rank] = RankProcess(rank, env, self._server, wait)
+            except CollectiveTimeout:  # an OSError too
+                raise
             except OSError as error:  # no more descriptors (ulimit -n) or processes (ulimit -u), say
                 raise RankError(f"rank {rank} can't be started: {error}", rank=rank) from error
+
+    def _await(self, fd: int, deadline: float) -> bool:
+        """Wait until ``fd`` can be read; False where that takes too long.
+
+        Raises:
+            RankError: :meth:`end` was called meanwhile.
+        """
+        poll = select.poll()
+        for each in (fd, self._wake_read):
+            poll.register(each, select.POLLIN)
+        found = dict(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
+        if self._wake_read in found:
+            raise RankError("these ranks were ended while they were being started")
+        return bool(found)
 
     def _supervise(self) -> None:
         with selectors.DefaultSelector() as selector:
