@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import signal
 
 import pytest
 
@@ -67,7 +68,7 @@ def hurt(model, victim, moment, fault):
             model.restart()
     elif moment == "idle":
         model._ranks.run(lambda mesh: mesh.rank)
-        model._ranks._crew._supervisor.processes[victim].popen.kill()
+        os.kill(model._ranks.pids[victim], signal.SIGKILL)
         assert faults.gone(model._ranks.pids)
     else:
         model._ranks.run(arm, model._model, victim, moment, fault)

@@ -18,7 +18,6 @@ from multicard.errors import UnsupportedError
 from multicard.place import in_job
 from multicard.ranks.children import Children
 from multicard.ranks.crew import Crew
-from multicard.ranks.joined import Joined
 from multicard.ranks.kept import Kept
 from multicard.ranks.patience import GRACE
 from multicard.ranks.settings import Settings
@@ -170,7 +169,7 @@ class Ranks:
         Raises:
             UnsupportedError: inside a job, whose ranks are its launcher's.
         """
-        if in_job():
+        if not isinstance(self._crew, Children):
             raise UnsupportedError("restart() inside a job: its ranks are its launcher's; start the job again")
         self.close()
         self._settings = dataclasses.replace(self._settings, log_mode="a")
@@ -190,7 +189,13 @@ class Ranks:
         self.close()
 
     def _start(self) -> Crew:
-        crew: Crew = Joined(self._settings) if in_job() else Children(self._settings)
+        crew: Crew
+        if in_job():
+            from multicard.ranks.joined import Joined  # imports torch, which is done while ranks start
+
+            crew = Joined(self._settings)
+        else:
+            crew = Children(self._settings)
         self._forget = weakref.finalize(self, crew.end, "forgotten", GRACE)  # also when the interpreter exits
         try:
             crew.join()

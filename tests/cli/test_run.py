@@ -123,11 +123,11 @@ def test_bad_input_is_one_line_and_exit_code_2(args, line):
 def test_ctrl_c_is_one_short_message(script):
     parent = subprocess.Popen([*PROGRAM, "run", "--tp", "2", script, "2", "wait"], stdout=-1, stderr=-1, text=True)
     parent.stdout.readline()
-    pids = [child.pid for child in psutil.Process(parent.pid).children()]
+    pids = [child.pid for child in psutil.Process(parent.pid).children(recursive=True)]
     parent.send_signal(signal.SIGINT)
     _, stderr = parent.communicate(timeout=30)
     assert (parent.returncode, stderr) == (130, "multicard: interrupted\n")
-    assert len(pids) == 2
+    assert len(pids) == 3  # the fork server and its two ranks
     assert faults.gone(pids)
 
 

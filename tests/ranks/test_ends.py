@@ -158,6 +158,7 @@ def test_poor_surroundings(tmp_path):
 
 
 def test_ranks_that_cannot_be_started_are_an_error(monkeypatch):
+    mc.launch(lambda mesh: None, mc.ParallelConfig(tp=2))  # the fork server stays
     before = footprint()
 
     def refuse(*args):
@@ -246,7 +247,8 @@ from multicard import collectives
 
 mesh = mc.init_mesh()
 collectives.all_reduce(torch.ones(1), mesh.tp)
-job = [psutil.Process(os.getppid()), *psutil.Process(os.getppid()).children()]
+caller = psutil.Process().parents()[1]  # the parent is the fork server
+job = [caller, *caller.children(recursive=True)]
 listening = [each.laddr.ip for process in job for each in process.net_connections("inet") if each.status == "LISTEN"]
 print(socket.gethostbyname(socket.gethostname()), sorted(set(listening)))
 """

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from multicard.cli import options
+from multicard.cli import early, options
 
 
 def generate(
@@ -36,6 +36,7 @@ def generate(
     as_json: options.Json = False,
 ) -> None:
     """Answer PROMPTS with a checkpoint's decoder, split over ranks."""
+    early.prepare("multicard.llm", tp=tp, ring=ring, ulysses=ulysses, dp=dp)
     from multicard import place
     from multicard.llm import LLM
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from multicard.cli import options
+from multicard.cli import early, options
 from multicard.errors import ConfigError, UnsupportedError
 
 Prompts = Annotated[list[str] | None, typer.Argument(help="What to draw; several are one batch.", show_default=False)]
@@ -50,6 +50,9 @@ def image(
     as_json: options.Json = False,
 ) -> None:
     """Draw PROMPTS with a diffusers pipeline, split over ranks; videos become animated pictures."""
+    early.prepare(
+        "multicard.diffusion", "diffusers.pipelines.pipeline_utils", cfg=cfg, ring=ring, ulysses=ulysses, tp=tp, dp=dp
+    )
     from multicard import place
     from multicard.diffusion import DiffusionPipeline
     from multicard.integrations.diffusers.request import check_request

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from multicard.errors import RankError, UnsupportedError
-from multicard.ranks import environment, failure, interrupt, patience, wire
+from multicard.ranks import environment, failure, interrupt, patience, starter, wire
 from multicard.ranks.failure import Failure
 from multicard.ranks.hosts import Neighbours
 from multicard.ranks.judge import Wait, judge
@@ -43,12 +43,15 @@ class Children:
         self._turn = threading.Lock()
         self._later: collections.deque[tuple[str, int]] = collections.deque()
         hosts = settings.hosts
+        server = starter.server(environment.shared(settings))  # it imports torch while the next line does
         self._store, port = None, hosts.port
         if hosts.index == 0:
             self._store, port = host_store(settings.start_timeout, hosts.address, hosts.port)
         self._supervisor = Supervisor(
             {rank: environment.of_rank(settings, rank, port) for rank in settings.ranks},
             Logs(settings.ranks, settings.log_dir, settings.console, settings.log_mode),
+            server,
+            settings.start_timeout,
         )
         self._record = Record(self._supervisor)
         self._neighbours = (
@@ -58,7 +61,7 @@ class Children:
     @property
     def pids(self) -> list[int]:
         """Process ids by rank."""
-        return [process.popen.pid for process in self._supervisor.processes.values()]
+        return [process.pid for process in self._supervisor.processes.values()]
 
     @property
     def alive(self) -> bool:

@@ -11,23 +11,43 @@ from multicard.place import checking, comparing
 from multicard.ranks.settings import Settings
 from multicard.rendezvous import interface_to
 
+CHANGING = ("PYTEST_CURRENT_TEST",)
+"""Variables that change all the time and that nothing reads while it is imported."""
+
 
 def of_rank(wanted: Settings, rank: int, port: int) -> dict[str, str]:
     """A rank's environment: this process's, and its own place in the job."""
-    local = len(wanted.ranks)
+    return {**shared(wanted), **_place(wanted, rank, port), **wanted.env}
+
+
+def shared(wanted: Settings) -> dict[str, str]:
+    """What of it all ranks of such jobs have in common: everything that may be read when torch is imported."""
+    defaults = {
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # its warnings are about host names that nothing here needs
+        "THP_MEM_ALLOC_ENABLE": "1",  # tensors in huge pages: weights are read up to 7% faster
+    }
     own = {
+        "OMP_NUM_THREADS": str(threads(len(wanted.ranks), wanted.threads_per_rank)),
+        "PYTHONPATH": os.pathsep.join(_search_path()),
+        "MULTICARD_PYTHONPATH": os.environ.get("PYTHONPATH", ""),  # what ranks hand on to their own children
+    }
+    place = _place(wanted, 0, 0)
+    everything = {**defaults, **os.environ, **own, **wanted.env}
+    return {name: value for name, value in everything.items() if name not in place}
+
+
+def _place(wanted: Settings, rank: int, port: int) -> dict[str, str]:
+    """What differs from rank to rank and from job to job; it is read in joining, or later."""
+    place = {
         "RANK": rank,
         "WORLD_SIZE": wanted.config.world_size,
         "LOCAL_RANK": rank - wanted.ranks.start,
-        "LOCAL_WORLD_SIZE": local,
+        "LOCAL_WORLD_SIZE": len(wanted.ranks),
         "GROUP_RANK": wanted.hosts.index,
         "MASTER_ADDR": wanted.hosts.address,
         "MASTER_PORT": port,
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # no rank hosts the store: a parent does
         "GLOO_SOCKET_IFNAME": wanted.hosts.interface or interface_to(wanted.hosts.address),
-        "OMP_NUM_THREADS": threads(local, wanted.threads_per_rank),
-        "PYTHONPATH": os.pathsep.join(_search_path()),
-        "MULTICARD_PYTHONPATH": os.environ.get("PYTHONPATH", ""),  # what ranks hand on to their own children
         "MULTICARD_CHECK": int(wanted.check or checking()),
         "MULTICARD_COMPARE_INPUTS": int(wanted.compare_inputs and comparing()),
         "MULTICARD_MESH": json.dumps(wanted.config.degrees),
@@ -35,11 +55,8 @@ def of_rank(wanted: Settings, rank: int, port: int) -> dict[str, str]:
         "MULTICARD_DEVICE": wanted.device,
         "MULTICARD_TIMEOUT": wanted.timeout,
     }
-    defaults = {
-        "TORCH_CPP_LOG_LEVEL": "ERROR",  # its warnings are about host names that nothing here needs
-        "THP_MEM_ALLOC_ENABLE": "1",  # tensors in huge pages: weights are read up to 7% faster
-    }
-    return {**defaults, **os.environ, **{name: str(value) for name, value in own.items()}, **wanted.env}
+    changing = {name: os.environ[name] for name in CHANGING if name in os.environ}
+    return {**changing, **{name: str(value) for name, value in place.items()}}
 
 
 def _search_path() -> list[str]:

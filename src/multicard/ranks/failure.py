@@ -15,7 +15,7 @@ from typing import Any
 from multicard.errors import CollectiveTimeout, RankError
 from multicard.ranks import activity, wire
 
-LOOP = ("ranks/rank.py", "<frozen runpy>")
+LOOP = ("ranks/rank.py", "ranks/forkserver.py", "<frozen runpy>")
 """Files of the frames below every call in a rank."""
 
 OWN, TIMEOUT, CONSEQUENCE = "own", "timeout", "consequence"

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import fcntl
 import os
 import pathlib
+import select
 import signal
-import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-from multicard.ranks import wire
+from multicard.ranks import starter, wire
+from multicard.ranks.pipes import pipe, ready
 
 TAIL = 40
 """Lines of a rank's standard error that are kept for its obituary."""
 
 LONGEST_LINE = 1 << 16
-FIRST_FREE = 3  # the first descriptor after standard input, output and error
 
 
 class RankProcess:
@@ -29,33 +28,34 @@ class RankProcess:
         pidfd: readable when the process has ended.
     """
 
-    def __init__(self, rank: int, command: list[str], env: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        rank: int,
+        env: Mapping[str, str],
+        server: starter.ForkServer | None,
+        wait: Callable[[int], None],
+    ) -> None:
         self.rank = rank
         self.tail: collections.deque[str] = collections.deque(maxlen=TAIL)
         self._reader = wire.Reader()
         with contextlib.ExitStack() as undo:
-            theirs, self.commands = _pipe(undo)
-            self.reports, they_report = _pipe(undo)
-            self.stdout, their_stdout = _pipe(undo)
-            self.stderr, their_stderr = _pipe(undo)
-            self.popen = subprocess.Popen(
-                [*command, str(theirs), str(they_report)],
-                env=dict(env),
-                pass_fds=(theirs, they_report),
-                stdin=subprocess.DEVNULL,
-                stdout=their_stdout,
-                stderr=their_stderr,
-                cwd=_folder(),
-                process_group=0,
-            )
+            theirs, self.commands = pipe(undo)
+            self.reports, they_report = pipe(undo)
+            self.stdout, their_stdout = pipe(undo)
+            self.stderr, their_stderr = pipe(undo)
+            self._process = starter.start(env, (theirs, they_report, their_stdout, their_stderr), server, wait)
             undo.callback(self._abandon)
-            self.pidfd = os.pidfd_open(self.popen.pid)
+            self.pidfd = os.pidfd_open(self.pid)
             undo.pop_all()
         for fd in (theirs, they_report, their_stdout, their_stderr):
             os.close(fd)
         self._partial = {self.stdout: b"", self.stderr: b""}
         for fd in (self.commands, self.reports, self.stdout, self.stderr):
             os.set_blocking(fd, False)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     @property
     def readable(self) -> tuple[int, ...]:
@@ -104,7 +104,7 @@ class RankProcess:
     def stopped(self) -> bool:
         """Whether SIGSTOP, or a debugger, holds it."""
         try:
-            status = pathlib.Path(f"/proc/{self.popen.pid}/stat").read_text()
+            status = pathlib.Path(f"/proc/{self.pid}/stat").read_text()
         except OSError:
             return False
         return status.rpartition(")")[2].split()[0] in "Tt"
@@ -112,25 +112,28 @@ class RankProcess:
     def wake(self) -> None:
         """Let a stopped rank go on."""
         with contextlib.suppress(ProcessLookupError):
-            self.popen.send_signal(signal.SIGCONT)
+            signal.pidfd_send_signal(self.pidfd, signal.SIGCONT)
 
     def kill(self) -> None:
         """SIGKILL to the rank, which may have left its process group, and to everything that it started."""
-        if self.popen.returncode is not None:  # its number may be another's by now
+        if self._process.returncode is not None:  # its number may be another's by now
             return
         for kill in (os.killpg, os.kill):
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                kill(self.popen.pid, signal.SIGKILL)
+                kill(self.pid, signal.SIGKILL)
 
     def wait(self) -> int:
         """Wait for its end and return its exit code, negative for a signal.
 
         Where this process is a container's first one, or a subreaper, what the rank had started has become its child.
         """
-        code = self.popen.wait()
+        ready(self.pidfd, select.POLLIN, None)
+        code = self._process.wait()
+        if isinstance(self._process, starter.Forked) and self._process.orphaned:
+            self.tail.append(f"multicard: process {self._process.server}, which it was forked from, has ended")
         with contextlib.suppress(ChildProcessError):
             while True:
-                os.waitpid(-self.popen.pid, 0)
+                os.waitpid(-self.pid, 0)
         return code
 
     def close(self) -> None:
@@ -139,25 +142,4 @@ class RankProcess:
 
     def _abandon(self) -> None:
         self.kill()
-        self.popen.wait()
-
-
-def _folder() -> str | None:
-    """The caller's folder (None); where that was deleted the root, since torch can't be imported in none."""
-    try:
-        os.getcwd()
-    except FileNotFoundError:
-        return "/"
-    return None
-
-
-def _pipe(undo: contextlib.ExitStack) -> tuple[int, int]:
-    """A pipe whose ends aren't standard input, output or error, also where this process has closed those."""
-    ends = []
-    for fd in os.pipe():
-        if fd < FIRST_FREE:
-            fd, low = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, FIRST_FREE), fd
-            os.close(low)
-        undo.callback(os.close, fd)
-        ends.append(fd)
-    return ends[0], ends[1]
+        self._process.wait()

@@ -150,7 +150,7 @@ _END = object()
 """What a generator that has ended gives."""
 
 
-def _die_with_parent(parent: int) -> None:
+def die_with_parent(parent: int) -> None:
     """SIGKILL from the kernel when the thread that started us ends: it reaches even a stopped rank."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -166,9 +166,8 @@ def _own_environment() -> None:
         os.environ["PYTHONPATH"] = path
 
 
-def main() -> None:
-    parent, commands, reports = map(int, sys.argv[1:4])
-    _die_with_parent(parent)
+def main(commands: int, reports: int) -> None:
+    """Be a rank that reads commands from one pipe and writes reports to the other."""
     faulthandler.enable()
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # lines are shown, and kept, as they come
     _own_environment()
@@ -184,4 +183,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    die_with_parent(int(sys.argv[1]))
+    main(*map(int, sys.argv[2:]))

@@ -1,7 +1,7 @@
 """The processes of one job as their parent sees them: started, listened to, ended; none is left behind.
 
-One thread a job does all of it. It also *starts* the ranks, because Linux ties a child's parent-death signal to the
-thread that made it.
+One thread a job does all of it. It also *starts* the ranks, because Linux ties the parent-death signal of a child that
+isn't forked by a server to the thread that made it.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ import os
 import queue
 import select
 import selectors
-import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping
 
-from multicard.errors import RankError
+from multicard.errors import CollectiveTimeout, RankError
 from multicard.ranks import wire
 from multicard.ranks.logs import Logs
 from multicard.ranks.patience import GRACE
+from multicard.ranks.pipes import ready
 from multicard.ranks.process import RankProcess
+from multicard.ranks.starter import ForkServer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,18 +37,25 @@ class Event:
 class Supervisor:
     """Starts a rank for each of ``environments`` (by rank), and puts what happens to them in ``events``.
 
-    A rank that ends without being told to takes the others with it, whatever the caller is busy with.
+    ``server`` forks them if it is there. A rank that ends without being told to takes the others with it, whatever the
+    caller is busy with.
 
     Attributes:
         events: messages and deaths, in the order in which they happened.
         dead: exit codes of the ranks that have ended, negative for a signal, as in ``subprocess``.
     """
 
-    def __init__(self, environments: Mapping[int, dict[str, str]], logs: Logs) -> None:
+    def __init__(
+        self,
+        environments: Mapping[int, dict[str, str]],
+        logs: Logs,
+        server: ForkServer | None,
+        start_timeout: float,
+    ) -> None:
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.dead: dict[int, int] = {}
         self.processes: dict[int, RankProcess] = {}
-        self._logs = logs
+        self._logs, self._server, self._start_timeout = logs, server, start_timeout
         self._deadline: float | None = None  # the moment of SIGKILL
         self._lock = threading.Lock()  # held to write to ranks and to close: a closed descriptor's number is reused
         self._wake_read, self._wake_write = os.pipe()
@@ -82,7 +90,7 @@ class Supervisor:
                 elif time.monotonic() > deadline:
                     return
                 else:
-                    _ready(process.commands, select.POLLOUT, 0.05)
+                    ready(process.commands, select.POLLOUT, 0.05)
 
     def end(self, grace: float = GRACE) -> None:
         """End all ranks: told so on their pipes, and SIGKILL after ``grace`` seconds. Returns when all are gone."""
@@ -126,12 +134,39 @@ class Supervisor:
             self._logs.close()
 
     def _start(self, environments: Mapping[int, dict[str, str]]) -> None:
-        command = [sys.executable, "-P", "-m", "multicard.ranks.rank", str(os.getpid())]
+        deadline = time.monotonic() + self._start_timeout
+
+        def wait(fd: int) -> None:
+            if not self._await(fd, deadline):
+                missing = [str(rank) for rank in environments if rank not in self.processes]
+                raise CollectiveTimeout(
+                    f"ranks {', '.join(missing)} did not start within {self._start_timeout:g} s: torch is still being "
+                    "imported",
+                    rank=int(missing[0]),
+                    collective="start",
+                )
+
         for rank, env in environments.items():
             try:
-                self.processes[rank] = RankProcess(rank, command, env)
+                self.processes[rank] = RankProcess(rank, env, self._server, wait)
+            except CollectiveTimeout:  # an OSError too
+                raise
             except OSError as error:  # no more descriptors (ulimit -n) or processes (ulimit -u), say
                 raise RankError(f"rank {rank} can't be started: {error}", rank=rank) from error
+
+    def _await(self, fd: int, deadline: float) -> bool:
+        """Wait until ``fd`` can be read; False where that takes too long.
+
+        Raises:
+            RankError: :meth:`end` was called meanwhile.
+        """
+        poll = select.poll()
+        for each in (fd, self._wake_read):
+            poll.register(each, select.POLLIN)
+        found = dict(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
+        if self._wake_read in found:
+            raise RankError("these ranks were ended while they were being started")
+        return bool(found)
 
     def _supervise(self) -> None:
         with selectors.DefaultSelector() as selector:
@@ -183,7 +218,7 @@ class Supervisor:
         """Wait for a rank that has ended; what it said last comes before its end."""
         process.kill()  # what it started, while its number can't be anybody else's
         for fd in (process.reports, process.stdout, process.stderr):
-            while _ready(fd, select.POLLIN, 0) and self._listen(process, fd):
+            while ready(fd, select.POLLIN, 0) and self._listen(process, fd):
                 pass
         for fd in (process.stdout, process.stderr):
             self._print(process, fd, process.last_line(fd))
@@ -191,13 +226,6 @@ class Supervisor:
         self.events.put(Event(process.rank))
         if self._deadline is None:
             self._deadline = time.monotonic() + GRACE
-
-
-def _ready(fd: int, event: int, timeout: float) -> bool:
-    """Whether ``event`` is there within ``timeout`` seconds, for descriptors beyond 1023 too, unlike ``select``."""
-    poll = select.poll()
-    poll.register(fd, event)
-    return bool(poll.poll(timeout * 1000))
 
 
 def _forget(selector: selectors.BaseSelector, fds: Iterable[int]) -> None:

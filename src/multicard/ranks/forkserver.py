@@ -1,0 +1,154 @@
+"""The fork server: a child of the caller that has imported torch, runs nothing else, and forks ranks.
+
+``multicard.ranks.starter`` is the caller's side. ``multiprocessing`` has a fork server too, but that one listens on a
+socket in the file system, is shared with the caller's own code, and its children outlive a caller that is killed.
+
+A rank may be forked here because nothing has happened yet that a fork breaks: no thread runs, no card is in use, no
+random number was drawn. Where that isn't so the server ends, and ranks are started as fresh processes instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.metadata
+import json
+import os
+import signal
+import socket
+import sys
+
+from multicard.ranks import rank
+
+NEEDED = ("multicard.mesh", "multicard.backends.shm", "multicard.ranks.failure")
+"""What every rank imports."""
+
+LONGEST_REQUEST = 1 << 16
+DESCRIPTORS = 6
+"""That come with a request: the pipes of status, commands, reports, output and errors, and the folder to work in."""
+
+
+def main() -> None:
+    parent, control, *modules = sys.argv[1:]
+    rank.die_with_parent(int(parent))
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # who ignores it can't wait for children
+    with socket.socket(fileno=int(control)) as channel:
+        gc.disable()
+        for module in [*NEEDED, *modules] if _is_for_cpus() else NEEDED:
+            importlib.import_module(module)
+        if not _may_fork():
+            sys.exit("ranks can't be forked here")
+        gc.freeze()  # what is imported is never garbage; looking at it would copy its memory in every rank
+        gc.enable()
+        commands, reports = _serve(channel)
+    rank.main(commands, reports)  # in a rank: the server never gets here
+
+
+def _is_for_cpus() -> bool:
+    """Whether this torch knows no cards. Other libraries look for them, and so open one, while they are imported."""
+    import torch
+
+    return torch.accelerator.current_accelerator() is None
+
+
+def _may_fork() -> bool:
+    """Whether a rank that is forked here is as good as a fresh one.
+
+    Libraries that start threads when they are imported and can be forked all the same (OpenBLAS) stop them before a
+    fork: what still runs after one forbids it. So does a card that is open, or may be: a plugin of torch is imported
+    with it.
+    """
+    if importlib.metadata.entry_points(group="torch.backends") or _opened() - {"/dev/null"}:
+        return False
+    if not (trial := os.fork()):
+        os._exit(0)
+    os.waitpid(trial, 0)
+    return len(os.listdir("/proc/self/task")) == 1
+
+
+def _opened() -> set[str]:
+    """Devices that this process has open."""
+    found = set()
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # that of the listing itself
+            found.add(os.readlink(f"/proc/self/fd/{fd}"))
+    return {path for path in found if path.startswith("/dev/")}
+
+
+def _serve(channel: socket.socket) -> tuple[int, int]:
+    """Fork and bury ranks until the caller is gone. Returns in each new rank: its pipes of commands and reports."""
+    statuses: dict[int, int] = {}  # of ranks that haven't been waited for, by process id
+    while True:
+        text, fds, _, _ = socket.recv_fds(channel, LONGEST_REQUEST, DESCRIPTORS)
+        if not text:
+            os._exit(0)
+        request = json.loads(text)
+        if (pid := request.get("bury")) is not None:
+            status = statuses.pop(pid)
+            _tell(status, code=os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+            os.close(status)
+        elif len(fds) < DESCRIPTORS:  # this process may have no more: the caller sees the closed status pipe
+            _close(fds)
+        elif not (pid := _fork(fds)):
+            _close([fds[0], *statuses.values()])
+            return _become_rank(request["env"], *fds[1:])
+        elif pid > 0:
+            statuses[pid] = fds[0]
+
+
+def _fork(fds: list[int]) -> int:
+    """The new rank's process id, 0 in the rank itself, -1 where there is none."""
+    server, (status, *theirs) = os.getpid(), fds
+    try:
+        pid = os.fork()
+    except OSError as error:
+        _tell(status, errno=error.errno, error=error.strerror)
+        _close(fds)
+        return -1
+    if not pid:
+        rank.die_with_parent(server)
+        return 0
+    _close(theirs)
+    with contextlib.suppress(OSError):  # the rank does the same: whichever of the two comes first
+        os.setpgid(pid, pid)
+    if not _tell(status, pid=pid):
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(status)
+        return -1
+    return pid
+
+
+def _become_rank(
+    env: dict[str, str], commands: int, reports: int, stdout: int, stderr: int, folder: int
+) -> tuple[int, int]:
+    import torch
+
+    os.setpgid(0, 0)
+    os.dup2(stdout, 1)
+    os.dup2(stderr, 2)
+    os.fchdir(folder)
+    _close([stdout, stderr, folder])
+    os.environ.update(env)
+    torch.default_generator.seed()  # no two processes draw the same; Python's own generator takes care of that itself
+    if "numpy.random" in sys.modules:
+        sys.modules["numpy.random"].seed()
+    return commands, reports
+
+
+def _tell(status: int, **told: object) -> bool:
+    """Whether the caller still wants to know."""
+    try:
+        os.write(status, json.dumps(told).encode())
+    except BrokenPipeError:
+        return False
+    return True
+
+
+def _close(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""Where ranks come from: forked from a process that has imported torch already, or else started fresh.
+
+Importing torch is most of what a rank's start costs. The first job of a caller starts a fork server
+(:mod:`multicard.ranks.forkserver`), which is there until the caller ends. What a rank would inherit from the caller
+(environment, limits, cores) it inherits from the server: where any of that has changed, a new one is started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import queue
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from multicard.ranks.pipes import above_standard, pipe, ready
+
+PATIENCE = 10.0
+"""Seconds that a server has to tell a dead rank's exit code, which it knows."""
+
+_ATTRIBUTES = ("Umask", "Uid", "Gid", "Groups", "SigBlk", "SigIgn", "NoNewPrivs", "Seccomp", "Cpus_all", "Mems_all")
+"""What a process inherits, by the beginnings of its lines in /proc."""
+
+
+class Process(Protocol):
+    """What a rank's process is to its parent: a ``subprocess.Popen``, or a :class:`Forked`."""
+
+    pid: int
+    returncode: int | None
+
+    def wait(self) -> int: ...
+
+
+class CannotFork(Exception):
+    """The server has ended, or never could fork."""
+
+
+class ForkServer:
+    """The caller's side of a fork server.
+
+    A thread starts it and lives as long as it does: Linux ties a child's parent-death signal to the thread that made
+    it. It ends when nothing refers to this object any more, neither a job nor one of its ranks.
+    """
+
+    def __init__(self, env: Mapping[str, str], surroundings: tuple[Any, ...], modules: Sequence[str]) -> None:
+        self.env, self.surroundings = env, surroundings
+        self.has_forked = False
+        self._lock = threading.Lock()
+        with contextlib.ExitStack() as undo:
+            mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self._control = socket.socket(fileno=above_standard(mine.detach(), undo))
+            command = [sys.executable, "-P", "-m", "multicard.ranks.forkserver", str(os.getpid())]
+            fd = above_standard(theirs.detach(), undo)
+            self._process = _start_in_thread([*command, str(fd), *modules], env, fd)
+            undo.pop_all()
+        os.close(fd)
+        weakref.finalize(self, self._control.close).atexit = False  # ranks may still have to end then
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def ended(self) -> bool:
+        return self._process.returncode is not None
+
+    @property
+    def unfit(self) -> bool:
+        """Whether it found that it can't fork ranks, or died before it could."""
+        return self.ended and not self.has_forked
+
+    def fork(self, env: Mapping[str, str], fds: Sequence[int], wait: Callable[[int], None]) -> Forked:
+        """A rank. ``env`` is its own part of its environment; ``wait(fd)`` returns once the descriptor can be read.
+
+        Raises:
+            CannotFork: start it fresh.
+            OSError: no more processes or descriptors.
+            what ``wait`` raises.
+        """
+        with contextlib.ExitStack() as undo:
+            status, theirs = pipe(undo)
+            folder = os.open(_folder(), os.O_PATH | os.O_DIRECTORY)
+            undo.callback(os.close, folder)
+            self.ask({"env": dict(env)}, [theirs, *fds, folder])
+            undo.pop_all()
+        os.close(folder)
+        os.close(theirs)
+        try:
+            wait(status)
+            told = _read(status)
+            if "error" in told:
+                raise OSError(told["errno"], told["error"])
+        except BaseException:
+            os.close(status)
+            raise
+        self.has_forked = True
+        return Forked(self, told["pid"], status)
+
+    def ask(self, request: Mapping[str, Any], fds: Sequence[int] = ()) -> None:
+        """Send a request; a server that somebody has stopped goes on."""
+        with self._lock:
+            try:
+                self._process.send_signal(signal.SIGCONT)
+                socket.send_fds(self._control, [json.dumps(request).encode()], list(fds), socket.MSG_NOSIGNAL)
+            except (BrokenPipeError, ConnectionError) as error:
+                raise CannotFork from error
+
+
+class Forked:
+    """A rank that a server has forked. The server is its parent: it alone can wait for it, and ranks end with it.
+
+    Attributes:
+        orphaned: whether it ended because the server did.
+        server: the server's process id.
+    """
+
+    def __init__(self, server: ForkServer, pid: int, status: int) -> None:
+        self.pid, self.server = pid, server.pid
+        self.returncode: int | None = None
+        self.orphaned = False
+        self._server, self._status = server, status
+
+    def wait(self) -> int:
+        """The exit code, negative for a signal, of a rank that has ended or been killed."""
+        if self.returncode is None:
+            try:
+                self._server.ask({"bury": self.pid})
+                if not ready(self._status, select.POLLIN, PATIENCE):
+                    raise CannotFork
+                self.returncode = _read(self._status)["code"]
+            except CannotFork:  # then the kernel has killed it
+                self.orphaned, self.returncode = True, -int(signal.SIGKILL)
+            os.close(self._status)
+        return self.returncode
+
+
+_lock = threading.Lock()
+_server: ForkServer | None = None  # of this process; importing torch once for all of its jobs is the purpose
+
+
+def server(env: Mapping[str, str], modules: Sequence[str] = ()) -> ForkServer | None:
+    """The server whose ranks have the environment ``env`` and their own names beside; None where ranks start fresh.
+
+    Where it isn't there it is started, and imports torch and the ``modules`` while the caller goes on.
+    """
+    global _server
+    try:
+        with _lock:
+            found, now = _server, _surroundings()
+            if found is None or (found.env, found.surroundings) != (env, now) or (found.ended and not found.unfit):
+                found = _server = ForkServer(env, now, modules)
+            return None if found.unfit else found
+    except OSError:  # no /proc, or no more processes: a fresh start says so better
+        return None
+
+
+def start(
+    env: Mapping[str, str], fds: Sequence[int], server: ForkServer | None, wait: Callable[[int], None]
+) -> Process:
+    """A rank in a process group of its own, with the environment ``env``.
+
+    Args:
+        fds: where it reads commands and writes reports, its standard output and error.
+        server: forks it if it can.
+        wait: returns once a descriptor can be read, or raises.
+
+    Raises:
+        OSError: no more processes or descriptors.
+    """
+    if server is not None and server.env.items() <= env.items():
+        own = {name: value for name, value in env.items() if name not in server.env}
+        with contextlib.suppress(CannotFork):
+            return server.fork(own, fds, wait)
+    commands, reports, stdout, stderr = fds
+    command = [sys.executable, "-P", "-m", "multicard.ranks.rank", *map(str, (os.getpid(), commands, reports))]
+    return subprocess.Popen(
+        command,
+        env=env,
+        pass_fds=(commands, reports),
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stderr,
+        cwd=_folder(),
+        process_group=0,
+    )
+
+
+def _forget() -> None:
+    """In a process that was forked from the caller: the server is the caller's."""
+    global _server, _lock
+    _server, _lock = None, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+def _surroundings() -> tuple[Any, ...]:
+    """What a process inherits beside its environment and folder, from the thread that starts it."""
+    status = pathlib.Path("/proc/thread-self/status").read_text().splitlines()
+    limits, group = (pathlib.Path("/proc/self", name).read_text() for name in ("limits", "cgroup"))
+    return [line for line in status if line.startswith(_ATTRIBUTES)], limits, group, os.nice(0)
+
+
+def _start_in_thread(command: Sequence[str], env: Mapping[str, str], fd: int) -> subprocess.Popen[bytes]:
+    """A process started by a thread of its own, which ends with it."""
+    started: queue.SimpleQueue[subprocess.Popen[bytes] | BaseException] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            process = subprocess.Popen(
+                command,
+                env=env,
+                pass_fds=(fd,),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,  # a rank that is started fresh says the same again
+                cwd=_folder(),
+                process_group=0,
+            )
+        except BaseException as error:
+            started.put(error)
+            return
+        started.put(process)
+        process.wait()
+
+    threading.Thread(target=run, name="multicard-forkserver", daemon=True).start()
+    process = started.get()
+    if isinstance(process, BaseException):
+        raise process
+    return process
+
+
+def _read(status: int) -> dict[str, Any]:
+    if not (text := os.read(status, 4096)):
+        raise CannotFork
+    return json.loads(text)
+
+
+def _folder() -> str:
+    """The caller's folder; where that was deleted the root, since torch can't be imported in none."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return "/"
+    return "."
