@@ -79,18 +79,16 @@ TABLE = {
     },
     "torch": {
         "_C": Use("DisableTorchFunctionSubclass", ("guidance/lazy.py",), has(torch)),
-        "_compiled_call_impl": Use(
-            "whether a model is compiled", (f"{DIFFUSERS}/parallelize.py",), has(torch.nn.Module)
-        ),
+        "_compiled_call_impl": Use("whether a model is compiled", (f"{DIFFUSERS}/checks.py",), has(torch.nn.Module)),
         "_is_mkldnn_bf16_supported": Use(
             "whether this processor multiplies packed bfloat16", ("layers/packed.py",), has(torch.ops.mkldnn)
         ),
         "_linear_pointwise": Use("oneDNN's product", ("layers/packed.py",), has(torch.ops.mkldnn)),
         "_make_wrapper_subclass": Use("lazy tensors", ("guidance/lazy.py",), has(torch.Tensor)),
-        "_modules": Use("modules in place", (f"{LLM}/model.py",), has(torch.nn.Module())),
+        "_modules": Use("modules in place", ("integrations/styles.py",), has(torch.nn.Module())),
         "_nbytes": Use("the size of a packed weight", ("layers/packed.py",), has(torch.ops.mkldnn)),
         "_orig_mod": Use("what torch.compile wraps", (f"{DIFFUSERS}/denoisers.py",), is_compiled),
-        "_parameters": Use("weights in place", (f"{LLM}/layers.py", f"{LLM}/model.py"), has(torch.nn.Module())),
+        "_parameters": Use("weights in place", ("integrations/styles.py", f"{LLM}/experts.py"), has(torch.nn.Module())),
         "_pytree": Use(
             "tensors within arguments",
             ("guidance/batch.py", "guidance/branches.py", "guidance/lazy.py", "guidance/trees.py", "replica.py"),
@@ -138,22 +136,20 @@ TABLE = {
         ),
     },
     "diffusers": {
-        "_attention_backend": Use(
-            "backends that can't be split", (f"{DIFFUSERS}/sequence.py",), has(FluxAttnProcessor)
-        ),
+        "_attention_backend": Use("backends that can't be split", (f"{DIFFUSERS}/checks.py",), has(FluxAttnProcessor)),
         "_class_name": Use("a folder's pipeline class", (f"{DIFFUSERS}/folder.py",), is_saved),
-        "_cp_plan": Use("a model's own sequence plan", (f"{DIFFUSERS}/sequence.py",), has(diffusers.ModelMixin)),
-        "_diffusers_hook": Use("caches between steps", (f"{DIFFUSERS}/doors.py",), has(hooked())),
-        "_is_stateful": Use("caches between steps", (f"{DIFFUSERS}/doors.py",), has(ModelHook)),
+        "_cp_plan": Use("a model's own sequence plan", (f"{DIFFUSERS}/plans.py",), has(diffusers.ModelMixin)),
+        "_diffusers_hook": Use("caches between steps", (f"{DIFFUSERS}/checks.py",), has(hooked())),
+        "_is_stateful": Use("caches between steps", (f"{DIFFUSERS}/checks.py",), has(ModelHook)),
         "_keep_in_fp32_modules": Use("dtypes as diffusers loads", (f"{DIFFUSERS}/load.py",), has(diffusers.ModelMixin)),
-        "_native_cudnn": Use("a backend that can be split", (f"{DIFFUSERS}/sequence.py",), is_backend),
-        "_native_efficient": Use("a backend that can be split", (f"{DIFFUSERS}/sequence.py",), is_backend),
-        "_native_flash": Use("a backend that can be split", (f"{DIFFUSERS}/sequence.py",), is_backend),
-        "_native_math": Use("a backend that can be split", (f"{DIFFUSERS}/sequence.py",), is_backend),
+        "_native_cudnn": Use("a backend that can be split", (f"{DIFFUSERS}/checks.py",), is_backend),
+        "_native_efficient": Use("a backend that can be split", (f"{DIFFUSERS}/checks.py",), is_backend),
+        "_native_flash": Use("a backend that can be split", (f"{DIFFUSERS}/checks.py",), is_backend),
+        "_native_math": Use("a backend that can be split", (f"{DIFFUSERS}/checks.py",), is_backend),
         "_pag_attn_processors": Use(
-            "perturbed attention guidance", (f"{DIFFUSERS}/sequence.py",), says(PAGMixin.pag_attn_processors.fget)
+            "perturbed attention guidance", (f"{DIFFUSERS}/checks.py",), says(PAGMixin.pag_attn_processors.fget)
         ),
-        "_tp_plan": Use("a model's own tensor plan", (f"{DIFFUSERS}/tensor.py",), has(diffusers.ModelMixin)),
+        "_tp_plan": Use("a model's own tensor plan", (f"{DIFFUSERS}/plans.py",), has(diffusers.ModelMixin)),
     },
 }
 USES = {name: use for names in TABLE.values() for name, use in names.items()}

@@ -158,13 +158,12 @@ Owned = list[tuple[str, str, Tensor]]
 
 def _owners(model: nn.Module) -> list[tuple[nn.Module, Owned]]:
     """Modules with parameters or persistent buffers of their own."""
-    found = []
+    found, persistent = [], set(model.state_dict(keep_vars=True))
     for path, module in model.named_modules():
-        own: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
-        temporary = module._non_persistent_buffers_set
-        own |= {leaf: b for leaf, b in module.named_buffers(recurse=False) if leaf not in temporary}
-        if own:
-            found.append((module, [(f"{path}.{leaf}".lstrip("."), leaf, tensor) for leaf, tensor in own.items()]))
+        own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        named = [(f"{path}.{leaf}".lstrip("."), leaf, tensor) for leaf, tensor in own]
+        if kept := [each for each in named if each[0] in persistent]:
+            found.append((module, kept))
     return found
 
 
