@@ -50,6 +50,9 @@ class Children:
         self._store, port = None, hosts.port
         if hosts.index == 0:
             self._store, port = host_store(settings.start_timeout, hosts.address, hosts.port)
+        self._neighbours = (
+            Neighbours(hosts, port, settings.start_timeout, settings.timeout) if hosts.count > 1 else None
+        )
         self._supervisor = Supervisor(
             {rank: environment.of_rank(settings, rank, port) for rank in self._ranks},
             Logs(self._ranks, settings.log_dir, settings.console, settings.log_mode),
@@ -58,9 +61,6 @@ class Children:
         )
         self._calls = Calls(self._supervisor)
         self._watch = Watch(self._supervisor, self._calls, settings)
-        self._neighbours = (
-            Neighbours(hosts, port, settings.start_timeout, settings.timeout) if hosts.count > 1 else None
-        )
 
     @property
     def pids(self) -> list[int]:

@@ -51,6 +51,8 @@ class Neighbours:
     """
 
     def __init__(self, hosts: Hosts, port: int, start_patience: float, patience: float) -> None:
+        import torch.distributed  # noqa: F401  before ranks start: they are quick, and the watch has to be as early
+
         self._hosts, self._port = hosts, port
         self._start_patience = self._patience = start_patience
         self._next_patience = patience
