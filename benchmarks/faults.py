@@ -149,14 +149,12 @@ def measure_llm(backend: str, size: int, rounds: int) -> list[dict[str, Any]]:
                 model.generate([3, 1, 4], max_new_tokens=2)  # starts the ranks again
                 killed: list[float] = []
 
-                def kill(pid: int = model._ranks.pids[i % size], killed: list[float] = killed) -> None:
+                def kill(pid: int = model.pids[i % size], killed: list[float] = killed) -> None:
                     killed.append(time.monotonic())
                     os.kill(pid, signal.SIGKILL)
 
                 threading.Timer(0.2, kill).start()
-                ends = until_error(
-                    model._ranks.pids, lambda: model.generate([3, 1, 4], max_new_tokens=2000, ignore_eos=True)
-                )
+                ends = until_error(model.pids, lambda: model.generate([3, 1, 4], max_new_tokens=2000, ignore_eos=True))
                 times.append((killed[0], *ends))
     return [described("LLM: SIGKILL in a request", backend, size, times)]
 

@@ -68,7 +68,7 @@ def test_pictures_as_tensors(digits, expected):  # diffusers before 0.41 has non
 
 @pytest.mark.seam
 def test_refused_requests_leave_the_ranks_as_they_are(digits, expected):
-    pids = digits._ranks.pids
+    pids = digits.pids
     for wrong, said in (
         ({"num_inferense_steps": 3}, "did you mean 'num_inference_steps'"),
         ({"prompt": "a cat"}, "it takes class_labels, guidance_scale"),
@@ -85,14 +85,14 @@ def test_refused_requests_leave_the_ranks_as_they_are(digits, expected):
         digits([1], class_labels=[1])
     with pytest.raises(ConfigError, match="5 arguments"):
         digits([1], 3.0, 4, "np", 5)
-    assert digits._ranks.pids == pids
+    assert digits.pids == pids
     with pytest.raises(IndexError):  # the model's own, of a class that it doesn't have
         digits(**{**REQUEST, "class_labels": [2000]})
     near(digits(**REQUEST, seed=SEED).images, expected)
 
 
 def test_ranks_that_died_are_started_again(digits, expected):
-    os.kill(digits._ranks.pids[1], signal.SIGKILL)
+    os.kill(digits.pids[1], signal.SIGKILL)
     with pytest.raises(RankError):
         digits(**REQUEST, seed=SEED)
     near(digits(**REQUEST, seed=SEED).images, expected)

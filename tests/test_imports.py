@@ -19,7 +19,7 @@ FLOORS = [  # what a module may import, anywhere in it: its own floor and those 
     {"llm", "diffusion", "progress"},
     {"cli", "__main__"},
 ]
-BESIDE = {"launch", "ranks"}
+BESIDE = {"launch", "ranks", "session"}
 """Beside the house: they stand on the waist, and only doors know of them."""
 WAIST, DOORS = 1, 5
 

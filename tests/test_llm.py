@@ -115,7 +115,7 @@ def test_the_context_ends_an_answer(llm):
 
 
 def test_refused_requests_leave_the_ranks_as_they_are(llm):
-    pids = llm._ranks.pids
+    pids = llm.pids
     for wrong, said in (
         ({"prompts": [1] * 257}, "257 tokens, and the model's context 256"),
         ({"prompts": [2000]}, "token id 2000"),
@@ -131,13 +131,13 @@ def test_refused_requests_leave_the_ranks_as_they_are(llm):
     next(dropped)
     del dropped
     assert llm.generate("w1", max_new_tokens=2).token_ids
-    assert llm._ranks.pids == pids
+    assert llm.pids == pids
 
 
 def test_ranks_that_died_are_started_again(checkpoint):
     with mc.LLM(checkpoint[0], tp=2, timeout=20) as llm:
         before = llm.generate("w1 w2", max_new_tokens=4).token_ids
-        os.kill(llm._ranks.pids[1], signal.SIGKILL)
+        os.kill(llm.pids[1], signal.SIGKILL)
         with pytest.raises(mc.errors.RankError):
             llm.generate("w1 w2", max_new_tokens=4)
         assert llm.generate("w1 w2", max_new_tokens=4).token_ids == before

@@ -10,7 +10,7 @@ import pytest
 import faults
 import multicard as mc
 import tiny_decoders as tiny
-from multicard import collectives, llm
+from multicard import collectives
 from multicard.errors import CollectiveTimeout, RankError
 from multicard.weights import Checkpoint
 
@@ -32,19 +32,19 @@ def ring(request, checkpoint):
 
 
 @contextlib.contextmanager
-def loading(victim, fault):
-    """The victim's fault happens instead of its third read."""
-    whole = llm._load
+def loading(model, victim, fault):
+    """The victim's fault happens instead of its third read, in whatever is loaded inside."""
+    kept, (whole, args, kwargs) = next(iter(model._ranks._kept.items()))
 
-    def load(mesh, slot, *args):
+    def load(mesh, *args):
         if mesh.rank == victim:
             reads, read = itertools.count(), Checkpoint.read
             Checkpoint.read = lambda *each: fault() if next(reads) == 2 else read(*each)
-        return whole(mesh, slot, *args)
+        return whole(mesh, *args)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llm, "_load", load)
-        yield
+    model._ranks._kept[kept] = (load, args, kwargs)
+    yield
+    model._ranks._kept[kept] = (whole, args, kwargs)
 
 
 def arm(mesh, slot, victim, moment, fault):
@@ -64,14 +64,14 @@ def arm(mesh, slot, victim, moment, fault):
 
 def hurt(model, victim, moment, fault):
     if moment == "load":
-        with loading(victim, fault):
+        with loading(model, victim, fault):
             model.restart()
     elif moment == "idle":
         model._ranks.run(lambda mesh: mesh.rank)
-        os.kill(model._ranks.pids[victim], signal.SIGKILL)
-        assert faults.gone(model._ranks.pids)
+        os.kill(model.pids[victim], signal.SIGKILL)
+        assert faults.gone(model.pids)
     else:
-        model._ranks.run(arm, model._model, victim, moment, fault)
+        model._run(arm, victim, moment, fault)
     model.generate(PROMPT, max_new_tokens=4)
 
 
@@ -80,7 +80,7 @@ def check_kill(model, victim, moment):
     with pytest.raises(RankError, match=rf"rank {victim} was killed by SIGKILL \(signal 9\)") as caught:
         hurt(model, victim, moment, faults.kill)
     assert (caught.value.rank, caught.value.signal) == (victim, 9)
-    assert faults.gone(model._ranks.pids)
+    assert faults.gone(model.pids)
     assert model.generate(PROMPT, max_new_tokens=4).token_ids == answer
 
 
@@ -91,7 +91,7 @@ def test_a_rank_that_dies_at_any_moment_is_named(ring, moment):
 
 def test_nothing_listens_outside_loopback(ring):
     ring.generate(PROMPT, max_new_tokens=2)
-    assert {ip for ip, _ in faults.listeners([os.getpid(), *ring._ranks.pids])} <= {"127.0.0.1", "::1"}
+    assert {ip for ip, _ in faults.listeners([os.getpid(), *ring.pids])} <= {"127.0.0.1", "::1"}
 
 
 @pytest.mark.parametrize(("moment", "fault"), [("load", faults.spin), ("decode", faults.stop)])
@@ -102,7 +102,7 @@ def test_a_rank_that_hangs_is_named_with_the_collective(checkpoint, moment, faul
         assert caught.value.rank == 1
         assert caught.value.collective
         assert caught.value.sequence_number > 0
-        assert faults.gone(model._ranks.pids)
+        assert faults.gone(model.pids)
 
 
 @pytest.mark.soak

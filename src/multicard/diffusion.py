@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import sys
 import types
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
@@ -17,10 +18,11 @@ from multicard.integrations.diffusers.folder import PipelineFolder
 from multicard.integrations.diffusers.output import join, pack, unpack
 from multicard.integrations.diffusers.replicas import Batch
 from multicard.integrations.diffusers.request import check_request
-from multicard.launch import Ranks
 from multicard.mesh import ParallelMesh
-from multicard.progress import steps_bar, steps_shown
+from multicard.progress import loading_bar, steps_bar, steps_shown
+from multicard.ranks.settings import Options
 from multicard.replica import Replica
+from multicard.session import Session
 from multicard.values import did_you_mean, is_whole
 from multicard.weights.folder import folder_path, parse_dtype
 
@@ -35,14 +37,11 @@ class DiffusionOutput(types.SimpleNamespace):
     """A pipeline's output: its fields (``images``, ``frames``, ...) as attributes, on the CPU."""
 
 
-class DiffusionPipeline:
+class DiffusionPipeline(Session):
     """Any diffusers pipeline folder on several ranks; a context manager.
 
-    Ranks are started, each loads the pipeline and splits it with :func:`multicard.parallelize`, and they wait for
-    requests until :meth:`close`. Text encoders and autoencoders are whole on every rank. A request that is refused
-    leaves the ranks as they are. Should one die, the request under way or else the next one raises
-    :class:`~multicard.errors.RankError`, and the one after that starts them again. Inside a job (torchrun, ``multicard
-    run``) the job's own ranks are used, and every rank makes every call.
+    Each rank loads the pipeline and splits it with :func:`multicard.parallelize`. Text encoders and autoencoders are
+    whole on every rank. Requests, failures, restarts and jobs: see :class:`~multicard.session.Session`.
 
     Args:
         path: a folder with model_index.json and safetensors weights.
@@ -54,8 +53,7 @@ class DiffusionPipeline:
         variant: the part of weight files' names that tells several sets apart, "fp16" say.
         trust_remote_code: whether Python files in the folder may run; as in diffusers.
         progress: show each request's steps on standard error; None: on a terminal.
-        options: those of :class:`multicard.Ranks`: timeout, start_timeout, threads_per_rank, backend, device, check,
-            compare_inputs.
+        options: how ranks are started, as :func:`multicard.launch`'s.
 
     Raises:
         ConfigError, UnsupportedError, CheckpointError: before a rank starts where the folder and the degrees tell.
@@ -74,21 +72,18 @@ class DiffusionPipeline:
         variant: str | None = None,
         trust_remote_code: bool = False,
         progress: bool | None = None,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
-        self.degrees = ParallelConfig(cfg=cfg, ring=ring, ulysses=ulysses, tp=tp, dp=dp)
+        degrees = ParallelConfig(cfg=cfg, ring=ring, ulysses=ulysses, tp=tp, dp=dp)
         self.path = folder_path(path)
         self._progress = sys.stderr.isatty() if progress is None else progress
         folder = PipelineFolder(self.path, parse_dtype(dtype), variant, trust_remote_code)
-        folder.check(self.degrees)
-        self._closed = False
-        self._ranks = Ranks(self.degrees, **options)
-        try:
-            self._pipe = self._ranks.keep(_load, folder)
-            self._parameters: list[str] = self._ranks.run(_parameters, self._pipe)[0]
-        except BaseException:
-            self.close()
-            raise
+        folder.check(degrees)
+        bar = functools.partial(loading_bar, False, "")  # diffusers shows its own, on rank 0
+        super().__init__(degrees, options, _load, folder, bar=bar)
+
+    def _after_loading(self) -> None:
+        self._parameters: list[str] = self._run(_parameters)[0]
 
     def __call__(self, *args: Any, seed: int = 0, **kwargs: Any) -> DiffusionOutput:
         """Run the pipeline: its own arguments, but ``seed`` instead of a generator.
@@ -107,41 +102,19 @@ class DiffusionPipeline:
             UnsupportedError: with dp, a list of prompts for a pipeline whose noise can't be shared out.
             the pipeline's own exception for values that it refuses, or a callback's; the ranks live on.
         """
-        ranks = self._alive()
+        ranks = self._living()
         arguments = self._named(args, kwargs)
         check_request(arguments)
         if not is_whole(seed, 0, (1 << 63) - 1):
             raise ConfigError(f"seed={seed!r}: a whole number from 0 to 2^63-1, the same on every rank")
         with steps_bar(self._progress and bool(ranks.pids)) as bar:
-            outputs = ranks.run(_generate, self._pipe, arguments, seed, bar or self._progress)
+            outputs = ranks.run(_generate, self._loaded, arguments, seed, bar or self._progress)
         return DiffusionOutput(**join([unpack(output) for output in outputs if output is not None]))
 
     @property
     def parameters(self) -> tuple[str, ...]:
         """Names of the arguments that a request may have, in the pipeline's order, beside ``seed``."""
         return tuple(name for name in self._parameters if name not in OURS)
-
-    def restart(self) -> None:
-        """End the ranks, start new ones, and load again."""
-        self._ranks.restart()
-
-    def close(self) -> None:
-        """End the ranks."""
-        self._closed = True
-        self._ranks.close()
-
-    def __enter__(self) -> DiffusionPipeline:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _alive(self) -> Ranks:
-        if self._closed:
-            raise ConfigError("this DiffusionPipeline is closed: make another")
-        if not self._ranks.alive and self._ranks.told:  # where nobody knows of it yet, the request raises
-            self.restart()
-        return self._ranks
 
     def _named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         names = self.parameters

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 from multicard.config import ParallelConfig
 from multicard.errors import UnsupportedError
@@ -20,7 +19,7 @@ from multicard.ranks.children import Children
 from multicard.ranks.crew import Crew
 from multicard.ranks.kept import Kept
 from multicard.ranks.patience import GRACE
-from multicard.ranks.settings import Settings
+from multicard.ranks.settings import Options, Settings
 
 
 def launch(
@@ -28,19 +27,15 @@ def launch(
     config: ParallelConfig,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
-    *,
-    timeout: float = 60.0,
-    start_timeout: float = 300.0,
-    threads_per_rank: int | None = None,
-    backend: str = "auto",
-    device: str = "auto",
-    check: bool = False,
-    compare_inputs: bool = True,
-    log_dir: str | os.PathLike[str] | None = None,
+    **options: Unpack[Options],
 ) -> list[Any]:
     """Run ``fn(mesh, *args, **kwargs)`` on every rank of ``config`` and return the values by rank.
 
-    Tensors come back on the CPU. Inside a job nothing is started: see :class:`Ranks`, whose options these are.
+    Tensors come back on the CPU. Inside a job nothing is started: see :class:`Ranks`.
+
+    Args:
+        options: how ranks are started: timeout, start_timeout, threads_per_rank, backend, device, check,
+            compare_inputs, log_dir, console, env. See :class:`multicard.ranks.settings.Settings`.
 
     Raises:
         the first failing rank's own exception, with a note that names the rank, from :class:`RankError`.
@@ -48,17 +43,7 @@ def launch(
         CollectiveTimeout: a rank did not arrive at a collective within ``timeout``.
         MismatchError: with ``check``, ranks disagreed about a collective.
     """
-    with Ranks(
-        config,
-        timeout=timeout,
-        start_timeout=start_timeout,
-        threads_per_rank=threads_per_rank,
-        backend=backend,
-        device=device,
-        check=check,
-        compare_inputs=compare_inputs,
-        log_dir=log_dir,
-    ) as ranks:
+    with Ranks(config, **options) as ranks:
         return ranks.run(fn, *args, **(kwargs or {}))
 
 
@@ -73,50 +58,15 @@ class Ranks:
 
     Args:
         config: the mesh; its ``world_size`` is the number of processes.
-        timeout: seconds that one collective may wait; never bounds ``fn`` itself.
-        start_timeout: seconds for all ranks to start and to meet at the first barrier.
-        threads_per_rank: threads that each computes with; None: OMP_NUM_THREADS, or else this process's cores ÷ ranks.
-        backend: "auto", "shm", "gloo", or what ``torch.distributed`` knows.
-        device: "auto", "cpu", "cuda", "npu", "xpu".
-        check: compare every collective's arguments between ranks before it runs. MULTICARD_CHECK=1 means the same.
-        compare_inputs: ranks that work on one request compare what each was given before they use it.
-            MULTICARD_COMPARE_INPUTS=0 leaves it out too.
-        log_dir: a folder that gets one file for each rank with all that it prints.
-        console: whose output this process prints, with the rank's number before each line: "rank0", "all", "none".
-        env: environment variables of the ranks beside this process's own.
+        options: as :func:`launch`'s.
 
     Raises:
+        ConfigError: an option that doesn't exist, or a value outside its limits.
         CollectiveTimeout: not all ranks had started within ``start_timeout``.
     """
 
-    def __init__(
-        self,
-        config: ParallelConfig,
-        *,
-        timeout: float = 60.0,
-        start_timeout: float = 300.0,
-        threads_per_rank: int | None = None,
-        backend: str = "auto",
-        device: str = "auto",
-        check: bool = False,
-        compare_inputs: bool = True,
-        log_dir: str | os.PathLike[str] | None = None,
-        console: str = "rank0",
-        env: Mapping[str, str] | None = None,
-    ) -> None:
-        self._settings = Settings(
-            config=config,
-            timeout=timeout,
-            start_timeout=start_timeout,
-            threads_per_rank=threads_per_rank,
-            backend=backend,
-            device=device,
-            check=check,
-            compare_inputs=compare_inputs,
-            log_dir=os.fspath(log_dir) if log_dir is not None else None,
-            console=console,
-            env=dict(env or {}),
-        )
+    def __init__(self, config: ParallelConfig, **options: Unpack[Options]) -> None:
+        self._settings = Settings.of(config, options)
         self._keys = itertools.count(1)
         self._kept: weakref.WeakKeyDictionary[Kept, tuple[Any, ...]] = weakref.WeakKeyDictionary()
         self._crew = self._start()
@@ -144,13 +94,24 @@ class Ranks:
         """``fn(mesh, *args, **kwargs)`` on every rank: values by rank. Raises as :func:`launch` does."""
         return self._crew.run(fn, args, kwargs)
 
-    def keep(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Kept:
+    def keep(
+        self,
+        fn: Callable[..., Any],
+        *args: Any,
+        progress: Callable[[float], None] | None = None,
+        **kwargs: Any,
+    ) -> Kept:
         """``fn(mesh, *args, **kwargs)`` on every rank, where its value stays until the Kept is dropped.
 
         Pass the Kept as an argument of ``run``, ``keep`` or ``stream``. :meth:`restart` makes the value again.
+
+        Args:
+            fn: may be a generator function, which yields the share done, from 0 to 1, as often on every rank, and whose
+                value is what it returns.
+            progress: called with each share that rank 0 yields.
         """
         kept = Kept(next(self._keys))
-        self._crew.keep(kept.key, fn, args, kwargs)
+        self._make(kept, fn, args, kwargs, progress)
         self._kept[kept] = (fn, args, kwargs)
         weakref.finalize(kept, _drop, weakref.ref(self), kept.key)
         return kept
@@ -163,8 +124,8 @@ class Ranks:
         """
         return self._crew.stream(fn, args, kwargs)
 
-    def restart(self) -> None:
-        """End the ranks, start new ones, and make again what they kept.
+    def restart(self, progress: Callable[[float], None] | None = None) -> None:
+        """End the ranks, start new ones, and make again what they kept; ``progress`` as for :meth:`keep`.
 
         Raises:
             UnsupportedError: inside a job, whose ranks are its launcher's.
@@ -175,7 +136,7 @@ class Ranks:
         self._settings = dataclasses.replace(self._settings, log_mode="a")
         self._crew = self._start()
         for kept, (fn, args, kwargs) in sorted(self._kept.items(), key=lambda item: item[0].key):
-            self._crew.keep(kept.key, fn, args, kwargs)
+            self._make(kept, fn, args, kwargs, progress)
 
     def close(self) -> None:
         """End the ranks. Further calls raise. A job's ranks end with the job."""
@@ -187,6 +148,11 @@ class Ranks:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _make(self, kept: Kept, fn: Any, args: Any, kwargs: Any, progress: Callable[[float], None] | None) -> None:
+        for share in self._crew.keep(kept.key, fn, args, kwargs):
+            if progress is not None:
+                progress(share)
 
     def _start(self) -> Crew:
         crew: Crew

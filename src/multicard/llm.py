@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import importlib.util
 import os
 import pathlib
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import Any, Unpack
 
 import torch
 
 from multicard.config import ParallelConfig
 from multicard.errors import ConfigError, MulticardError, UnsupportedError
-from multicard.launch import Ranks
 from multicard.mesh import ParallelMesh
 from multicard.models import generate as decoding
-from multicard.models.decoder import ParallelTransformer
 from multicard.models.generate import Request
 from multicard.models.load import check_folder, load_decoder
 from multicard.models.sampling import Sampling
 from multicard.models.tokenizer import Tokenizer
+from multicard.progress import loading_bar
+from multicard.ranks.settings import Options
 from multicard.replica import Replica
+from multicard.session import Session
 from multicard.weights import LoadReport
 from multicard.weights.folder import folder_path, parse_dtype
 
@@ -49,15 +49,13 @@ class Generation:
     timings: dict[str, float]
 
 
-class LLM:
+class LLM(Session):
     """A checkpoint's decoder on several ranks; a context manager.
 
     Llama, Mistral, Qwen2 and Qwen3 run on our own decoder, others by ``transformers``; ``engine`` says which.
 
-    Ranks are started, each reads its own part of the checkpoint, and they wait for requests until :meth:`close`. A
-    request that is refused leaves them as they are. Should a rank die, the request under way or else the next one
-    raises :class:`~multicard.errors.RankError`, and the one after that starts them again. Inside a job (torchrun,
-    ``multicard run``) the job's own ranks are used, and every rank makes every call.
+    Each rank reads its own part of the checkpoint. Requests, failures, restarts and jobs: see
+    :class:`~multicard.session.Session`.
 
     Args:
         path: a Hugging Face checkpoint folder with safetensors.
@@ -67,8 +65,7 @@ class LLM:
         dtype: "auto" (the checkpoint's), "float32", "bfloat16", "float16".
         verify: compare the files with SHA256SUMS in their folder first.
         progress: show a bar on standard error while loading; None: on a terminal.
-        options: those of :class:`multicard.Ranks`: timeout, start_timeout, threads_per_rank, backend, device, check,
-            compare_inputs.
+        options: how ranks are started, as :func:`multicard.launch`'s.
 
     Raises:
         ConfigError, UnsupportedError, CheckpointError: before a rank starts where the folder and the degrees tell;
@@ -86,22 +83,18 @@ class LLM:
         dtype: str | torch.dtype = "auto",
         verify: bool = False,
         progress: bool | None = None,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
-        self.degrees = ParallelConfig(tp=tp, ring=ring, ulysses=ulysses, dp=dp)
+        degrees = ParallelConfig(tp=tp, ring=ring, ulysses=ulysses, dp=dp)
         self.path = folder_path(path)
         loading = (str(self.path), parse_dtype(dtype), verify)
-        self._progress = progress
-        self.config, self.engine = _check_folder(self.path, self.degrees)
-        self._loading = (self.engine, *loading)
+        self.config, self.engine = _check_folder(self.path, degrees)
         self.tokenizer = Tokenizer.from_folder(self.path)
-        self._closed = False
-        self._ranks = Ranks(self.degrees, **options)
-        try:
-            self._load()
-        except BaseException:
-            self.close()
-            raise
+        bar = functools.partial(loading_bar, progress, f"loading {self.path.name} on {degrees}")
+        super().__init__(degrees, options, _load, self.engine, *loading, bar=bar)
+
+    def _after_loading(self) -> None:
+        self.load_reports = [LoadReport(**report) for report in self._run(_report)]
 
     def generate(
         self,
@@ -138,7 +131,7 @@ class LLM:
         each: Sequence[Any] = prompts if many else [prompts]
         ids = [self._encode(prompt, raw) for prompt in each]
         request = self._request(ids, max_new_tokens, Sampling(temperature, top_k, top_p, seed), ignore_eos)
-        tokens, timings = self._alive().run(_generate, self._model, request)[0]
+        tokens, timings = self._run(_generate, request)[0]
         found = [
             Generation(self.tokenizer.decode(new) if self.tokenizer else None, new, len(prompt), timings)
             for prompt, new in zip(ids, tokens, strict=True)
@@ -166,7 +159,7 @@ class LLM:
             raise ConfigError(f"{self.path} has no tokenizer.json to stream text with: use generate")
         ids = self._encode(_plain(prompt), raw)
         request = self._request([ids], max_new_tokens, Sampling(temperature, top_k, top_p, seed), ignore_eos)
-        return self.tokenizer.pieces(self._alive().stream(_stream, self._model, request))
+        return self.tokenizer.pieces(self._stream(_stream, request))
 
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Logits after every token: ``(sequence, vocabulary)`` float32 on the CPU."""
@@ -174,27 +167,7 @@ class LLM:
         if not _is_ids(ids):
             raise ConfigError(f"token_ids={token_ids!r}: logits takes a list of token ids")
         self._request([ids], 1, Sampling(), True)
-        return self._alive().run(_logits, self._model, ids)[0]
-
-    def restart(self) -> None:
-        """End the ranks, start new ones, and load again."""
-        self._ranks.restart()
-        try:
-            self._load()
-        except BaseException:
-            self._ranks.close()
-            raise
-
-    def close(self) -> None:
-        """End the ranks."""
-        self._closed = True
-        self._ranks.close()
-
-    def __enter__(self) -> LLM:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        return self._run(_logits, ids)[0]
 
     def _encode(self, prompt: Any, raw: bool) -> list[int]:
         if _is_ids(prompt):
@@ -210,30 +183,14 @@ class LLM:
         request.check(self.config)
         return request
 
-    def _alive(self) -> Ranks:
-        if self._closed:
-            raise ConfigError("this LLM is closed: make another")
-        if not self._ranks.alive and self._ranks.told:  # where nobody knows of it yet, the request raises
-            self.restart()
-        return self._ranks
 
-    def _load(self) -> None:
-        self._model = self._ranks.keep(_Slot)
-        steps = self._ranks.stream(_load, self._model, *self._loading)
-        with _bar(self._progress, f"loading {self.path.name} on {self.degrees}") as show:
-            for share in steps:
-                show(share)
-        self.load_reports = [LoadReport(**report) for report in self._ranks.run(_report, self._model)]
+@dataclasses.dataclass
+class _Loaded:
+    """What a rank keeps. All ranks are given the same requests, those of dp too."""
 
-
-class _Slot:
-    """Where a rank keeps its model. All ranks are given the same requests, those of dp too."""
-
-    model: ParallelTransformer
+    model: Any
     report: LoadReport
-
-    def __init__(self, mesh: ParallelMesh) -> None:
-        self.replicas = Replica(mesh, whole_mesh=True)
+    replicas: Replica
 
 
 def _check_folder(path: pathlib.Path, degrees: ParallelConfig) -> tuple[Any, str]:
@@ -267,9 +224,10 @@ def _check_with_transformers(path: pathlib.Path, degrees: ParallelConfig) -> Any
 
 
 def _load(
-    mesh: ParallelMesh, slot: _Slot, engine: str, path: str, dtype: torch.dtype | None, verify: bool
-) -> Iterator[float]:
-    slot.replicas.compare("loading an LLM", {"engine": engine, "dtype": dtype, "verify": verify})
+    mesh: ParallelMesh, engine: str, path: str, dtype: torch.dtype | None, verify: bool
+) -> Generator[float, None, _Loaded]:
+    replicas = Replica(mesh, whole_mesh=True)
+    replicas.compare("loading an LLM", {"engine": engine, "dtype": dtype, "verify": verify})
     load: Any = load_decoder
     if engine == "transformers":
         from multicard.integrations.transformers.llm import load_decoder as load
@@ -277,28 +235,29 @@ def _load(
         if isinstance(step, float):
             yield step
         else:
-            slot.model, slot.report = step
+            model, report = step
+    return _Loaded(model, report, replicas)
 
 
-def _report(mesh: ParallelMesh, slot: _Slot) -> dict[str, Any]:
-    return dataclasses.asdict(slot.report)
+def _report(mesh: ParallelMesh, loaded: _Loaded) -> dict[str, Any]:
+    return dataclasses.asdict(loaded.report)
 
 
-def _generate(mesh: ParallelMesh, slot: _Slot, request: Request) -> tuple[list[list[int]], dict[str, float]]:
-    slot.replicas.compare("LLM.generate", vars(request))
-    return decoding.answer(slot.model, mesh, request)
+def _generate(mesh: ParallelMesh, loaded: _Loaded, request: Request) -> tuple[list[list[int]], dict[str, float]]:
+    loaded.replicas.compare("LLM.generate", vars(request))
+    return decoding.answer(loaded.model, mesh, request)
 
 
-def _stream(mesh: ParallelMesh, slot: _Slot, request: Request) -> Iterator[int]:
+def _stream(mesh: ParallelMesh, loaded: _Loaded, request: Request) -> Iterator[int]:
     # Every data-parallel replica computes it: the others have nothing else to do.
-    slot.replicas.compare("LLM.stream", vars(request))
-    for step in decoding.generate(slot.model, request):
+    loaded.replicas.compare("LLM.stream", vars(request))
+    for step in decoding.generate(loaded.model, request):
         yield step[0]  # type: ignore[misc]
 
 
-def _logits(mesh: ParallelMesh, slot: _Slot, token_ids: list[int]) -> torch.Tensor:
-    slot.replicas.compare("LLM.logits", {"token_ids": token_ids})
-    return decoding.logits(slot.model, token_ids)
+def _logits(mesh: ParallelMesh, loaded: _Loaded, token_ids: list[int]) -> torch.Tensor:
+    loaded.replicas.compare("LLM.logits", {"token_ids": token_ids})
+    return decoding.logits(loaded.model, token_ids)
 
 
 def _plain(prompts: Any) -> Any:
@@ -319,17 +278,3 @@ def _is_chat(prompt: Any) -> bool:
 def _is_list(prompts: Any) -> bool:
     """Whether these are several prompts, and not one of text, token ids or messages."""
     return isinstance(prompts, list) and not _is_ids(prompts) and not _is_chat(prompts)
-
-
-@contextlib.contextmanager
-def _bar(wanted: bool | None, label: str) -> Iterator[Callable[[float], None]]:
-    """A progress bar on standard error, moved by calling what this gives; nothing where that isn't a terminal."""
-    if not (sys.stderr.isatty() if wanted is None else wanted):
-        yield lambda share: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(label, total=1.0)
-        yield lambda share: progress.update(task, completed=share)

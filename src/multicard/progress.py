@@ -1,4 +1,4 @@
-"""A pipeline's steps, shown by rank 0 and copied to the caller's standard error."""
+"""Progress bars on standard error: of loading, and of a pipeline's steps, which rank 0 shows and the caller copies."""
 
 from __future__ import annotations
 
@@ -9,10 +9,25 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from multicard.mesh import ParallelMesh
+
+
+@contextlib.contextmanager
+def loading_bar(wanted: bool | None, label: str) -> Iterator[Callable[[float], None]]:
+    """Gives a function that shows the share done, from 0 to 1; nothing is shown where that isn't ``wanted`` (None: on a
+    terminal)."""
+    if not (sys.stderr.isatty() if wanted is None else wanted):
+        yield lambda share: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(label, total=1.0)
+        yield lambda share: progress.update(task, completed=share)
 
 
 @contextlib.contextmanager

@@ -62,7 +62,7 @@ def run(
         address, port = master_addr or address, port if master_port is None else master_port
         hosts = Hosts(nnodes, node_rank, _resolve(address), port, interface)
     settings = Settings(
-        config=ParallelConfig(tp=tp, ulysses=ulysses, ring=ring, cfg=cfg, dp=dp),
+        ParallelConfig(tp=tp, ulysses=ulysses, ring=ring, cfg=cfg, dp=dp),
         timeout=timeout,
         backend=backend,
         device=device,

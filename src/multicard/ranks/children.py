@@ -47,6 +47,9 @@ class Children:
         self._store, port = None, hosts.port
         if hosts.index == 0:
             self._store, port = host_store(settings.start_timeout, hosts.address, hosts.port)
+        self._neighbours = (
+            Neighbours(hosts, port, settings.start_timeout, settings.timeout) if hosts.count > 1 else None
+        )
         self._supervisor = Supervisor(
             {rank: environment.of_rank(settings, rank, port) for rank in settings.ranks},
             Logs(settings.ranks, settings.log_dir, settings.console, settings.log_mode),
@@ -54,9 +57,6 @@ class Children:
             settings.start_timeout,
         )
         self._record = Record(self._supervisor)
-        self._neighbours = (
-            Neighbours(hosts, port, settings.start_timeout, settings.timeout) if hosts.count > 1 else None
-        )
 
     @property
     def pids(self) -> list[int]:
@@ -83,8 +83,10 @@ class Children:
     def run(self, fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         return [message.load() for message in self.call("run", (fn, args, kwargs), _name(fn))]
 
-    def keep(self, key: int, fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        self.call("keep", (key, fn, args, kwargs), _name(fn))
+    def keep(self, key: int, fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[float]:
+        call = self.begin("keep", (key, fn, args, kwargs), _name(fn))
+        if self.finish(call)[0].load():
+            yield from self._items(call, _name(fn))
 
     def drop(self, key: int) -> None:
         """Done with the next command, so that finalizers can call it."""
@@ -94,10 +96,14 @@ class Children:
         """Ranks work one item ahead of what has been yielded."""
         call = self.begin("open", (fn, args, kwargs), _name(fn))
         self.finish(call)
+        yield from self._items(call, _name(fn))
+
+    def _items(self, call: int, label: str) -> Iterator[Any]:
+        """What the generator of a call that has been opened yields on rank 0."""
         try:
-            self.step("next", call, _name(fn))
+            self.step("next", call, label)
             while (answer := self.finish(call)[0]).kind != "end":
-                self.step("next", call, _name(fn))
+                self.step("next", call, label)
                 yield answer.load()
         finally:
             self._later.append(("close", call))

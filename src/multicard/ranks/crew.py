@@ -27,8 +27,11 @@ class Crew(Protocol):
     def run(self, fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """``fn(mesh, ...)`` on every rank: values by rank."""
 
-    def keep(self, key: int, fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """The same, where the value stays on its rank until it is dropped."""
+    def keep(self, key: int, fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[float]:
+        """The same, where the value stays on its rank until it is dropped. To be exhausted.
+
+        Yields what rank 0's ``fn`` yields if it is a generator function, whose value is what it returns at last.
+        """
 
     def drop(self, key: int) -> None:
         """Forget what is kept as ``key``."""

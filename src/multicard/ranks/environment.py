@@ -17,7 +17,7 @@ CHANGING = ("PYTEST_CURRENT_TEST",)
 
 def of_rank(wanted: Settings, rank: int, port: int) -> dict[str, str]:
     """A rank's environment: this process's, and its own place in the job."""
-    return {**shared(wanted), **_place(wanted, rank, port), **wanted.env}
+    return {**shared(wanted), **_place(wanted, rank, port), **(wanted.env or {})}
 
 
 def shared(wanted: Settings) -> dict[str, str]:
@@ -32,7 +32,7 @@ def shared(wanted: Settings) -> dict[str, str]:
         "MULTICARD_PYTHONPATH": os.environ.get("PYTHONPATH", ""),  # what ranks hand on to their own children
     }
     place = _place(wanted, 0, 0)
-    everything = {**defaults, **os.environ, **own, **wanted.env}
+    everything = {**defaults, **os.environ, **own, **(wanted.env or {})}
     return {name: value for name, value in everything.items() if name not in place}
 
 

@@ -49,6 +49,8 @@ class Neighbours:
     """
 
     def __init__(self, hosts: Hosts, port: int, start_timeout: float, timeout: float) -> None:
+        import torch.distributed  # noqa: F401  before ranks start: they are quick, and the watch has to be as early
+
         self._hosts, self._port = hosts, port
         self._start_timeout = self._limit = start_timeout
         self._timeout = timeout

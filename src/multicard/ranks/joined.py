@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -42,8 +43,12 @@ class Joined:
         """``fn(mesh, ...)`` here, and then two all-gathers over the world for everybody's value."""
         return gather_values(self._call(fn, args, kwargs), self._mesh)
 
-    def keep(self, key: int, fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        self._shelf[key] = self._call(fn, args, kwargs)
+    def keep(self, key: int, fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[float]:
+        value: Any = self._call(fn, args, kwargs)
+        if isinstance(value, types.GeneratorType):
+            yield from self._shelf.fill(key, value)
+        else:
+            self._shelf[key] = value
 
     def drop(self, key: int) -> None:
         self._shelf.pop(key, None)

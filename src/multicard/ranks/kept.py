@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 
@@ -16,6 +16,10 @@ class Kept:
 
 class Shelf(dict[int, Any]):
     """What one rank keeps, by key."""
+
+    def fill(self, key: int, generator: Generator[Any, None, Any]) -> Iterator[Any]:
+        """Pass on what ``generator`` yields, and keep what it returns."""
+        self[key] = yield from generator
 
     def resolve(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         """Arguments with every Kept replaced by what it stands for here."""

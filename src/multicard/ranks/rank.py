@@ -15,6 +15,7 @@ import runpy
 import signal
 import sys
 import threading
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -110,9 +111,15 @@ class Rank:
     def _run(self, message: wire.Message) -> Any:
         return self._call(*message.load())
 
-    def _keep(self, message: wire.Message) -> None:
+    def _keep(self, message: wire.Message) -> bool:
+        """Whether the value comes from a generator, which is then this call's stream."""
         key, *call = message.load()
-        self._shelf[key] = self._call(*call)
+        value: Any = self._call(*call)
+        if isinstance(value, types.GeneratorType):
+            self._streams[message.call] = self._shelf.fill(key, value)
+            return True
+        self._shelf[key] = value
+        return False
 
     def _call(self, fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         args, kwargs = self._shelf.resolve(args, kwargs)

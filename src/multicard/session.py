@@ -1,0 +1,86 @@
+"""Ranks that have loaded something and answer requests with it: what ``LLM`` and ``DiffusionPipeline`` share."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, Self
+
+from multicard.config import ParallelConfig
+from multicard.errors import ConfigError
+from multicard.launch import Ranks
+from multicard.ranks.settings import Options
+
+Bar = Callable[[], contextlib.AbstractContextManager[Callable[[float], None]]]
+"""A progress bar: entered while something is loaded, it gives a function that shows the share done, from 0 to 1."""
+
+
+class Session:
+    """Ranks are started and each loads its part; they wait for requests until :meth:`close`. A context manager.
+
+    A request that is refused leaves the ranks as they are. Should one die, the request under way or else the next one
+    raises :class:`~multicard.errors.RankError`, and the one after that starts them again. Inside a job (torchrun,
+    ``multicard run``) the job's own ranks are used, and every rank makes every call.
+
+    Args:
+        degrees: the mesh.
+        options: how ranks are started.
+        load: ``load(mesh, *args)`` runs on every rank, and what it returns stays there. A generator function yields
+            the share done before it returns.
+        bar: shown while it loads.
+    """
+
+    def __init__(
+        self, degrees: ParallelConfig, options: Options, load: Callable[..., Any], *args: Any, bar: Bar
+    ) -> None:
+        self.degrees = degrees
+        self._bar, self._closed = bar, False
+        self._ranks = Ranks(degrees, **options)
+        try:
+            with bar() as show:
+                self._loaded = self._ranks.keep(load, *args, progress=show)
+            self._after_loading()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids by rank; none inside a job."""
+        return self._ranks.pids
+
+    def restart(self) -> None:
+        """End the ranks, start new ones, and load again."""
+        with self._bar() as show:
+            self._ranks.restart(progress=show)
+        self._after_loading()
+
+    def close(self) -> None:
+        """End the ranks."""
+        self._closed = True
+        self._ranks.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _after_loading(self) -> None:
+        """What a subclass asks of its ranks once they have loaded."""
+
+    def _run(self, fn: Callable[..., Any], *args: Any) -> list[Any]:
+        """``fn(mesh, what was loaded, *args)`` on every rank: values by rank."""
+        return self._living().run(fn, self._loaded, *args)
+
+    def _stream(self, fn: Callable[..., Any], *args: Any) -> Iterator[Any]:
+        """What rank 0's generator ``fn(mesh, what was loaded, *args)`` yields."""
+        return self._living().stream(fn, self._loaded, *args)
+
+    def _living(self) -> Ranks:
+        """The ranks, restarted if they have ended and a request has raised because of it."""
+        if self._closed:
+            raise ConfigError(f"this {type(self).__name__} is closed: make another")
+        if not self._ranks.alive and self._ranks.told:
+            self.restart()
+        return self._ranks
