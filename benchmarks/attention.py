@@ -14,15 +14,14 @@ import argparse
 import contextlib
 import functools
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
 import multicard as mc
-from common import alternate, report
+from common import alternate, report, without_exchanges
 from multicard import attention, collectives
 
 HEADS, HEAD_DIM = 8, 64
@@ -41,28 +40,6 @@ def sdpa(mesh: mc.ParallelMesh, q: torch.Tensor, k: torch.Tensor, v: torch.Tenso
 
 
 # --- the bound: attend with every exchange taken out ------------------------------------------------------------------
-
-
-class NoShift:
-    """A ring in which every rank keeps its own block."""
-
-    def __init__(self, axis: mc.Axis) -> None:
-        self.tensors: list[torch.Tensor] = []
-
-    def start(self, tensors: list[torch.Tensor], shapes: Any = None) -> None:
-        self.tensors = list(tensors)
-
-    def wait(self) -> list[torch.Tensor]:
-        return self.tensors
-
-
-@contextlib.contextmanager
-def without_exchanges() -> Iterator[None]:
-    def all_to_all(x: torch.Tensor, *sizes: Any) -> torch.Tensor:
-        return x
-
-    with mock.patch.multiple(collectives, all_to_all=all_to_all, RingShift=NoShift):
-        yield
 
 
 def bound(mesh: mc.ParallelMesh, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:

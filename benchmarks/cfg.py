@@ -14,15 +14,14 @@ import argparse
 import contextlib
 import functools
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import diffusers
 import torch
 
 import multicard as mc
-from common import alternate, report
+from common import alternate, report, without_exchanges
 from multicard import collectives
 
 DIGITS = pathlib.Path(__file__).parents[1] / "examples" / "digits" / "pipeline"
@@ -64,38 +63,6 @@ def flux(tokens: int) -> tuple[torch.nn.Module, dict[str, Any]]:
         "img_ids": torch.stack([torch.zeros(tokens), torch.arange(tokens) // 32, torch.arange(tokens) % 32], 1),
         "txt_ids": torch.zeros(128, 3),
     }
-
-
-# --- the bound: every exchange taken out ------------------------------------------------------------------------------
-
-
-def own_repeated(x: torch.Tensor, axis: mc.Axis, dim: int = 0, sizes: Sequence[int] | None = None) -> torch.Tensor:
-    """What an all-gather returns, made of this rank's part alone."""
-    parts = [x.narrow(dim, 0, min(size, x.shape[dim])) for size in sizes or [x.shape[dim]] * axis.size]
-    short = sum(sizes) - sum(part.shape[dim] for part in parts) if sizes else 0
-    return torch.cat([*parts, x.narrow(dim, 0, short)], dim)
-
-
-class NoShift:
-    """A ring in which every rank keeps its own block."""
-
-    def __init__(self, axis: mc.Axis) -> None:
-        self.tensors: list[torch.Tensor] = []
-
-    def start(self, tensors: list[torch.Tensor], shapes: Any = None) -> None:
-        self.tensors = list(tensors)
-
-    def wait(self) -> list[torch.Tensor]:
-        return self.tensors
-
-
-@contextlib.contextmanager
-def without_exchanges() -> Iterator[None]:
-    def same(x: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
-        return x
-
-    with mock.patch.multiple(collectives, all_to_all=same, all_reduce=same, all_gather=own_repeated, RingShift=NoShift):
-        yield
 
 
 # --- on a rank --------------------------------------------------------------------------------------------------------

@@ -1,16 +1,21 @@
-"""What the benchmarks share: alternating contestants, naming the machine, printing."""
+"""What the benchmarks share: alternating contestants, the bound without exchanges, naming the machine, printing."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
+
+import multicard as mc
+from multicard import collectives
 
 
 def machine() -> dict[str, Any]:
@@ -34,7 +39,8 @@ def alternate(
 ) -> dict[str, float]:
     """Median seconds a call, or another statistic of them.
 
-    Every round runs each contestant ``calls`` times: a noisy minute hits all alike.
+    Every round runs each contestant ``calls`` times: a noisy minute hits all alike. A contestant that returns a float
+    has measured its own seconds, of one call.
     """
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for call in contestants.values():
@@ -43,9 +49,41 @@ def alternate(
         for name, call in contestants.items():
             start = time.perf_counter()
             for _ in range(calls):
-                call()
-            times[name].append((time.perf_counter() - start) / calls)
+                own = call()
+            wall = (time.perf_counter() - start) / calls
+            times[name].append(own if isinstance(own, float) else wall)
     return {name: statistic(each) for name, each in times.items()}
+
+
+class NoShift:
+    """A ring in which every rank keeps its own block."""
+
+    def __init__(self, axis: mc.Axis) -> None:
+        self.tensors: list[torch.Tensor] = []
+
+    def start(self, tensors: list[torch.Tensor], shapes: Any = None) -> None:
+        self.tensors = list(tensors)
+
+    def wait(self) -> list[torch.Tensor]:
+        return self.tensors
+
+
+def own_repeated(x: torch.Tensor, axis: mc.Axis, dim: int = 0, sizes: Sequence[int] | None = None) -> torch.Tensor:
+    """What an all-gather returns, made of this rank's part alone."""
+    parts = [x.narrow(dim, 0, min(size, x.shape[dim])) for size in sizes or [x.shape[dim]] * axis.size]
+    short = sum(sizes) - sum(part.shape[dim] for part in parts) if sizes else 0
+    return torch.cat([*parts, x.narrow(dim, 0, short)], dim)
+
+
+def same(x: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+    return x
+
+
+@contextlib.contextmanager
+def without_exchanges() -> Iterator[None]:
+    """The bound: the same work on every rank, with every exchange taken out."""
+    with mock.patch.multiple(collectives, all_to_all=same, all_reduce=same, all_gather=own_repeated, RingShift=NoShift):
+        yield
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -88,7 +88,7 @@ def main() -> None:
         for name, load, degree, backend in plan:
             running[name] = (*start(name, load, degree, backend, args.model), degree)
         contestants = {name: call for name, (ranks, call, _, _) in running.items() if ranks}
-        seconds = alternate(contestants, args.rounds)
+        seconds = common.alternate(contestants, args.rounds)
         alone = running["one process"][2]
         for name, (_, call, tokens, _) in running.items():
             rate = NEW / seconds[name] if name in seconds else None
@@ -103,15 +103,6 @@ def main() -> None:
 
     bound = f"min(degree, cores) = {[min(d, common.machine()['cores']) for d in args.degrees]}"
     common.report(rows, args.json, transformers=transformers.__version__, model=args.model, bound=bound)
-
-
-def alternate(contestants, rounds: int) -> dict[str, float]:
-    """Median of what the contestants themselves measure, one call each a round."""
-    times = {name: [] for name in contestants}
-    for _ in range(rounds):
-        for name, call in contestants.items():
-            times[name].append(call())
-    return {name: sorted(each)[len(each) // 2] for name, each in times.items()}
 
 
 if __name__ == "__main__":

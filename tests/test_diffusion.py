@@ -272,7 +272,7 @@ def test_bad_input_before_ranks_start(tmp_path, monkeypatch, fault):
     folder = tmp_path / "pipeline"
     shutil.copytree(DIGITS, folder)
     damage(folder)
-    monkeypatch.setattr("multicard.diffusion.Ranks", None)
+    monkeypatch.setattr("multicard.session.Ranks", None)
     with pytest.raises(error, match=said):
         mc.DiffusionPipeline(folder, **degrees)
 
@@ -331,7 +331,7 @@ def test_image_writes_files_and_says_so_as_json(capsys, tmp_path, expected):
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(capsys, monkeypatch, args, said):
-    monkeypatch.setattr("multicard.diffusion.Ranks", None)  # nothing is loaded
+    monkeypatch.setattr("multicard.session.Ranks", None)  # nothing is loaded
     code, printed = image(capsys, *args)
     assert code == 2
     assert printed.out == ""

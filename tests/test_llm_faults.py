@@ -43,8 +43,10 @@ def loading(model, victim, fault):
         return whole(mesh, *args)
 
     model._ranks._kept[kept] = (load, args, kwargs)
-    yield
-    model._ranks._kept[kept] = (whole, args, kwargs)
+    try:
+        yield
+    finally:
+        model._ranks._kept[kept] = (whole, args, kwargs)
 
 
 def arm(mesh, slot, victim, moment, fault):

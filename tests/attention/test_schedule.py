@@ -63,21 +63,21 @@ def test_auto_really_leaves_idle_heads_behind(run_on):
     import torch
 
     def scores_computed(mesh):
-        from multicard.attention import attend, ring
+        from multicard.attention import attend, rotation
 
         seen = []
-        compute = ring.block_attention
+        compute = rotation.block_attention
 
         def counting(q, k, v, **options):
             seen.append(q.shape[1] * q.shape[2] * k.shape[1])
             return compute(q, k, v, **options)
 
-        ring.block_attention = counting
+        rotation.block_attention = counting
         try:
             x = torch.randn(1, 4, 2, 8)
             attend(x, x, x, mesh=mesh)
         finally:
-            ring.block_attention = compute
+            rotation.block_attention = compute
         return sum(seen)
 
     assert run_on(scores_computed, ulysses=4) == [4 * 2 * 16] * 4

@@ -156,8 +156,6 @@ def _about(group: Any) -> dict[str, Any]:
 def _number(group: Any) -> int | None:
     if group is None:
         return None
-    if (shm := getattr(group, "shm", None)) is not None:
-        return shm.sync.calls if shm.sync is not None else 0
     try:
         return group._get_sequence_number_for_group() or None
     except RuntimeError:  # this backend doesn't count

@@ -155,8 +155,8 @@ def _check_owners(model: nn.Module, plan: ResolvedPlan, attentions: Mapping[str,
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """By its class: one without parameters has nothing else to tell it by."""
-    return "norm" in type(module).__name__.lower()
+    """Whether it is a norm without parameters, of which only the class's name says what it does."""
+    return "norm" in type(module).__name__.lower() and next(module.parameters(), None) is None
 
 
 def _refused(path: str, module: nn.Module, why: str) -> UnsupportedError:
