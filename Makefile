@@ -8,7 +8,7 @@ INSTALL := python -m pip install --quiet --disable-pip-version-check
 EVERYTHING := .[transformers,diffusers,dev]
 QUESTION := What is the capital of France?
 
-.PHONY: help demo test test-lowest test-latest soak check bench docs lock clean
+.PHONY: help demo test test-fast test-lowest test-latest soak check bench docs lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +29,9 @@ demo: $(READY) $(MODEL)/config.json  ## a real model answers a question, and a p
 
 test: $(READY) $(MODEL)/config.json  ## all tests but the soak
 	$(BIN)/python -m pytest -m "not soak"
+
+test-fast: $(READY)  ## a developer's loop: the tests that start no processes of their own and compile nothing
+	$(BIN)/python -m pytest -m "not soak and not slow"
 
 test-lowest: $(MODEL)/config.json  ## the tests of seams into other libraries, with the lowest versions of pyproject.toml
 	$(PYTHON) -m venv .venv-lowest

@@ -12,7 +12,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import multicard as mc
 from multicard.launch import Ranks
 
+SLOW = """
+test_check test_compile test_diffusion test_disagreements test_docs test_ends test_examples test_families test_faults
+test_generate test_guidance test_idioms test_interrupt test_launch test_llm test_llm_fallback test_llm_faults
+test_loading test_logs test_long_context test_memory test_model_seams test_models test_pipeline_seams test_run
+test_shm_ecosystem test_shm_faults test_shm_stress test_smollm2 test_start test_support
+"""
+"""Modules that start processes of their own, compile, or run whole models: `make test-fast` leaves them out."""
+
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would the ranks
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem in SLOW.split():
+            item.add_marker(pytest.mark.slow)
 
 
 def on_mesh(mesh, config, fn, args):
