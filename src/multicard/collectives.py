@@ -26,9 +26,8 @@ if TYPE_CHECKING:
 REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 HALF = (torch.float16, torch.bfloat16)
 
-# the names since torch 2.13, and before
+# the name since torch 2.13, and before
 _all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-_reduce_scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 def _shm(axis: Axis) -> Group | None:
@@ -48,15 +47,11 @@ def all_reduce(x: Tensor, axis: Axis, op: str = "sum") -> Tensor:
         x = x.contiguous()
         shm.all_reduce(x, op)
         return x
-    wide = _widen(x, axis, op).contiguous()
+    # gloo on the CPU would round half types after every addition
+    narrow = op == "sum" and x.dtype in HALF and x.device.type == "cpu" and "gloo" in dist.get_backend(axis.group)
+    wide = (x.float() if narrow else x).contiguous()
     dist.all_reduce(wide, REDUCE_OPS[op], group=axis.group)
     return wide.to(x.dtype)
-
-
-def _widen(x: Tensor, axis: Axis, op: str = "sum") -> Tensor:
-    """Half types in float32 for a backend that would round after every addition."""
-    narrow = op == "sum" and x.dtype in HALF and x.device.type == "cpu" and "gloo" in dist.get_backend(axis.group)
-    return x.float() if narrow else x
 
 
 def all_gather(x: Tensor, axis: Axis, dim: int = 0, sizes: Sequence[int] | None = None) -> Tensor:
@@ -99,36 +94,6 @@ def _gather_flat(x: Tensor, counts: list[int], axis: Axis) -> Tensor:
     if min(counts) == longest:
         return out
     return torch.cat([part[:count] for part, count in zip(out.view(axis.size, -1), counts, strict=True)])
-
-
-def reduce_scatter(x: Tensor, axis: Axis, dim: int = 0, sizes: Sequence[int] | None = None) -> Tensor:
-    """Everybody's ``x`` added up; this rank's slice of it along ``dim``. One reduce-scatter.
-
-    Args:
-        x: the same shape on all ranks.
-        sizes: the lengths of the slices by rank; None: equal ones.
-
-    Raises:
-        ConfigError: ``x`` doesn't divide and ``sizes`` weren't given, or they don't add up.
-    """
-    if axis.size == 1:
-        return x
-    sizes = tuple(sizes) if sizes is not None else (x.shape[dim] // axis.size,) * axis.size
-    if sum(sizes) != x.shape[dim] or len(sizes) != axis.size:
-        raise ConfigError(f"reduce_scatter: slices of {sizes} over {axis.size} ranks don't make {x.shape[dim]} rows")
-    shm = _shm(axis)
-    if shm is not None:
-        slices = x.split(list(sizes), dim)
-        mine = torch.empty_like(slices[axis.rank], memory_format=torch.contiguous_format)
-        shm.reduce_scatter(mine, slices)
-        return mine
-    if any(size != sizes[0] for size in sizes):
-        return all_reduce(x.clone(), axis).split(list(sizes), dim)[axis.rank]
-    wide = _widen(x.movedim(dim, 0).contiguous(), axis)
-    out = wide.new_empty(sizes[0], *wide.shape[1:])
-    if out.numel():
-        _reduce_scatter_single(out, wide, group=axis.group)
-    return out.to(x.dtype).movedim(0, dim)
 
 
 def all_to_all(
