@@ -20,7 +20,7 @@ class ParallelConfig:
     layer and so wants the shortest links; data parallel is outermost because it never talks within a request.
 
     Args:
-        dp: copies of everything below, each serving its own requests.
+        dp: replicas of everything below, each serving its own requests.
         cfg: branches of classifier-free guidance.
         ring: sequence parallel by keys and values that travel in a ring (arXiv 2310.01889).
         ulysses: sequence parallel by exchanging sequence for heads (arXiv 2309.14509).

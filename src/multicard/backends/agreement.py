@@ -88,10 +88,10 @@ class Agreement:
             splits = f" sending {list(sent)} and receiving {list(received)}" if any(sent + received) else ""
             calls.append(f"{describe(call)}{splits}{where.rstrip(bytes(1)).decode(errors='replace')}")
         odd = min(range(len(calls)), key=lambda i: (calls.count(calls[i]), -i))
-        told = "; ".join(f"rank {rank} calls {call}" for rank, call in zip(self._ranks, calls, strict=True))
+        text = "; ".join(f"rank {rank} calls {call}" for rank, call in zip(self._ranks, calls, strict=True))
         of_axis = f" of {self.axis}" if self.axis else ""
         return MismatchError(
-            f"ranks disagree about collective number {number}{of_axis}: {told}",
+            f"ranks disagree about collective number {number}{of_axis}: {text}",
             rank=self._ranks[odd],
             collective=CALLS[said[odd][0]],
             sequence_number=number,

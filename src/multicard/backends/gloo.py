@@ -147,8 +147,8 @@ class GlooGroup:
             self._gloo.recv([header], source, tag).wait()
             if not torch.equal(header, expected):
                 peer, me = self.ranks[source], self.ranks[self.rank]
-                told = f"rank {peer} sent {_text(header)} and rank {me} receives {_text(expected)} at {where}"
-                raise MismatchError(told, rank=peer, collective="recv")
+                text = f"rank {peer} sent {_text(header)} and rank {me} receives {_text(expected)} at {where}"
+                raise MismatchError(text, rank=peer, collective="recv")
             self._gloo.recv([x], source, tag).wait()
 
     def recv_from_any(self, tensors: Sequence[Tensor], tag: int = 0) -> Work:

@@ -136,10 +136,10 @@ def _become_rank(
     return commands, reports
 
 
-def _tell(status: int, **told: object) -> bool:
+def _tell(status: int, **reply: object) -> bool:
     """Whether the caller still wants to know."""
     try:
-        os.write(status, json.dumps(told).encode())
+        os.write(status, json.dumps(reply).encode())
     except BrokenPipeError:
         return False
     return True

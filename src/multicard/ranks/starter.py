@@ -96,14 +96,14 @@ class ForkServer:
         os.close(theirs)
         try:
             wait(status)
-            told = _read(status)
-            if "error" in told:
-                raise OSError(told["errno"], told["error"])
+            reply = _read(status)
+            if "error" in reply:
+                raise OSError(reply["errno"], reply["error"])
         except BaseException:
             os.close(status)
             raise
         self.has_forked = True
-        return Forked(self, told["pid"], status)
+        return Forked(self, reply["pid"], status)
 
     def ask(self, request: Mapping[str, Any], fds: Sequence[int] = ()) -> None:
         """Send a request; a server that somebody has stopped goes on."""

@@ -174,12 +174,12 @@ class Supervisor:
             owners = {fd: process for process in self.processes.values() for fd in process.readable}
             for fd in owners:
                 selector.register(fd, selectors.EVENT_READ)
-            told = False
+            exiting = False
             while len(self.dead) < len(self.processes):
                 timeout = None
                 if self._deadline is not None:
-                    if not told:
-                        told = self._tell_all_to_exit()
+                    if not exiting:
+                        exiting = self._tell_all_to_exit()
                     timeout = self._deadline - time.monotonic()
                     if timeout <= 0:
                         return

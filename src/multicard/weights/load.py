@@ -148,8 +148,8 @@ def agree(failure: MulticardError | None, world: Axis, device: torch.device | st
     message[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
     for row in collectives.all_gather(message[None].to(device), world).cpu():
         if found := bytes(row.tolist()).rstrip(b"\0"):
-            name, _, told = found.decode(errors="replace").partition(" ")
-            raise getattr(errors, name)(told)
+            name, _, words = found.decode(errors="replace").partition(" ")
+            raise getattr(errors, name)(words)
 
 
 Owned = list[tuple[str, str, Tensor]]

@@ -89,8 +89,8 @@ class Parts:
         word = self._word(source, self.rank, sync.sequence)
         at, sent = sync.words[word], sync.words[word + 1]
         if sent != size:
-            told = f"rank {sync.ranks[source]} sends {sent} bytes to rank {sync.ranks[self.rank]}, which takes {size}"
-            raise sync.fail(sync.make_error(MismatchError, source, f"ranks disagree: {told}"))
+            text = f"rank {sync.ranks[source]} sends {sent} bytes to rank {sync.ranks[self.rank]}, which takes {size}"
+            raise sync.fail(sync.make_error(MismatchError, source, f"ranks disagree: {text}"))
         return at - 1 if at else None
 
     def _word(self, source: int, to: int, step: int) -> int:

@@ -191,8 +191,8 @@ class Sync:
         starts = [self.rows[r] + CALL + (self.sequence & 1) * CALL_WORDS for r in here]
         calls = [describe(self.words[at : at + CALL_WORDS].tolist()) for at in starts]
         odd = min(zip(here, calls, strict=True), key=lambda each: (calls.count(each[1]), -each[0]))[0]
-        told = "; ".join(f"rank {self.ranks[r]} calls {call}" for r, call in zip(here, calls, strict=True))
-        return self.make_error(MismatchError, odd, f"ranks disagree: {told}")
+        text = "; ".join(f"rank {self.ranks[r]} calls {call}" for r, call in zip(here, calls, strict=True))
+        return self.make_error(MismatchError, odd, f"ranks disagree: {text}")
 
     # ---- waits
 
