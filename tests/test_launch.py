@@ -200,6 +200,35 @@ def test_kept_values_stay_on_their_ranks(ranks):
         ranks.run(lambda mesh, own: own, gone)
 
 
+def test_what_a_generator_returns_is_kept_and_its_progress_is_shown(ranks):
+    def load(mesh, parts):
+        for part in range(parts):
+            yield (part + 1) / parts
+        return {"rank": mesh.rank, "parts": parts}
+
+    shown = []
+    kept = ranks.keep(load, 4, progress=shown.append)
+    assert shown == [0.25, 0.5, 0.75, 1.0]
+    assert ranks.run(lambda mesh, own: own, kept) == [{"rank": rank, "parts": 4} for rank in range(2)]
+    silent = ranks.keep(load, 2)
+    assert ranks.run(lambda mesh, own: own["parts"], silent) == [2, 2]
+
+
+def test_a_generator_that_raises_keeps_nothing(ranks):
+    def load(mesh):
+        yield 0.5
+        raise mc.errors.CheckpointError("no such tensor")
+
+    with pytest.raises(mc.errors.CheckpointError, match="no such tensor"):
+        ranks.keep(load)
+    assert ranks.run(lambda mesh: mesh.rank) == [0, 1]
+
+
+def test_options_that_do_not_exist_are_refused_by_name():
+    with pytest.raises(mc.errors.ConfigError, match=r"unknown option 'time_out'.*did you mean 'timeout'\?"):
+        mc.Ranks(mc.ParallelConfig(tp=2), time_out=3)
+
+
 def test_streams_give_rank_0s_items_and_interleave(ranks):
     start = ranks.keep(lambda mesh: {"at": 10})
     one, other = ranks.stream(count_up, start, 4), ranks.stream(count_up, start, 3)

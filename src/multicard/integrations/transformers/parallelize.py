@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -10,18 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from multicard.axis import Axis
 from multicard.integrations.seams import Hooks, facts
-from multicard.integrations.styles import Change, changes, make
+from multicard.integrations.styles import make
 from multicard.integrations.transformers import load as loading
-from multicard.integrations.transformers.checks import check_structure
 from multicard.integrations.transformers.doors import open_door
 from multicard.integrations.transformers.generate import guard
-from multicard.integrations.transformers.heads import localize, read_heads
-from multicard.integrations.transformers.plans import resolve_plan
 from multicard.integrations.transformers.sources import Sources
-from multicard.integrations.transformers.styles import STYLES
-from multicard.integrations.transformers.vocabulary import vocabulary_changes
+from multicard.integrations.transformers.tensor import tensor_changes
 from multicard.layers.packed import packer
 from multicard.mesh import ParallelMesh
 from multicard.replica import Replica
@@ -126,21 +120,3 @@ def load_model(
             yield model, done
         else:
             yield done
-
-
-def tensor_changes(
-    model: PreTrainedModel, axis: Axis, hooks: Hooks, plan: Mapping[str, str] | None = None
-) -> list[Change]:
-    """The changes that leave each rank its part of every planned module: checked, not made yet."""
-    if axis.size == 1:
-        return []
-    resolved = resolve_plan(model, plan)
-    attentions = {
-        path: read_heads(model.get_submodule(path), model, resolved.family(path), axis, path)
-        for path in resolved.attentions
-    }
-    check_structure(model, resolved, attentions, trusted=plan is not None)
-    found = changes(model, resolved.styles, STYLES, axis, hooks, attentions)
-    for path, heads in attentions.items():
-        found.append(functools.partial(localize, model.get_submodule(path), heads, resolved.family(path), hooks))
-    return found + vocabulary_changes(model, axis, hooks)
