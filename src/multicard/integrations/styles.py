@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ class Context:
         axis: the ranks.
         hooks: where hooks that the split relies on are put.
         heads_by_path: of the model's attentions.
+        places: where each module of the model stands: one may stand in several places.
     """
 
     model: nn.Module
@@ -43,6 +44,7 @@ class Context:
     axis: Axis
     hooks: Hooks
     heads_by_path: Mapping[str, Heads]
+    places: Mapping[nn.Module, Sequence[tuple[nn.Module, str]]]
 
     @property
     def name(self) -> str:
@@ -160,7 +162,7 @@ def changes(
     Raises:
         UnsupportedError: a module that can't be split exactly in this way; the message names it.
     """
-    found = []
+    found, places = [], places_in(model)
     for path, style in plan.items():
         owner, _, name = path.rpartition(".")
         module = model.get_submodule(owner)
@@ -168,7 +170,7 @@ def changes(
             module = model.get_submodule(path)
         elif style not in OF_PARAMETERS:
             raise UnsupportedError(f"{path} is a parameter, which can't be split by {style!r}: pass plan=")
-        found.append(styles[style](module, Context(model, path, axis, hooks, heads)))
+        found.append(styles[style](module, Context(model, path, axis, hooks, heads, places)))
     return found
 
 
@@ -185,7 +187,7 @@ def make(changes: Iterable[Change]) -> None:
 def replaced_by_column(module: nn.Module, context: Context, shares: Shares | None) -> Change:
     """A column-parallel layer in the module's place."""
     check_linear(module, context.path)
-    return lambda: replace(context.model, module, column_parallel(module, context.axis, context.path, shares))
+    return lambda: replace(column_parallel(module, context.axis, context.path, shares), context.places[module])
 
 
 def replaced_by_row(module: nn.Module, context: Context, shares: Shares | None, idle_width: int = 0) -> Change:
@@ -196,17 +198,25 @@ def replaced_by_row(module: nn.Module, context: Context, shares: Shares | None, 
         layer = row_parallel(module, context.axis, context.path, shares)
         if idle_width:
             layer.weight = zeros(layer.weight, (layer.out_features, idle_width))
-        replace(context.model, module, layer)
+        replace(layer, context.places[module])
 
     return change
 
 
-def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put ``new`` wherever ``old`` is: one module may stand in several places."""
-    for owner in list(model.modules()):
+def places_in(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
+    """Where each module below ``model`` stands: its owner and its name there."""
+    found: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    for owner in model.modules():
         for name, child in owner._modules.items():
-            if child is old:
-                owner._modules[name] = new
+            if child is not None:
+                found.setdefault(child, []).append((owner, name))
+    return found
+
+
+def replace(new: nn.Module, places: Iterable[tuple[nn.Module, str]]) -> None:
+    """Put ``new`` in each place."""
+    for owner, name in places:
+        owner._modules[name] = new
 
 
 def cut_parameter(owner: nn.Module, name: str, dim: int, spans: Spans) -> None:

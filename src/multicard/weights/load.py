@@ -180,11 +180,9 @@ class _Placer:
         self._reader, self._source_of, self._device, self._finish = reader, source_of, device, finish
         # Largest first: while one is reordered there are two of it, which costs least before the others are there.
         self._modules = sorted(_owners(model), key=lambda item: -_size(item[1]))
-        tensors = [
-            tensor for _, owned in self._modules for _, _, tensor in owned
-        ]  # held, so that their ids stay theirs
-        self._uses = collections.Counter(map(id, tensors))
-        self._shared = {id(tensor): tensor for tensor in tensors if self._uses[id(tensor)] > 1}
+        # ``_modules`` holds the declared tensors, so their ids stay theirs.
+        self._uses = collections.Counter(id(tensor) for _, owned in self._modules for _, _, tensor in owned)
+        self._shared = {key for key, uses in self._uses.items() if uses > 1}
         self._placed: dict[int, Tensor] = {}
         self._scratch: Tensor | None = None
         self._allocated = self._peak = self._shard_bytes = 0

@@ -21,8 +21,7 @@ def read_heads(attention: Any, axis: Axis, path: str) -> Heads:
         UnsupportedError: they aren't, or a rank would have none.
     """
     heads = attention.heads
-    linears = {name: module for name in TO_HEADS if (module := getattr(attention, name, None)) is not None}
-    widths = {name: check_linear(module, f"{path}.{name}")[1] for name, module in linears.items()}
+    widths = {name: check_linear(getattr(attention, name), f"{path}.{name}")[1] for name in projections(attention)}
     if len(set(widths.values())) > 1:
         raise UnsupportedError(
             f"{path}: projections of different widths ({widths}), as with fewer key/value heads than query heads, "

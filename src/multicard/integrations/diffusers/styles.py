@@ -31,7 +31,7 @@ def heads_norm(module: nn.Module, context: Context) -> Change:
     eps: Any = norm.eps
     weight: Any = norm.weight
     return lambda: replace(
-        context.model, norm, ParallelRMSNorm(width, context.axis, eps, weight, heads.query_shares(width))
+        ParallelRMSNorm(width, context.axis, eps, weight, heads.query_shares(width)), context.places[norm]
     )
 
 

@@ -12,7 +12,7 @@ from multicard.axis import Axis
 from multicard.errors import UnsupportedError
 from multicard.integrations.linears import check_linear, column_parallel
 from multicard.integrations.seams import Hooks
-from multicard.integrations.styles import Change, replace
+from multicard.integrations.styles import Change, places_in, replace
 from multicard.layers import VocabParallelEmbedding
 
 if TYPE_CHECKING:
@@ -42,17 +42,18 @@ def _split(
     model: nn.Module, tables: list[nn.Embedding], head: nn.Module | None, tied: bool, axis: Axis, hooks: Hooks
 ) -> None:
     shared: nn.Parameter | None = None
+    places = places_in(model)
     for table in tables:
         layer = VocabParallelEmbedding.from_embedding(table, axis)
         layer.weight = shared = shared if shared is not None else layer.weight
         if _is_scaled(table):
             hooks.after(layer, _scaler(table))
-        replace(model, table, layer)
+        replace(layer, places[table])
     if head is not None:
         gathered = column_parallel(head, axis, "the output head", gather_output=True)
         if tied and shared is not None:
             gathered.weight = shared
-        replace(model, head, gathered)
+        replace(gathered, places[head])
 
 
 def _is_plain(head: nn.Module | None) -> bool:
