@@ -224,6 +224,25 @@ def test_a_generator_that_raises_keeps_nothing(ranks):
     assert ranks.run(lambda mesh: mesh.rank) == [0, 1]
 
 
+def test_ranks_that_cannot_make_again_what_they_kept_are_ended(tmp_path):
+    refuse = tmp_path / "refuse"
+
+    def load(mesh):
+        if refuse.exists():
+            raise mc.errors.CheckpointError("no such tensor")
+        return mesh.rank
+
+    with mc.Ranks(mc.ParallelConfig(tp=2)) as ranks:
+        kept = ranks.keep(load)
+        refuse.touch()
+        with pytest.raises(mc.errors.CheckpointError, match="no such tensor"):
+            ranks.restart()
+        assert not ranks.alive
+        refuse.unlink()
+        ranks.restart()
+        assert ranks.run(lambda mesh, own: own, kept) == [0, 1]
+
+
 def test_options_that_do_not_exist_are_refused_by_name():
     with pytest.raises(mc.errors.ConfigError, match=r"unknown option 'time_out'.*did you mean 'timeout'\?"):
         mc.Ranks(mc.ParallelConfig(tp=2), time_out=3)

@@ -135,8 +135,12 @@ class Ranks:
         self.close()
         self._settings = dataclasses.replace(self._settings, log_mode="a")
         self._crew = self._start()
-        for kept, (fn, args, kwargs) in sorted(self._kept.items(), key=lambda item: item[0].key):
-            self._make(kept, fn, args, kwargs, progress)
+        try:
+            for kept, (fn, args, kwargs) in sorted(self._kept.items(), key=lambda item: item[0].key):
+                self._make(kept, fn, args, kwargs, progress)
+        except BaseException:  # ranks without what they kept would answer with errors of their own
+            self.close()
+            raise
 
     def close(self) -> None:
         """End the ranks. Further calls raise. A job's ranks end with the job."""
