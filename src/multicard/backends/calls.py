@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import zlib
@@ -59,12 +60,19 @@ def sites() -> tuple[int, str]:
     ours = ""
     frame = sys._getframe(1)
     while frame.f_back is not None:
-        file = frame.f_code.co_filename
-        if file.startswith(_OURS):
-            if not file.startswith(os.path.join(_OURS, "backends")) and not file.endswith("collectives.py"):
-                ours = ours or f"{file}:{frame.f_lineno}"
-        elif not file.startswith(_TORCH) and not any(part in file for part in NOT_THE_CALLER):
+        whose = _whose(frame.f_code.co_filename)
+        if whose == "program":
             break
+        if whose == "multicard" and not ours:
+            ours = f"{frame.f_code.co_filename}:{frame.f_lineno}"
         frame = frame.f_back
     line = f"{frame.f_code.co_filename}:{frame.f_lineno}"
     return zlib.crc32(f"{ours} {line}".encode()), line
+
+
+@functools.lru_cache(4096)
+def _whose(file: str) -> str:
+    """Whose code a file is: "multicard", "program", or "" for torch, what it generates, and collectives themselves."""
+    if file.startswith(_OURS):
+        return "" if file.startswith(os.path.join(_OURS, "backends")) or file.endswith("collectives.py") else "multicard"
+    return "" if file.startswith(_TORCH) or any(part in file for part in NOT_THE_CALLER) else "program"
