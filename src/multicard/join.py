@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import importlib
 import os
 import re
 import socket
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -91,10 +93,32 @@ def _confine(here: Place) -> None:
         os.environ["GLOO_SOCKET_IFNAME"] = interface_to("127.0.0.1" if here.one_host else here.address)
 
 
+def serve_scripts() -> None:
+    """Let ``init_process_group`` in a script (``env://``, its default) use the job's store as we do."""
+
+    def rendezvous(url: str, timeout: datetime.timedelta, **kwargs: object) -> Iterator[tuple[dist.Store, int, int]]:
+        here = place()
+        assert here is not None, "a script is run by a rank"
+        yield _store(here), here.rank, here.world_size
+        raise RuntimeError("ranks can't be changed once a process group has been made")
+
+    importlib.import_module("torch.distributed.rendezvous")._rendezvous_handlers["env"] = rendezvous
+
+
 def _store(here: Place) -> dist.Store:
-    """The job's store; where no launcher hosts it rank 0 does, bound to the job's address and nothing else."""
+    """The job's store: a file that only its ranks have, or else a server; where no launcher hosts that, rank 0 does,
+    bound to the job's address and nothing else.
+    """
     prefix = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if here.store is not None:
+        path = f"/proc/self/fd/{here.store}"
+        if not os.path.exists(path):
+            raise ConfigError(
+                "this process has a rank's environment (RANK, MULTICARD_STORE) but isn't one: a rank's own child "
+                "processes have to be started without those variables"
+            )
+        return dist.PrefixStore(prefix, dist.FileStore(path))
     if here.hosts_store and here.rank == 0:
-        return dist.PrefixStore(prefix, host_store(300, socket.gethostbyname(here.address), here.port)[0])
+        return dist.PrefixStore(prefix, host_store(300, socket.gethostbyname(here.address), here.port))
     limit = datetime.timedelta(seconds=300)
     return dist.PrefixStore(prefix, dist.TCPStore(here.address, here.port, is_master=False, timeout=limit))

@@ -19,6 +19,7 @@ class Place:
         local_rank, local_world_size: among this host's.
         address, port: of the job's store.
         hosts_store: rank 0 has to host the store: no launcher does.
+        store: the descriptor of a file that is the store, which multicard's own ranks on one host inherit.
     """
 
     rank: int
@@ -28,6 +29,7 @@ class Place:
     address: str
     port: int
     hosts_store: bool
+    store: int | None = None
 
     @property
     def one_host(self) -> bool:
@@ -53,6 +55,7 @@ def _torch_place() -> Place:
         address=os.environ.get("MASTER_ADDR", "127.0.0.1"),
         port=int(os.environ.get("MASTER_PORT", 29500)),
         hosts_store=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+        store=int(os.environ["MULTICARD_STORE"]) if "MULTICARD_STORE" in os.environ else None,
     )
 
 

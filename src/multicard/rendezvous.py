@@ -13,8 +13,8 @@ import psutil
 from multicard.errors import ConfigError
 
 
-def host_store(timeout: float, address: str = "127.0.0.1", port: int = 0) -> tuple[Any, int]:
-    """A store in this process, and its port. Its socket is bound first: to that address only, and no port is guessed.
+def host_store(timeout: float, address: str, port: int) -> Any:
+    """A store that this process serves over TCP. Its socket is bound first, to that address only.
 
     Raises:
         ConfigError: the address isn't this machine's, or the port is taken.
@@ -28,16 +28,20 @@ def host_store(timeout: float, address: str = "127.0.0.1", port: int = 0) -> tup
             f"can't listen on {address}:{port}: {error.strerror}; host 0 names an address of its own"
         ) from None
     with listener:
-        number = listener.getsockname()[1]
-        store = dist.TCPStore(
+        return dist.TCPStore(
             address,
-            number,
+            port,
             is_master=True,
             wait_for_workers=False,
             master_listen_fd=os.dup(listener.fileno()),
             timeout=datetime.timedelta(seconds=timeout),
         )
-    return store, number
+
+
+def free_port() -> int:
+    """A port of this host on which nothing listens now."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
 
 
 def interface_to(address: str) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from multicard.errors import RankError, UnsupportedError
+from multicard.memory import check_proc, memory_file
 from multicard.ranks import environment, failure, interrupt, patience, starter, wire
 from multicard.ranks.failure import Failure
 from multicard.ranks.hosts import Neighbours
@@ -25,7 +26,7 @@ from multicard.ranks.patience import Patience
 from multicard.ranks.record import Call, Record
 from multicard.ranks.settings import Settings
 from multicard.ranks.supervisor import Supervisor
-from multicard.rendezvous import host_store
+from multicard.rendezvous import free_port, host_store
 
 
 class Children:
@@ -43,16 +44,18 @@ class Children:
         self._turn = threading.Lock()
         self._later: collections.deque[tuple[str, int]] = collections.deque()
         hosts = settings.hosts
+        check_proc()
         server = starter.server(environment.shared(settings))  # it imports torch while the next line does
-        self._store, port = None, hosts.port
-        if hosts.index == 0:
-            self._store, port = host_store(settings.start_timeout, hosts.address, hosts.port)
-        self._neighbours = (
-            Neighbours(hosts, port, settings.start_timeout, settings.timeout) if hosts.count > 1 else None
-        )
+        port = hosts.port or free_port()  # on one host nothing listens there, unless a script does
+        self._store, self._neighbours = None, None
+        if hosts.count > 1:
+            if hosts.index == 0:
+                self._store = host_store(settings.start_timeout, hosts.address, hosts.port)
+            self._neighbours = Neighbours(hosts, settings.start_timeout, settings.timeout)
         self._supervisor = Supervisor(
             {rank: environment.of_rank(settings, rank, port) for rank in settings.ranks},
             Logs(settings.ranks, settings.log_dir, settings.console, settings.log_mode),
+            memory_file("multicard-store"),
             server,
             settings.start_timeout,
         )

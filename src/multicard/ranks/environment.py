@@ -46,7 +46,7 @@ def _place(wanted: Settings, rank: int, port: int) -> dict[str, str]:
         "GROUP_RANK": wanted.hosts.index,
         "MASTER_ADDR": wanted.hosts.address,
         "MASTER_PORT": port,
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # no rank hosts the store: a parent does
+        "TORCHELASTIC_USE_AGENT_STORE": wanted.hosts.count > 1,  # no rank hosts the store: a parent does
         "GLOO_SOCKET_IFNAME": wanted.hosts.interface or interface_to(wanted.hosts.address),
         "MULTICARD_CHECK": int(wanted.check or checking()),
         "MULTICARD_COMPARE_INPUTS": int(wanted.compare_inputs and comparing()),

@@ -24,8 +24,8 @@ NEEDED = ("multicard.mesh", "multicard.backends.shm", "multicard.ranks.failure")
 """What every rank imports."""
 
 LONGEST_REQUEST = 1 << 16
-DESCRIPTORS = 6
-"""That come with a request: the pipes of status, commands, reports, output and errors, and the folder to work in."""
+DESCRIPTORS = 7
+"""That come with a request: the pipes of status, commands, reports, output, errors; the store; the folder to work in."""
 
 
 def main() -> None:
@@ -40,8 +40,8 @@ def main() -> None:
             sys.exit("ranks can't be forked here")
         gc.freeze()  # what is imported is never garbage; looking at it would copy its memory in every rank
         gc.enable()
-        commands, reports = _serve(channel)
-    rank.main(commands, reports)  # in a rank: the server never gets here
+        pipes = _serve(channel)
+    rank.main(*pipes)  # in a rank: the server never gets here
 
 
 def _is_for_cpus() -> bool:
@@ -75,8 +75,8 @@ def _opened() -> set[str]:
     return {path for path in found if path.startswith("/dev/")}
 
 
-def _serve(channel: socket.socket) -> tuple[int, int]:
-    """Fork and bury ranks until the caller is gone. Returns in each new rank: its pipes of commands and reports."""
+def _serve(channel: socket.socket) -> tuple[int, int, int]:
+    """Fork and bury ranks until the caller is gone. Returns in each new rank: its commands, reports and store."""
     statuses: dict[int, int] = {}  # of ranks that haven't been waited for, by process id
     while True:
         text, fds, _, _ = socket.recv_fds(channel, LONGEST_REQUEST, DESCRIPTORS)
@@ -120,8 +120,8 @@ def _fork(fds: list[int]) -> int:
 
 
 def _become_rank(
-    env: dict[str, str], commands: int, reports: int, stdout: int, stderr: int, folder: int
-) -> tuple[int, int]:
+    env: dict[str, str], commands: int, reports: int, stdout: int, stderr: int, store: int, folder: int
+) -> tuple[int, int, int]:
     import torch
 
     os.setpgid(0, 0)
@@ -133,7 +133,7 @@ def _become_rank(
     torch.default_generator.seed()  # no two processes draw the same; Python's own generator takes care of that itself
     if "numpy.random" in sys.modules:
         sys.modules["numpy.random"].seed()
-    return commands, reports
+    return commands, reports, store
 
 
 def _tell(status: int, **reply: object) -> bool:

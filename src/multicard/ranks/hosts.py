@@ -27,7 +27,7 @@ class Hosts:
         count: how many; each runs the same number of ranks.
         index: this one's number.
         address: of host 0, where the store listens, on that address only.
-        port: there; 0, one that is free, can only be meant with one host.
+        port: there; with one host nothing listens, and 0 is right.
         interface: the network interface for gloo; None: the one that leads to ``address``.
     """
 
@@ -43,15 +43,14 @@ class Neighbours:
 
     Args:
         hosts: the job's.
-        port: the store's.
         start_timeout: seconds for the first answer from the store.
         timeout: seconds without another after which the link counts as cut.
     """
 
-    def __init__(self, hosts: Hosts, port: int, start_timeout: float, timeout: float) -> None:
+    def __init__(self, hosts: Hosts, start_timeout: float, timeout: float) -> None:
         import torch.distributed  # noqa: F401  before ranks start: they are quick, and the watch has to be as early
 
-        self._hosts, self._port = hosts, port
+        self._hosts = hosts
         self._start_timeout = self._limit = start_timeout
         self._timeout = timeout
         self._heard = time.monotonic()
@@ -70,7 +69,7 @@ class Neighbours:
             error = RankError(f"{self._theirs['message']} (on host {self._theirs['host']})", rank=rank)
             return Failure(rank or 0, OWN, now, error)
         if silent > self._limit and not self._all_done.is_set():
-            error = RankError(f"no answer from {self._hosts.address}:{self._port} for {silent:.0f} s: is the link cut?")
+            error = RankError(f"no answer from {self._hosts.address}:{self._hosts.port} for {silent:.0f} s: is the link cut?")
             return Failure(0, OWN, now, error)
         return None
 
@@ -105,7 +104,7 @@ class Neighbours:
         limit = datetime.timedelta(seconds=self._start_timeout)
         try:
             store = dist.TCPStore(
-                self._hosts.address, self._port, is_master=False, wait_for_workers=False, timeout=limit
+                self._hosts.address, self._hosts.port, is_master=False, wait_for_workers=False, timeout=limit
             )
             self._exchange(store)
         except Exception:  # the connection is gone, which ``failure`` notices by the silence

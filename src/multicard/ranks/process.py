@@ -32,6 +32,7 @@ class RankProcess:
         self,
         rank: int,
         env: Mapping[str, str],
+        store: int,
         server: starter.ForkServer | None,
         wait: Callable[[int], None],
     ) -> None:
@@ -43,7 +44,7 @@ class RankProcess:
             self.reports, they_report = pipe(undo)
             self.stdout, their_stdout = pipe(undo)
             self.stderr, their_stderr = pipe(undo)
-            self._process = starter.start(env, (theirs, they_report, their_stdout, their_stderr), server, wait)
+            self._process = starter.start(env, (theirs, they_report, their_stdout, their_stderr, store), server, wait)
             undo.callback(self._abandon)
             self.pidfd = os.pidfd_open(self.pid)
             undo.pop_all()

@@ -142,8 +142,11 @@ class Rank:
                 generator.close()
 
     def _script(self, message: wire.Message) -> None:
+        from multicard.join import serve_scripts
+
         path, args = message.load()
         self.ran_script = True
+        serve_scripts()
         sys.argv = [path, *args]
         sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
         try:
@@ -173,13 +176,14 @@ def _own_environment() -> None:
         os.environ["PYTHONPATH"] = path
 
 
-def main(commands: int, reports: int) -> None:
-    """Be a rank that reads commands from one pipe and writes reports to the other."""
+def main(commands: int, reports: int, store: int) -> None:
+    """Be a rank that reads commands from one pipe, writes reports to another and finds the others in a file."""
     faulthandler.enable()
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # lines are shown, and kept, as they come
     _own_environment()
-    os.set_inheritable(commands, False)
-    os.set_inheritable(reports, False)
+    for fd in (commands, reports, store):
+        os.set_inheritable(fd, False)
+    os.environ["MULTICARD_STORE"] = str(store)
     rank = Rank(commands, reports)
     threading.Thread(target=rank.listen, name="multicard-commands", daemon=True).start()
     rank.serve()

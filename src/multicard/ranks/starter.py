@@ -169,7 +169,7 @@ def start(
     """A rank in a process group of its own, with the environment ``env``.
 
     Args:
-        fds: where it reads commands and writes reports, its standard output and error.
+        fds: where it reads commands and writes reports, its standard output and error, the job's store.
         server: forks it if it can.
         wait: returns once a descriptor can be read, or raises.
 
@@ -180,12 +180,12 @@ def start(
         own = {name: value for name, value in env.items() if name not in server.env}
         with contextlib.suppress(CannotFork):
             return server.fork(own, fds, wait)
-    commands, reports, stdout, stderr = fds
-    command = [sys.executable, "-P", "-m", "multicard.ranks.rank", *map(str, (os.getpid(), commands, reports))]
+    commands, reports, stdout, stderr, store = fds
+    command = [sys.executable, "-P", "-m", "multicard.ranks.rank", *map(str, (os.getpid(), commands, reports, store))]
     return subprocess.Popen(
         command,
         env=env,
-        pass_fds=(commands, reports),
+        pass_fds=(commands, reports, store),
         stdin=subprocess.DEVNULL,
         stdout=stdout,
         stderr=stderr,

@@ -40,6 +40,9 @@ class Supervisor:
     ``server`` forks them if it is there. A rank that ends without being told to takes the others with it, whatever the
     caller is busy with.
 
+    Args:
+        store: the descriptor of the file in which ranks find each other.
+
     Attributes:
         events: messages and deaths, in the order in which they happened.
         dead: exit codes of the ranks that have ended, negative for a signal, as in ``subprocess``.
@@ -49,13 +52,14 @@ class Supervisor:
         self,
         environments: Mapping[int, dict[str, str]],
         logs: Logs,
+        store: int,
         server: ForkServer | None,
         start_timeout: float,
     ) -> None:
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.dead: dict[int, int] = {}
         self.processes: dict[int, RankProcess] = {}
-        self._logs, self._server, self._start_timeout = logs, server, start_timeout
+        self._logs, self._store, self._server, self._start_timeout = logs, store, server, start_timeout
         self._deadline: float | None = None  # the moment of SIGKILL
         self._lock = threading.Lock()  # held to write to ranks and to close: a closed descriptor's number is reused
         self._wake_read, self._wake_write = os.pipe()
@@ -129,6 +133,7 @@ class Supervisor:
                 for process in self.processes.values():
                     process.close()
                 os.close(self._wake_read)
+                os.close(self._store)
                 os.close(self._wake_write)
                 self._wake_write = -1
             self._logs.close()
@@ -148,7 +153,7 @@ class Supervisor:
 
         for rank, env in environments.items():
             try:
-                self.processes[rank] = RankProcess(rank, env, self._server, wait)
+                self.processes[rank] = RankProcess(rank, env, self._store, self._server, wait)
             except CollectiveTimeout:  # an OSError too
                 raise
             except OSError as error:  # no more descriptors (ulimit -n) or processes (ulimit -u), say

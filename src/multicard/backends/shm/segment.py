@@ -1,6 +1,6 @@
 """The memory that the ranks of one group share, and who those ranks are.
 
-One anonymous file (``memfd_create``) a group. It has no name, so no other user can open it, nothing is left in
+One file in memory (:mod:`multicard.memory`) a group. It has no name, so no other user can open it, nothing is left in
 ``/dev/shm`` however the ranks die, and a container's small ``/dev/shm`` doesn't limit it. Rank 0 makes it; the others
 open it through ``/proc/PID/fd/N``, which the kernel grants to processes of the same user. Pages exist once touched:
 a group that never talks costs nothing.
@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from multicard.errors import CollectiveTimeout, RankError, UnsupportedError
+from multicard.memory import check_proc, memory_file
 
 WORD = 8
 LINE = 128  # bytes: two lines of 64, which x86 prefetches together
@@ -103,13 +104,11 @@ class Handshake:
         self.store, self.rank, self.ranks, self.fd = store, rank, tuple(ranks), -1
         if len(ranks) == 1:
             return
-        if not hasattr(os, "memfd_create"):
-            raise UnsupportedError("backend shm needs Linux (memfd_create); use backend='gloo'")
+        check_proc()
         nonce = 0
         if rank == 0:
-            self.fd = os.memfd_create("multicard")
+            self.fd = memory_file("multicard")
             self._close = weakref.finalize(self, os.close, self.fd)
-            os.fchmod(self.fd, 0o600)
             os.ftruncate(self.fd, segment_bytes(len(ranks)))
             nonce = secrets.randbits(63) | 1
             os.pwrite(self.fd, nonce.to_bytes(WORD, "little"), NONCE * WORD)
@@ -181,7 +180,14 @@ class Handshake:
                 "shm needs ranks of one user; use backend='gloo'"
             ) from error
         try:
-            if os.fstat(opened).st_size != segment_bytes(len(self.ranks)):
+            file = os.fstat(opened)
+            if file.st_uid != os.geteuid():  # another user of this host has written to a launcher's store
+                raise RankError(
+                    f"the store was tampered with: what it calls rank {self.ranks[0]}'s memory (process {owner.pid}) "
+                    f"belongs to user {file.st_uid}",
+                    rank=self.ranks[0],
+                )
+            if file.st_size != segment_bytes(len(self.ranks)):
                 return None
             segment = Segment(opened, len(self.ranks))
         finally:
