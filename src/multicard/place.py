@@ -19,7 +19,7 @@ class Place:
         local_rank, local_world_size: among this host's.
         address, port: of the job's store.
         hosts_store: rank 0 has to host the store: no launcher does.
-        store: the descriptor of a file that is the store, which multicard's own ranks on one host inherit.
+        store: the descriptor of a file that is the store, which ranks that multicard starts inherit; None: over several hosts too.
     """
 
     rank: int
@@ -47,15 +47,16 @@ def place() -> Place | None:
 
 def _torch_place() -> Place:
     size = int(os.environ["WORLD_SIZE"])
+    here, file = int(os.environ.get("LOCAL_WORLD_SIZE", size)), os.environ.get("MULTICARD_STORE")
     return Place(
         rank=int(os.environ["RANK"]),
         world_size=size,
         local_rank=int(os.environ.get("LOCAL_RANK", 0)),
-        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", size)),
+        local_world_size=here,
         address=os.environ.get("MASTER_ADDR", "127.0.0.1"),
         port=int(os.environ.get("MASTER_PORT", 29500)),
         hosts_store=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-        store=int(os.environ["MULTICARD_STORE"]) if "MULTICARD_STORE" in os.environ else None,
+        store=int(file) if file and here == size else None,
     )
 
 
