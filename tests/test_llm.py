@@ -201,8 +201,8 @@ def test_chat_templates(tmp_path):
 
     with pytest.raises(ConfigError, match="only one turn"):
         template("{{ raise_exception('only one turn') }}").encode("w1")
-    with pytest.raises(ConfigError, match="refuses"):  # the sandbox
-        template("{{ ''.__class__.__mro__[1].__subclasses__() }}").encode("w1")
+    with pytest.raises(ConfigError, match="unsafe"):  # the sandbox
+        template("{% if messages[0].content != 'Hello' %}{{ ''.__class__.__mro__ }}{% endif %}").encode("w1")
     said = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}"
     assert template(said).encode("w7") == [7]
     (folder / "chat_template.jinja").unlink()

@@ -1,4 +1,4 @@
-"""Files in memory that have no name: only processes of this user that are given one, or find it in /proc, can open it."""
+"""Files in memory without a name: only processes of this user that inherit one, or find it in /proc, can open it."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ class Place:
         local_rank, local_world_size: among this host's.
         address, port: of the job's store.
         hosts_store: rank 0 has to host the store: no launcher does.
-        store: the descriptor of a file that is the store, which ranks that multicard starts inherit; None: over several hosts too.
+        store: the descriptor of a file that is the store, which ranks of one host inherit from multicard.
     """
 
     rank: int

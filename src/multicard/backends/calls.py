@@ -28,7 +28,8 @@ Call = tuple[int, int, int, int]
 CALL_WORDS = 4
 
 NOT_THE_CALLER = ("<eval_with_key>", "torchinductor_", "typing_extensions.py")  # generated code, deprecated names
-_OURS = os.path.dirname(os.path.dirname(__file__))
+_BACKENDS = os.path.dirname(__file__)
+_OURS = os.path.dirname(_BACKENDS)
 _TORCH = os.path.dirname(torch.__file__)
 
 
@@ -74,5 +75,5 @@ def sites() -> tuple[int, str]:
 def _whose(file: str) -> str:
     """Whose code a file is: "multicard", "program", or "" for torch, what it generates, and collectives themselves."""
     if file.startswith(_OURS):
-        return "" if file.startswith(os.path.join(_OURS, "backends")) or file.endswith("collectives.py") else "multicard"
+        return "" if file.startswith(_BACKENDS) or file.endswith("collectives.py") else "multicard"
     return "" if file.startswith(_TORCH) or any(part in file for part in NOT_THE_CALLER) else "program"

@@ -2,43 +2,41 @@
 
 from __future__ import annotations
 
-import datetime
-import json
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import tokenizers
-from jinja2 import TemplateError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.nodes import Node
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers.decoders import DecodeStream
 
 from multicard.errors import CheckpointError, ConfigError
-from multicard.weights.folder import read_json
+from multicard.models.template import ChatTemplate, Messages
+from multicard.weights.folder import read_json, read_text
 
-Messages = Sequence[Mapping[str, Any]]
+SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+SAMPLE = "Hello, world 123! é"
+LONGEST = 1 << 24
+"""Characters of a prompt: a hundred times what the longest contexts hold."""
 
 
 class Tokenizer:
     """A checkpoint's ``tokenizer.json`` with its chat template, if it has one.
 
-    Chat templates are code from a download: they run in jinja2's sandbox.
-
     Raises:
-        CheckpointError: files that can't be read.
+        CheckpointError: files that can't be read or used; the message names the file.
     """
 
     def __init__(self, folder: pathlib.Path) -> None:
         path = folder / "tokenizer.json"
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
-            raise CheckpointError(f"{path} can't be read: {error}") from None
-        self._config = read_json(folder, "tokenizer_config.json", optional=True)
-        self._template = _template(folder, self._config)
+
+        def fails(error: str) -> CheckpointError:
+            return CheckpointError(f"{path} can't be used: {error}")
+
+        self._tokenizer: tokenizers.Tokenizer = _guarded(fails, tokenizers.Tokenizer.from_file, str(path))
+        self._tokenizer.no_padding()  # to a length that the file names
+        self._tokenizer.no_truncation()
+        _guarded(fails, self._tokenizer.encode, SAMPLE)
+        self._template = _template(folder)
 
     @classmethod
     def from_folder(cls, folder: pathlib.Path) -> Tokenizer | None:
@@ -49,12 +47,24 @@ class Tokenizer:
         """Token ids of a prompt: through the chat template if there is one, unless it is to be gone on from ``raw``.
 
         Raises:
-            ConfigError: messages without a template, or a template that refuses them.
+            ConfigError: messages without a template, a template that refuses them, or text that isn't Unicode.
         """
-        if isinstance(prompt, str) and (raw or self._template is None):
-            return self._tokenizer.encode(prompt).ids
+        if isinstance(prompt, str):
+            check_text(prompt)
+            if raw or self._template is None:
+                return self._ids(prompt)
+        if self._template is None:
+            raise ConfigError("chat messages, and the checkpoint has no chat template: give the prompt as text")
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        return self._tokenizer.encode(self._render(messages), add_special_tokens=False).ids
+        return self._ids(self._template.render(messages), add_special_tokens=False)
+
+    def _ids(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        check_text(text)
+
+        def fails(error: str) -> ConfigError:
+            return ConfigError(f"the checkpoint's tokenizer.json fails on this prompt: {error}")
+
+        return _guarded(fails, self._tokenizer.encode, text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""
@@ -72,56 +82,54 @@ class Tokenizer:
         if rest:
             yield rest
 
-    def _render(self, messages: Messages) -> str:
-        if self._template is None:
-            raise ConfigError("chat messages, and the checkpoint has no chat template: give the prompt as text")
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag]
-        )
-        environment.filters["tojson"] = _tojson
-        environment.globals |= {"raise_exception": _raise, "strftime_now": _now}
-        names = ("bos_token", "eos_token", "unk_token", "pad_token")
-        tokens = {name: _token(self._config[name]) for name in names if self._config.get(name) is not None}
-        try:
-            template = environment.from_string(self._template)
-            return template.render(messages=messages, add_generation_prompt=True, **tokens)
-        except TemplateError as error:
-            raise ConfigError(
-                f"the checkpoint's chat template refuses this prompt: {error}; raw=True goes on from it"
-            ) from None
+
+def check_text(text: str) -> None:
+    """Refuse a prompt that no tokenizer takes.
+
+    Raises:
+        ConfigError: it is too long, or not Unicode (a lone surrogate, which invalid UTF-8 on a command line becomes).
+    """
+    if len(text) > LONGEST:
+        raise ConfigError(f"a prompt of {len(text)} characters: {LONGEST} at most")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"the prompt isn't Unicode: character {error.start} is the lone surrogate {text[error.start]!a}; text on a "
+            "command line has to be UTF-8"
+        ) from None
 
 
-class _GenerationTag(Extension):
-    """``{% generation %}`` marks what an assistant said, for training; here it is only its content."""
+def _guarded(fails: Callable[[str], Exception], call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What ``call`` returns. What it raises, a Rust library's panics too (no ``Exception``), becomes ``fails``'s."""
+    try:
+        return call(*args, **kwargs)
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise fails(f"{type(error).__name__}: {error}" if type(error) is not Exception else str(error)) from None
 
-    tags = {"generation"}  # noqa: RUF012  jinja2's interface
 
-    def parse(self, parser: Parser) -> Node | list[Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _template(folder: pathlib.Path, config: Mapping[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
+def _template(folder: pathlib.Path) -> ChatTemplate | None:
+    """The folder's chat template: a file of its own, or else in the tokenizer's config, there by name perhaps."""
+    config = read_json(folder, "tokenizer_config.json", optional=True)
+    where, path = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    try:
+        tokens = {name: _token(name, config[name]) for name in SPECIAL if config.get(name) is not None}
+        found = config.get("chat_template")
+        if isinstance(found, list):
+            found = next((entry["template"] for entry in found if entry["name"] == "default"), None)
+        if not isinstance(found, str | None):
+            raise TypeError(f"chat_template is a {type(found).__name__}")
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{where} is damaged ({type(error).__name__}: {error})") from None
     if path.is_file():
-        return path.read_text(encoding="utf-8")
-    found = config.get("chat_template")
-    if isinstance(found, list):  # several by name
-        return next((entry["template"] for entry in found if entry["name"] == "default"), None)
-    return found
+        where, found = path, read_text(path)
+    return None if found is None else ChatTemplate(found, tokens, where)
 
 
-def _token(spelled: str | Mapping[str, Any]) -> str:
-    return spelled if isinstance(spelled, str) else spelled["content"]
-
-
-def _tojson(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _raise(message: str) -> NoReturn:
-    raise TemplateError(message)
-
-
-def _now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
+def _token(name: str, spelled: str | Mapping[str, Any]) -> str:
+    text = spelled["content"] if isinstance(spelled, Mapping) else spelled
+    if not isinstance(text, str):
+        raise TypeError(f"{name} is a {type(text).__name__}")
+    return text

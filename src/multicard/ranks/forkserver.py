@@ -25,7 +25,7 @@ NEEDED = ("multicard.mesh", "multicard.backends.shm", "multicard.ranks.failure")
 
 LONGEST_REQUEST = 1 << 16
 DESCRIPTORS = 7
-"""That come with a request: the pipes of status, commands, reports, output, errors; the store; the folder to work in."""
+"""That come with a request: pipes of status, commands, reports, output, errors; the store; the folder to work in."""
 
 
 def main() -> None:

@@ -69,7 +69,9 @@ class Neighbours:
             error = RankError(f"{self._theirs['message']} (on host {self._theirs['host']})", rank=rank)
             return Failure(rank or 0, OWN, now, error)
         if silent > self._limit and not self._all_done.is_set():
-            error = RankError(f"no answer from {self._hosts.address}:{self._hosts.port} for {silent:.0f} s: is the link cut?")
+            error = RankError(
+                f"no answer from {self._hosts.address}:{self._hosts.port} for {silent:.0f} s: is the link cut?"
+            )
             return Failure(0, OWN, now, error)
         return None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import collections
 import hashlib
 import json
 import math
@@ -10,7 +10,7 @@ import os
 import pathlib
 import re
 import stat
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,14 +21,14 @@ from multicard.errors import CheckpointError, UnsupportedError
 STORED_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 WIDTHS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 LARGEST_HEADER = 100_000_000
+MOST_TENSORS = 1 << 17
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """What reading JSON that somebody has damaged may raise."""
 STAGING = 8 << 20
 SINGLE, INDEX, SUMS = "{}.safetensors", "{}.safetensors.index.json", "SHA256SUMS"
 
 
-@dataclasses.dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """Where a tensor is: ``offset`` bytes from its file's start."""
 
     path: pathlib.Path
@@ -176,8 +176,13 @@ def read_header(path: pathlib.Path) -> list[Entry]:
             raise CheckpointError(f"{path} is truncated or not safetensors: {size} bytes, header of {length}")
         if length > LARGEST_HEADER:
             raise CheckpointError(f"{path}: a header of {length} bytes; {LARGEST_HEADER} at most")
-        header = json.loads(os.pread(descriptor, length, 8), object_pairs_hook=_unique)
-        header.pop("__metadata__", None)
+        text = os.pread(descriptor, length, 8)
+        if (count := text.count(b'"data_offsets"')) > MOST_TENSORS:
+            raise CheckpointError(f"{path}: a header of {count} tensors; {MOST_TENSORS} at most")
+        header = json.loads(text, object_pairs_hook=_unique)
+        metadata = header.pop("__metadata__", {})
+        if not all(isinstance(each, str) for each in metadata.values()):
+            raise TypeError("__metadata__ holds what isn't text")
         entries = [(_entry(path, name, described, 8 + length)) for name, described in header.items()]
     except CheckpointError:
         raise
@@ -201,7 +206,7 @@ def _entry(path: pathlib.Path, name: str, described: dict[str, Any], base: int) 
 
 
 def _integers(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list) or not all(type(item) is int for item in value):
+    if not isinstance(value, list) or not set(map(type, value)) <= {int}:
         raise TypeError(f"{value!r} where whole numbers are expected")
     return tuple(value)
 
@@ -236,5 +241,6 @@ def _open(path: pathlib.Path) -> int:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise CheckpointError("a name twice in its header")
+        name, _ = collections.Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{name!r} twice")
     return found

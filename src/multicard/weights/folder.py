@@ -12,11 +12,24 @@ import torch
 from multicard.errors import CheckpointError, ConfigError
 
 FLOAT_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LONGEST_TEXT = 100_000_000  # bytes: an index of a million tensors has as many
 
 
 def folder_path(path: str | os.PathLike[str]) -> pathlib.Path:
     """A checkpoint's folder, absolute: ranks may run elsewhere."""
     return pathlib.Path(path).expanduser().absolute()
+
+
+def read_text(path: pathlib.Path) -> str:
+    """A checkpoint's text file. Raises CheckpointError where it can't be read, is too long, or isn't UTF-8."""
+    try:
+        if (size := path.stat().st_size) > LONGEST_TEXT:
+            raise CheckpointError(f"{path}: {size} bytes; {LONGEST_TEXT} at most")
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not UTF-8: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
 
 
 def read_json(folder: pathlib.Path, name: str, optional: bool = False) -> dict[str, Any]:
@@ -29,11 +42,9 @@ def read_json(folder: pathlib.Path, name: str, optional: bool = False) -> dict[s
             return {}
         raise CheckpointError(f"{path}: no such file; is {folder} a Hugging Face checkpoint?")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__} where an object is expected")
     return content

@@ -20,6 +20,7 @@ from multicard.integrations.diffusers.load import load_slices
 from multicard.integrations.diffusers.parallelize import parallelize
 from multicard.integrations.diffusers.plans import sequence_plan
 from multicard.integrations.diffusers.tensor import tensor_changes
+from multicard.integrations.untrusted import offline, read_config
 from multicard.mesh import ParallelMesh
 from multicard.values import did_you_mean
 from multicard.weights import agree
@@ -29,6 +30,7 @@ from multicard.weights.folder import read_json
 INDEX = "model_index.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 VARIANT = re.compile(r"[^.]+\.(.+?)(-\d+-of-\d+)?\.safetensors")
+LIBRARIES = ("diffusers", "transformers")
 WITHOUT_WEIGHTS = ("Scheduler", "Tokenizer", "Processor", "Extractor")
 
 
@@ -85,15 +87,16 @@ class PipelineFolder:
             wanted["dtype" if _takes_dtype(diffusers) else "torch_dtype"] = self.dtype
         failure: MulticardError | None = None
         try:
-            pipe = diffusers.DiffusionPipeline.from_pretrained(
-                str(self.path),
-                use_safetensors=True,
-                local_files_only=True,
-                variant=self.variant,
-                trust_remote_code=self.trust_remote_code,
-                **wanted,
-                **self._split_denoisers(mesh),
-            )
+            with offline():
+                pipe = diffusers.DiffusionPipeline.from_pretrained(
+                    str(self.path),
+                    use_safetensors=True,
+                    local_files_only=True,
+                    variant=self.variant,
+                    trust_remote_code=self.trust_remote_code,
+                    **wanted,
+                    **self._split_denoisers(mesh),
+                )
         except MulticardError as error:
             failure = error
         except Exception as error:
@@ -125,7 +128,7 @@ class PipelineFolder:
 
         if isinstance(name, list) and len(name) == 2:
             self._check_code(f"{name[0]}.py", f"{self.path / INDEX} asks for")
-        elif not isinstance(name, str) or name not in dir(diffusers):
+        elif not isinstance(name, str) or name not in dir(diffusers) or not _is_pipeline(getattr(diffusers, name)):
             hint = did_you_mean(str(name), [n for n in dir(diffusers) if n.endswith("Pipeline")])
             raise CheckpointError(f"{self.path / INDEX}: diffusers {diffusers.__version__} has no class {name!r}{hint}")
 
@@ -135,6 +138,10 @@ class PipelineFolder:
             raise CheckpointError(f"{folder}: no such folder, and {INDEX} names it as a {cls}")
         if (folder / f"{library}.py").exists():
             self._check_code(f"{name}/{library}.py", f"{cls} is defined in")
+        elif library not in LIBRARIES and library not in _pipeline_modules():
+            self._check_library(library, name)
+        for config in sorted(folder.glob("*config.json")):
+            read_config(folder, config.name)
         for file in sorted(folder.glob("*.index.json" if self.variant is None else f"*.index.{self.variant}.json")):
             for shard in set(read_json(folder, file.name).get("weight_map", {}).values()):
                 if not (folder / str(shard)).is_file():
@@ -165,11 +172,31 @@ class PipelineFolder:
                 "variant (--variant)"
             )
 
+    def _check_library(self, library: str, name: str) -> None:
+        if not self.trust_remote_code:
+            raise UnsupportedError(
+                f"{self.path / INDEX}: {name} is of the Python module {library!r}, and importing it runs its code: "
+                f"components are of {', '.join(LIBRARIES)} or diffusers' pipelines; trust_remote_code=True allows it"
+            )
+
     def _check_code(self, file: str, why: str) -> None:
         if not self.trust_remote_code:
             raise UnsupportedError(
                 f"{why} {file}, Python code of the folder's own: read it, and pass trust_remote_code=True to run it"
             )
+
+
+def _is_pipeline(cls: Any) -> bool:
+    import diffusers
+
+    return isinstance(cls, type) and issubclass(cls, diffusers.DiffusionPipeline)
+
+
+def _pipeline_modules() -> list[str]:
+    """Names by which an index means the modules of diffusers' own pipelines, as for safety checkers."""
+    import diffusers
+
+    return dir(diffusers.pipelines)
 
 
 def variants(folder: pathlib.Path) -> set[str]:

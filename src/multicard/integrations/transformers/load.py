@@ -17,6 +17,7 @@ import torch
 from multicard import weights
 from multicard.errors import CheckpointError, ConfigError, UnsupportedError
 from multicard.integrations.transformers.sources import Sources, internal
+from multicard.integrations.untrusted import blamed_on, choose_implementations, offline, read_config
 from multicard.layers.packed import packer
 from multicard.mesh import ParallelMesh
 from multicard.weights import LoadReport
@@ -42,12 +43,11 @@ def build(
 
     if not (pathlib.Path(path) / "config.json").is_file():
         raise CheckpointError(f"{path}: no config.json there; download a checkpoint first with `hf download NAME`")
-    try:
+    read_config(pathlib.Path(path))
+    with offline(), blamed_on(f"{path}/config.json: transformers doesn't know this model"):
         config, unknown = AutoConfig.from_pretrained(
             path, local_files_only=True, trust_remote_code=False, return_unused_kwargs=True, **overrides
         )
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}/config.json: transformers doesn't know this model ({error})") from None
     if unknown:
         raise ConfigError(
             f"from_pretrained: {', '.join(sorted(unknown))}: neither a setting of {type(config).__name__} nor an "
@@ -57,10 +57,13 @@ def build(
         raise UnsupportedError(f"{path} holds quantized weights, which can't be split: use an unquantized checkpoint")
     if dtype == "auto":  # as transformers calls the config's
         dtype = None
-    with torch.device("meta"):
-        model = _model_class(config, model_class)._from_config(config, dtype=dtype or config.dtype or torch.float32)
+    choose_implementations(config, overrides)
+    kind = _model_class(config, model_class)
+    with offline(), blamed_on(f"{path}/config.json: transformers makes no model of it"), torch.device("meta"):
+        model = kind._from_config(config, dtype=dtype or config.dtype or torch.float32)
     if model.can_generate() and (pathlib.Path(path) / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+        with offline(), blamed_on(f"{path}/generation_config.json: transformers can't use it"):
+            model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     return model
 
 
@@ -69,9 +72,10 @@ def _model_class(config: PreTrainedConfig, model_class: type[PreTrainedModel] | 
 
     if model_class is not None:
         return model_class
-    named = [getattr(transformers, name, None) for name in config.architectures or ()]
-    if named and named[0] is not None:
-        return named[0]
+    named = config.architectures[0] if isinstance(config.architectures, list) and config.architectures else None
+    found = getattr(transformers, named, None) if isinstance(named, str) else None
+    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+        return found
     raise UnsupportedError(
         f"the config says architectures={config.architectures}, which this transformers doesn't have: pass model_class="
     )
