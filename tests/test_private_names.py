@@ -23,7 +23,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from diffusers.pipelines.pag.pag_utils import PAGMixin
 
-_rendezvous_module = importlib.import_module("torch.distributed.rendezvous")  # a function has its name in torch.distributed
+RENDEZVOUS = importlib.import_module("torch.distributed.rendezvous")  # torch.distributed has a function of that name
 SOURCE = pathlib.Path(__file__).parents[1] / "src" / "multicard"
 
 
@@ -75,7 +75,7 @@ TABLE = {
         "_flatten": Use("ring and ulysses as one axis", ("mesh.py",), has(dist.device_mesh.DeviceMesh)),
         "_get_default_group": Use("the memo of meshes", ("mesh.py",), has(dist.distributed_c10d)),
         "_get_sequence_number_for_group": Use("who didn't arrive", ("ranks/activity.py",), has(dist.ProcessGroup)),
-        "_rendezvous_handlers": Use("init_process_group in scripts", ("join.py",), has(_rendezvous_module)),
+        "_rendezvous_handlers": Use("init_process_group in scripts", ("join.py",), has(RENDEZVOUS)),
         "_set_default_timeout": Use("gloo by its own calls", ("backends/gloo.py",), has(dist.ProcessGroupGloo)),
         "_set_pg_timeout": Use("sub-groups' timeouts", ("join.py",), has(dist.distributed_c10d)),
         "_world": Use("all groups, and their ranks", ("ranks/activity.py",), has(dist.distributed_c10d)),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import os
 import pathlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -13,7 +12,8 @@ from typing import Any, Unpack
 import torch
 
 from multicard.config import ParallelConfig
-from multicard.errors import ConfigError, MulticardError, UnsupportedError
+from multicard.errors import CheckpointError, ConfigError, MulticardError, UnsupportedError
+from multicard.extras import command, has
 from multicard.mesh import ParallelMesh
 from multicard.models import generate as decoding
 from multicard.models.generate import Request
@@ -90,8 +90,12 @@ class LLM(Session):
         loading = (str(self.path), parse_dtype(dtype), verify)
         self.config, self.engine = _check_folder(self.path, degrees)
         self.tokenizer = Tokenizer.from_folder(self.path)
+        self._before_loading()
         bar = functools.partial(loading_bar, progress, f"loading {self.path.name} on {degrees}")
         super().__init__(degrees, options, _load, self.engine, *loading, bar=bar)
+
+    def _before_loading(self) -> None:
+        """For a subclass that has its prompts by now: what is wrong with them needn't wait for the weights."""
 
     def _after_loading(self) -> None:
         self.load_reports = [LoadReport(**report) for report in self._run(_report)]
@@ -128,13 +132,12 @@ class LLM(Session):
         """
         prompts = _plain(prompts)
         many = _is_list(prompts)
-        each: Sequence[Any] = prompts if many else [prompts]
-        ids = [self._encode(prompt, raw) for prompt in each]
-        request = self._request(ids, max_new_tokens, Sampling(temperature, top_k, top_p, seed), ignore_eos)
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        request = self._request(prompts if many else [prompts], max_new_tokens, sampling, ignore_eos, raw)
         tokens, timings = self._run(_generate, request)[0]
         found = [
             Generation(self.tokenizer.decode(new) if self.tokenizer else None, new, len(prompt), timings)
-            for prompt, new in zip(ids, tokens, strict=True)
+            for prompt, new in zip(request.prompts, tokens, strict=True)
         ]
         return found if many else found[0]
 
@@ -157,8 +160,8 @@ class LLM(Session):
         """
         if self.tokenizer is None:
             raise ConfigError(f"{self.path} has no tokenizer.json to stream text with: use generate")
-        ids = self._encode(_plain(prompt), raw)
-        request = self._request([ids], max_new_tokens, Sampling(temperature, top_k, top_p, seed), ignore_eos)
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        request = self._request([_plain(prompt)], max_new_tokens, sampling, ignore_eos, raw)
         return self.tokenizer.pieces(self._stream(_stream, request))
 
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
@@ -166,7 +169,7 @@ class LLM(Session):
         ids = _plain(token_ids)
         if not _is_ids(ids):
             raise ConfigError(f"token_ids={token_ids!r}: logits takes a list of token ids")
-        self._request([ids], 1, Sampling(), True)
+        self._request([ids], 1, Sampling(), ignore_eos=True)
         return self._run(_logits, ids)[0]
 
     def _encode(self, prompt: Any, raw: bool) -> list[int]:
@@ -178,8 +181,11 @@ class LLM(Session):
             raise ConfigError(f"{self.path} has no tokenizer.json: give the prompt as token ids")
         return self.tokenizer.encode(prompt, raw)
 
-    def _request(self, prompts: list[list[int]], new: int, sampling: Sampling, ignore_eos: bool) -> Request:
-        request = Request(prompts, new, sampling, frozenset() if ignore_eos else frozenset(self.config.eos))
+    def _request(
+        self, prompts: Sequence[Any], new: int, sampling: Sampling, ignore_eos: bool = False, raw: bool = False
+    ) -> Request:
+        ids = [self._encode(prompt, raw) for prompt in prompts]
+        request = Request(ids, new, sampling, frozenset() if ignore_eos else frozenset(self.config.eos))
         request.check(self.config)
         return request
 
@@ -198,15 +204,14 @@ def _check_folder(path: pathlib.Path, degrees: ParallelConfig) -> tuple[Any, str
     try:
         return check_folder(path, degrees), "multicard"
     except UnsupportedError as refusal:
-        if importlib.util.find_spec("transformers") is None:
-            raise
+        if not has("transformers"):
+            raise UnsupportedError(f"{refusal}; or {command('transformers')}: LLM uses it for other models") from None
         try:
             return _check_with_transformers(path, degrees), "transformers"
+        except CheckpointError as other:
+            raise CheckpointError(f"{refusal}; {other}") from None
         except MulticardError as other:
             raise other from refusal
-        except Exception as other:  # what transformers says of a config that it can't make a model of
-            said = f"{type(other).__name__} {other}".splitlines()[0]
-            raise UnsupportedError(f"{refusal}; transformers makes no model of it: {said}") from other
 
 
 def _check_with_transformers(path: pathlib.Path, degrees: ParallelConfig) -> Any:

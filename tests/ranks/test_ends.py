@@ -236,7 +236,8 @@ def pair(request):
 
 def test_only_gloo_listens_and_on_loopback_alone(pair, request):
     assert pair.run(lambda mesh: collectives.all_reduce(torch.ones(2), mesh.tp).tolist()) == [[2.0, 2.0]] * 2
-    assert {ip for ip, _ in faults.listeners(pair.pids)} == ({"127.0.0.1"} if request.node.callspec.params["pair"] == "gloo" else set())
+    gloo = request.node.callspec.params["pair"] == "gloo"
+    assert {ip for ip, _ in faults.listeners(pair.pids)} == ({"127.0.0.1"} if gloo else set())
     assert not faults.listeners([os.getpid()])
 
 

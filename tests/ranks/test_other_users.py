@@ -7,6 +7,7 @@ import sys
 import tempfile
 
 import pytest
+
 import tiny_decoders
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two other users")

@@ -7,6 +7,7 @@ with one line on standard error. With ``--json`` standard output holds one JSON 
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ def multicard() -> None:
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command in ``args`` (None: the process's own) and exit with its code."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is imported; ranks do the same
+    _check_surroundings()
     interrupts = Interrupts()
     try:
         code = app(args=args, prog_name="multicard", standalone_mode=False) or 0
@@ -54,6 +56,22 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     if code == INTERRUPTED:  # typer has caught Ctrl-C itself
         _fail("interrupted", INTERRUPTED)
     sys.exit(code)
+
+
+def _check_surroundings() -> None:
+    """A shell may close standard output and error (``>&-``), or stand in a folder that was deleted, where torch can't be
+    imported; and a locale may lack an answer's characters.
+    """
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  until the end
+    if sys.stdout is None:
+        _fail("standard output is closed: there is nowhere to print to", 2)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        os.chdir("/")
 
 
 def _describe(error: Exception) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Annotated, Any
 
 import typer
 
 from multicard.cli import early, options
+from multicard.errors import ConfigError
 
 
 def generate(
@@ -39,6 +41,13 @@ def generate(
     early.prepare("multicard.llm", tp=tp, ring=ring, ulysses=ulysses, dp=dp)
     from multicard import place
     from multicard.llm import LLM
+    from multicard.models.sampling import Sampling
+
+    texts = [_text(prompt) for prompt in prompts]
+
+    class Asked(LLM):
+        def _before_loading(self) -> None:
+            self._request(texts, max_new_tokens, Sampling(temperature, top_k, top_p, seed), ignore_eos, raw)
 
     asked: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -49,7 +58,7 @@ def generate(
         "ignore_eos": ignore_eos,
         "raw": raw,
     }
-    with LLM(
+    with Asked(
         model,
         tp=tp,
         ring=ring,
@@ -70,17 +79,31 @@ def generate(
             )
         live = sys.stdout.isatty() and not as_json and not place.in_job()
         if live and len(prompts) == 1 and llm.tokenizer is not None:
-            for piece in llm.stream(prompts[0], **asked):
+            for piece in llm.stream(texts[0], **asked):
                 print(piece, end="", flush=True)
             print()
             return
-        answers = llm.generate(prompts, **asked)
+        answers = llm.generate(texts, **asked)
         if not place.is_first():
             return
         if as_json:
             print(json.dumps(_described(llm, answers)))
         else:
             print("\n\n".join(str(answer.text) for answer in answers))
+
+
+def _text(argument: str) -> str:
+    """The argument's bytes as UTF-8, whatever the locale is.
+
+    Raises:
+        ConfigError: they aren't.
+    """
+    try:
+        return os.fsencode(argument).decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the prompt isn't UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}") from None
+    except UnicodeEncodeError:  # called from Python, with text that no command line holds
+        return argument
 
 
 def _described(llm: Any, answers: list[Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import typer
 
 from multicard.cli import early, options
 from multicard.errors import ConfigError, UnsupportedError
+from multicard.extras import need
 
 Prompts = Annotated[list[str] | None, typer.Argument(help="What to draw; several are one batch.", show_default=False)]
 Negative = Annotated[str | None, typer.Option("--negative-prompt", help="What not to draw.")]
@@ -110,10 +111,9 @@ def _one_or_list(prompts: list[Any]) -> Any:
 
 def _target(output: str) -> pathlib.Path:
     """The file to write. Raises ConfigError for a kind that can't be, before anything is drawn."""
-    try:
-        from PIL import Image
-    except ImportError:
-        raise ConfigError("pillow isn't installed: pip install 'multicard[diffusers]'") from None
+    need("PIL", "writing pictures")
+    from PIL import Image
+
     path = pathlib.Path(output)
     kinds = Image.registered_extensions()
     if kinds.get(path.suffix.lower()) not in Image.SAVE:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import pathlib
 import re
 import sys
@@ -13,7 +12,8 @@ import torch
 
 from multicard.axis import Axis
 from multicard.config import ParallelConfig
-from multicard.errors import CheckpointError, ConfigError, MulticardError, UnsupportedError
+from multicard.errors import CheckpointError, MulticardError, UnsupportedError
+from multicard.extras import need
 from multicard.integrations.diffusers.checks import check_sequence
 from multicard.integrations.diffusers.denoisers import NAMES
 from multicard.integrations.diffusers.load import load_slices
@@ -58,8 +58,7 @@ class PipelineFolder:
             CheckpointError: a file that is missing, cut or damaged; a class that this diffusers doesn't have.
             UnsupportedError: pickled weights, code of its own, a model without a plan for these degrees.
         """
-        if importlib.util.find_spec("diffusers") is None:
-            raise ConfigError("diffusers isn't installed: pip install 'multicard[diffusers]'")
+        need("diffusers", "a diffusers pipeline")
         index = self._index()
         self._check_class(index.get("_class_name"))
         for name, (library, cls) in components(index).items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import pathlib
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from multicard import weights
+from multicard.extras import has
 from multicard.integrations.diffusers.tensor import tensor_changes
 from multicard.integrations.styles import make
 from multicard.mesh import ParallelMesh
@@ -39,7 +39,7 @@ def load_slices(
     """
     config = json.loads((folder / "config.json").read_text())
     whole = not any(folder.glob(f"{STEM}.safetensors*"))  # a variant's files
-    if whole or importlib.util.find_spec("accelerate") is None or "quantization_config" in config:
+    if whole or not has("accelerate") or "quantization_config" in config:
         return None
     with Checkpoint(folder, STEM) as checkpoint:
         with _parameters_on_meta():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from multicard.extras import need
 from multicard.integrations.seams import Hooks, facts
 from multicard.integrations.styles import make
 from multicard.integrations.transformers import load as loading
@@ -110,6 +111,7 @@ def load_model(
     **overrides: Any,
 ) -> Iterator[float | tuple[PreTrainedModel, LoadReport]]:
     """:func:`from_pretrained` as a generator: the share done, from 0 to 1, then the model and what the loading took."""
+    need("transformers", "mc.from_pretrained")
     model = loading.build(path, model_class, dtype, **overrides)
     Replica(mesh).compare("mc.from_pretrained", facts(model))
     sources = Sources(model)
