@@ -25,7 +25,7 @@ def image(
     *,
     model: Annotated[str, typer.Option("--model", help="A diffusers pipeline folder.", show_default=False)],
     prompts: Prompts = None,
-    degrees: dict[str, int],
+    degrees: dict[str, Any],
     negative_prompt: Negative = None,
     class_label: Labels = None,
     steps: Annotated[int | None, typer.Option("--steps", help="num_inference_steps; default: the pipeline's.")] = None,

@@ -19,7 +19,9 @@ DEGREES = {
     "cfg": "Ranks over guidance branches.",
     "dp": "Data-parallel replicas.",
 }
-RANKS: dict[str, tuple[Any, object]] = {  # their types and defaults
+Options = dict[str, tuple[Any, object]]
+"""Types and defaults, by parameter."""
+RANKS: Options = {
     "timeout": (Annotated[float, typer.Option(help="Seconds that one collective may wait.")], 60.0),
     "device": (Annotated[str, typer.Option(help="auto, cpu, cuda, npu or xpu.")], "auto"),
     "backend": (
@@ -43,7 +45,7 @@ def starts_ranks(*axes: str) -> Callable[[Callable[..., None]], Callable[..., No
 
     Its ``degrees`` are those of the mesh ``axes`` by name, its ``ranks`` those of ``RANKS``.
     """
-    added = {
+    added: dict[str, Options] = {
         "degrees": {axis: (Annotated[int, typer.Option(help=DEGREES[axis])], 1) for axis in axes},
         "ranks": RANKS,
     }

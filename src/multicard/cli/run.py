@@ -31,7 +31,7 @@ def run(
     *,
     script: Annotated[str, typer.Argument(help="The Python file to run on every rank.", show_default=False)],
     args: Annotated[list[str] | None, typer.Argument(help="Its arguments.", show_default=False)] = None,
-    degrees: dict[str, int],
+    degrees: dict[str, Any],
     ranks: dict[str, Any],
     console: Console = "rank0",
     nnodes: Nodes = 1,

@@ -20,7 +20,7 @@ from multicard.integrations.heads import Heads
 from multicard.integrations.linears import check_linear, column_parallel, row_parallel
 from multicard.integrations.seams import Hooks
 from multicard.layers import Shard
-from multicard.layers.shard import Shares, Spans, halves, sharded
+from multicard.layers.shard import Shares, Spans, cut, halves, sharded
 
 Change = Callable[[], object]
 """A step that changes a model."""
@@ -222,8 +222,7 @@ def replace(new: nn.Module, places: Iterable[tuple[nn.Module, str]]) -> None:
 def cut_parameter(owner: nn.Module, name: str, dim: int, spans: Spans) -> None:
     """Keep only ``spans`` of a parameter along ``dim``."""
     parameter = owner.get_parameter(name)
-    shard = Shard(tuple(parameter.shape), dim, spans)
-    owner._parameters[name] = sharded(shard.take(parameter.detach()), shard)
+    owner._parameters[name] = cut(parameter, Shard(tuple(parameter.shape), dim, spans))
 
 
 def zeros(like: Tensor, shape: tuple[int, ...]) -> nn.Parameter:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from multicard import collectives, partition
 from multicard.axis import Axis
 from multicard.errors import ConfigError
-from multicard.layers.shard import Shard, shard_of, sharded
+from multicard.layers.shard import Shard, cut, empty, shard_of
 
 CHANNELS = -3
 """Their dimension, whether there is a batch or not."""
@@ -33,8 +33,7 @@ class _ParallelConv2d(nn.Module):
             whole = nn.Conv2d(*shape, **options)
         self._hold(whole, axis)
         for name, parameter in list(self.named_parameters()):  # memory for them; the shard rules stay
-            data = torch.empty_like(parameter, device=device or torch.get_default_device())
-            setattr(self, name, sharded(data, shard_of(parameter)))
+            setattr(self, name, empty(shard_of(parameter), parameter.dtype, device))
 
     def _hold(self, conv: nn.Conv2d, axis: Axis) -> None:
         """Be this rank's part of ``conv``."""
@@ -53,10 +52,9 @@ class _ParallelConv2d(nn.Module):
         dim = 1 if self.by_input and conv.groups == 1 else 0
         mine = self._share((self.out_channels, self.in_channels)[dim], axis.rank)
         spans = (mine,) if mine else ()
-        weight = Shard(tuple(conv.weight.shape), dim, spans)
-        bias = Shard((conv.out_channels,), 0, (range(conv.out_channels),) if self.by_input else spans)
-        self.weight = sharded(weight.take(conv.weight.detach()), weight)
-        self.bias = None if conv.bias is None else sharded(bias.take(conv.bias.detach()), bias)
+        self.weight = cut(conv.weight, Shard(tuple(conv.weight.shape), dim, spans))
+        spans = (range(conv.out_channels),) if self.by_input else spans
+        self.bias = None if conv.bias is None else cut(conv.bias, Shard((conv.out_channels,), 0, spans))
 
     def _share(self, channels: int, rank: int) -> range:
         """Which of all input or output channels are a rank's: those of whole groups, where there are some."""
@@ -170,10 +168,8 @@ class RowParallelConv2d(_ParallelConv2d):
         if self.axis.size == 1:
             return self._convolve(x, self.bias)
         y = self._convolve(x if self.input_is_parallel else self._take_inputs(x), None)
-        if self.groups > 1:  # every rank's groups are outputs of their own: nothing to add up
-            y = self._gather_outputs(y)
-        else:
-            y = collectives.all_reduce(y, self.axis)
+        # with groups every rank has outputs of its own, and nothing is added up
+        y = self._gather_outputs(y) if self.groups > 1 else collectives.all_reduce(y, self.axis)
         return y if self.bias is None else y + self.bias[:, None, None]
 
 
