@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 from typing import Any
 
 import torch
@@ -16,8 +15,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from multicard import partition
+from multicard.attention.sequence import take_spans
 from multicard.axis import Axis
 from multicard.errors import UnsupportedError
+from multicard.integrations.calls import parameters
 from multicard.integrations.seams import bypassed
 
 PAGE = 32
@@ -35,11 +36,10 @@ def cache_name(module: nn.Module) -> str:
     Raises:
         UnsupportedError: neither name that we know.
     """
-    names = inspect.signature(module.forward).parameters
-    found = next((name for name in CACHE_NAMES if name in names), None)
-    if found is None:
-        raise bypassed("transformers", f"{type(module).__name__}.forward takes none of {', '.join(CACHE_NAMES)}")
-    return found
+    for name in parameters(type(module).forward):
+        if name in CACHE_NAMES:
+            return name
+    raise bypassed("transformers", f"{type(module).__name__}.forward takes none of {', '.join(CACHE_NAMES)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +88,7 @@ class Chunk:
 
 def take(x: Tensor, spans: Spans, start: int, dim: int) -> Tensor:
     """The positions ``spans`` of ``x``, which begins at position ``start``; a view where they are one run."""
-    parts = [x.narrow(dim, span.start - start, len(span)) for span in partition.merge_spans(spans)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim) if parts else x.narrow(dim, 0, 0)
+    return take_spans(x, [range(span.start - start, span.stop - start) for span in spans], dim)
 
 
 class ShardedLayer(DynamicLayer):
