@@ -91,6 +91,15 @@ def take(x: Tensor, spans: Spans, start: int, dim: int) -> Tensor:
     return take_spans(x, [range(span.start - start, span.stop - start) for span in spans], dim)
 
 
+def _refusing(what: str, who: str) -> Any:
+    def refuse(self: DynamicLayer, *args: Any) -> None:
+        raise UnsupportedError(
+            f"{what} ({who}) on a cache that is split over ranks: use greedy or sampling, or tp alone"
+        )
+
+    return refuse
+
+
 class ShardedLayer(DynamicLayer):
     """One layer's keys and values, this rank's positions of them: ``(batch, heads, positions here, head_dim)``.
 
@@ -147,21 +156,10 @@ class ShardedLayer(DynamicLayer):
         """What this rank's part takes, room to grow included."""
         return sum(x.nbytes for x in self.room)
 
-    def crop(self, tokens_to_remove: int) -> None:
-        raise _refused("crop", "assisted generation")
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        raise _refused("reorder_cache", "beam search")
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        raise _refused("batch_repeat_interleave", "contrastive search")
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        raise _refused("batch_select_indices", "contrastive search")
-
-
-def _refused(what: str, who: str) -> UnsupportedError:
-    return UnsupportedError(f"{what} ({who}) on a cache that is split over ranks: use greedy or sampling, or tp alone")
+    crop = _refusing("crop", "assisted generation")
+    reorder_cache = _refusing("reorder_cache", "beam search")
+    batch_repeat_interleave = _refusing("batch_repeat_interleave", "contrastive search")
+    batch_select_indices = _refusing("batch_select_indices", "contrastive search")
 
 
 class ShardedCache(DynamicCache):
@@ -178,9 +176,6 @@ class ShardedCache(DynamicCache):
         self.axis = axis
         self.chunk: Chunk | None = None
         self.chunks: list[Chunk] = []
-
-    def begin(self, chunk: Chunk) -> None:
-        self.chunk = chunk
 
     def written(self) -> int:
         """How many layers have got the running pass's new tokens."""

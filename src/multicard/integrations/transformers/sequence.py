@@ -132,7 +132,7 @@ class Sequence:
         self.cache = self._cache(given, past)
         chunk = Chunk.of(self.cache.length if self.cache else 0, tokens.shape[1], self.mesh.sequence)
         if self.cache is not None:
-            self.cache.begin(chunk)
+            self.cache.chunk = chunk
             given[cache_name(decoder)] = self.cache
         keys = self.cache.spans() if self.cache is not None else chunk.held
         self.step = attention.Step(self.mesh, chunk, keys, _padding(given.get("attention_mask"), chunk))
