@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from multicard import partition
 from multicard.attention.sequence import take_spans
 from multicard.axis import Axis
 from multicard.errors import UnsupportedError
-from multicard.integrations.calls import parameters
 from multicard.integrations.seams import bypassed
 
 PAGE = 32
@@ -36,7 +36,7 @@ def cache_name(module: nn.Module) -> str:
     Raises:
         UnsupportedError: neither name that we know.
     """
-    for name in parameters(type(module).forward):
+    for name in inspect.signature(module.forward).parameters:
         if name in CACHE_NAMES:
             return name
     raise bypassed("transformers", f"{type(module).__name__}.forward takes none of {', '.join(CACHE_NAMES)}")

@@ -96,6 +96,7 @@ class Sequence:
         self, model: PreTrainedModel, mesh: ParallelMesh, attentions: set[nn.Module], has_rotary: bool
     ) -> None:
         self.config, self.mesh = model.config, mesh
+        self.cache_name = cache_name(model.get_decoder())
         self.step: attention.Step | None = None
         self.cache: ShardedCache | None = None
         self.positions: Tensor | None = None
@@ -133,7 +134,7 @@ class Sequence:
         chunk = Chunk.of(self.cache.length if self.cache else 0, tokens.shape[1], self.mesh.sequence)
         if self.cache is not None:
             self.cache.chunk = chunk
-            given[cache_name(decoder)] = self.cache
+            given[self.cache_name] = self.cache
         keys = self.cache.spans() if self.cache is not None else chunk.held
         self.step = attention.Step(self.mesh, chunk, keys, _padding(given.get("attention_mask"), chunk))
         self._rotations = [0, 0]
