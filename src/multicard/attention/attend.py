@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from multicard import partition
-from multicard.attention.checks import check_joint, check_masks, check_names, check_tensors, whole_lengths
+from multicard.attention.checks import check_joint, check_masks, check_name, check_tensors, whole_lengths
 from multicard.attention.no_backward import inference_only
 from multicard.attention.ring import Joint
 from multicard.attention.schedule import choose_schedule
@@ -15,6 +15,9 @@ from multicard.attention.ulysses import group_attention
 from multicard.attention.visibility import Visibility
 from multicard.axis import Axis
 from multicard.mesh import ParallelMesh
+
+LAYOUTS = ("BSND", "BNSD")
+JOINT_POSITIONS = ("front", "rear")
 
 
 @inference_only
@@ -78,7 +81,9 @@ def attend(
         ConfigError: shapes, dtypes or lengths that don't fit together, or an unknown name.
         UnsupportedError: ``causal`` with ``joint``.
     """
-    check_names(layout, order, joint_position)
+    check_name("layout", layout, LAYOUTS)
+    check_name("order", order, partition.ORDERS)
+    check_name("joint_position", joint_position, JOINT_POSITIONS)
     if layout == "BNSD":
         q, k, v = _heads_last(q), _heads_last(k), _heads_last(v)
         joint = None if joint is None else (_heads_last(joint[0]), _heads_last(joint[1]), _heads_last(joint[2]))

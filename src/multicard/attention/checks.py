@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,18 +11,10 @@ from multicard import partition
 from multicard.errors import ConfigError, UnsupportedError
 from multicard.mesh import ParallelMesh
 
-LAYOUTS = ("BSND", "BNSD")
-JOINT_POSITIONS = ("front", "rear")
 
-
-def check_names(layout: str, order: str, joint_position: str) -> None:
-    for name, value, known in (
-        ("layout", layout, LAYOUTS),
-        ("order", order, partition.ORDERS),
-        ("joint_position", joint_position, JOINT_POSITIONS),
-    ):
-        if value not in known:
-            raise ConfigError(f"{name}={value!r}: must be one of {', '.join(known)}")
+def check_name(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ConfigError(f"{name}={value!r}: must be one of {', '.join(known)}")
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from multicard.attention.checks import check_mask, check_tensors
+from multicard.attention.checks import check_mask, check_name, check_tensors
 from multicard.attention.kernels import block_attention, reference
 from multicard.attention.no_backward import inference_only
-from multicard.errors import ConfigError
 
 OPT_MODES = ("runtime", "static", "manual")
 OP_TYPES = ("prompt_flash_attn", "fused_attn_score", "ascend_laser_attention")
@@ -45,13 +44,9 @@ def attention_forward(
     Raises:
         ConfigError: an unknown ``opt_mode``, ``op_type`` or ``layout``, or shapes that don't fit together.
     """
-    for name, value, known in (
-        ("opt_mode", opt_mode, OPT_MODES),
-        ("op_type", op_type, OP_TYPES),
-        ("layout", layout, OPERATOR_LAYOUTS),
-    ):
-        if value not in known:
-            raise ConfigError(f"{name}={value!r}: must be one of {', '.join(known)}")
+    check_name("opt_mode", opt_mode, OPT_MODES)
+    check_name("op_type", op_type, OP_TYPES)
+    check_name("layout", layout, OPERATOR_LAYOUTS)
     if head_first:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     check_tensors(q, k, v)

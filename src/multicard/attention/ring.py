@@ -35,11 +35,11 @@ def ring_attention(
     Returns:
         ``(B, rows, H, Dv)``, and the joint queries' ``(B, Sj, H, Dv)`` or None.
     """
-    if axis.size == 1:
-        return around(q, k, v, axis, visible, segments, scale, joint)
-    k, v = k.contiguous(), v.contiguous()
-    if torch.compiler.is_compiling():
-        from multicard.attention import uncompiled
+    loop = around
+    if axis.size > 1:
+        k, v = k.contiguous(), v.contiguous()
+        if torch.compiler.is_compiling():
+            from multicard.attention import uncompiled
 
-        return uncompiled.around(q, k, v, axis, visible, segments, scale, joint)
-    return around(q, k, v, axis, visible, segments, scale, joint)
+            loop = uncompiled.around
+    return loop(q, k, v, axis, visible, segments, scale, joint)

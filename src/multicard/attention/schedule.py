@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from multicard import partition
+from multicard.attention.checks import check_name
 from multicard.axis import Axis
-from multicard.errors import ConfigError
 from multicard.mesh import ParallelMesh
 
 SCHEDULES = ("auto", "ulysses", "ring", "hybrid")
@@ -63,8 +63,7 @@ def choose_schedule(
     Raises:
         ConfigError: an unknown schedule.
     """
-    if schedule not in SCHEDULES:
-        raise ConfigError(f"schedule={schedule!r}: must be one of {', '.join(SCHEDULES)}")
+    check_name("schedule", schedule, SCHEDULES)
     if mesh.sequence.size == 1:
         return Schedule("local", "one rank holds the sequence")
     if replicated_kv:

@@ -45,36 +45,40 @@ class Sharding:
     @property
     def group_rows(self) -> Spans:
         """The rows of this rank's Ulysses group, in rank order."""
-        return flatten(self.rows[rank] for rank in self._group(self.rank // self.ulysses.size))
+        return flatten(self.rows[rank] for rank in self._mine)
 
     @property
     def group_keys(self) -> Spans:
-        return flatten(self.keys[rank] for rank in self._group(self.rank // self.ulysses.size))
+        return flatten(self.keys[rank] for rank in self._mine)
 
     @property
     def group_row_sizes(self) -> list[int]:
         """How many rows each rank of the Ulysses group holds."""
-        return [sum(map(len, self.rows[rank])) for rank in self._group(self.rank // self.ulysses.size)]
+        return [sum(map(len, self.rows[rank])) for rank in self._mine]
 
     @property
     def group_key_sizes(self) -> list[int]:
-        return [sum(map(len, self.keys[rank])) for rank in self._group(self.rank // self.ulysses.size)]
+        return [sum(map(len, self.keys[rank])) for rank in self._mine]
 
     @property
     def blocks(self) -> tuple[Spans, ...]:
         """For every ring rank the keys of its group, sorted."""
         if self.replicated_kv:
             return (self.keys[0],)
-        groups = (self._group(i) for i in range(self.ring.size))
-        return tuple(
-            partition.merge_spans(sorted(flatten(self.keys[rank] for rank in group), key=lambda span: span.start))
-            for group in groups
-        )
+        groups = (flatten(self.keys[rank] for rank in self._group(i)) for i in range(self.ring.size))
+        return tuple(map(_sorted, groups))
 
     def positions(self, offset: int) -> Spans:
         """Default positions of the group's rows, sorted; the first query of the sequence is at ``offset``."""
-        spans = partition.merge_spans(sorted(self.group_rows, key=lambda span: span.start))
-        return tuple(range(span.start + offset, span.stop + offset) for span in spans)
+        return tuple(range(span.start + offset, span.stop + offset) for span in _sorted(self.group_rows))
+
+    @property
+    def _mine(self) -> range:
+        return self._group(self.rank // self.ulysses.size)
 
     def _group(self, ring_rank: int) -> range:
         return range(ring_rank * self.ulysses.size, (ring_rank + 1) * self.ulysses.size)
+
+
+def _sorted(spans: Spans) -> Spans:
+    return partition.merge_spans(sorted(spans, key=lambda span: span.start))

@@ -157,7 +157,7 @@ class Visibility:
 def as_tensor(positions: tuple[range, ...] | Tensor) -> Tensor:
     if isinstance(positions, Tensor):
         return positions
-    return torch.cat([torch.arange(span.start, span.stop) for span in positions])
+    return torch.cat([torch.arange(0), *(torch.arange(span.start, span.stop) for span in positions)])
 
 
 def both(mask: Tensor | None, keep: Tensor | None) -> Tensor | None:

@@ -59,8 +59,8 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
 
 
 def _check_surroundings() -> None:
-    """A shell may close standard output and error (``>&-``), or stand in a folder that was deleted, where torch can't be
-    imported; and a locale may lack an answer's characters.
+    """A shell may close the standard streams (``>&-``), its locale may lack an answer's characters, and in a folder that
+    was deleted torch can't be imported.
     """
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115  until the end

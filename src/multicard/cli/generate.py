@@ -13,13 +13,12 @@ from multicard.cli import early, options
 from multicard.errors import ConfigError
 
 
+@options.starts_ranks("tp", "ring", "ulysses", "dp")
 def generate(
+    *,
     prompts: Annotated[list[str], typer.Argument(help="What to answer; several are one batch.", show_default=False)],
     model: Annotated[str, typer.Option("--model", help="A Hugging Face checkpoint folder.", show_default=False)],
-    tp: options.Tp = 1,
-    ring: options.Ring = 1,
-    ulysses: options.Ulysses = 1,
-    dp: options.Dp = 1,
+    degrees: dict[str, Any],
     max_new_tokens: Annotated[int, typer.Option(help="New tokens for each prompt at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Only the k likeliest tokens.")] = None,
@@ -29,16 +28,11 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="No chat template: go on from the text.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Compare the files with SHA256SUMS first.")] = False,
     dtype: options.Dtype = "auto",
-    timeout: options.Timeout = 60.0,
-    device: options.Device = "auto",
-    backend: options.Backend = "auto",
-    check: options.Check = False,
-    compare_inputs: options.CompareInputs = True,
-    log_dir: options.LogDir = None,
+    ranks: dict[str, Any],
     as_json: options.Json = False,
 ) -> None:
     """Answer PROMPTS with a checkpoint's decoder, split over ranks."""
-    early.prepare("multicard.llm", tp=tp, ring=ring, ulysses=ulysses, dp=dp)
+    early.prepare("multicard.llm", **degrees)
     from multicard import place
     from multicard.llm import LLM
     from multicard.models.sampling import Sampling
@@ -58,21 +52,7 @@ def generate(
         "ignore_eos": ignore_eos,
         "raw": raw,
     }
-    with Asked(
-        model,
-        tp=tp,
-        ring=ring,
-        ulysses=ulysses,
-        dp=dp,
-        dtype=dtype,
-        verify=verify,
-        timeout=timeout,
-        device=device,
-        backend=backend,
-        check=check,
-        compare_inputs=compare_inputs,
-        log_dir=log_dir,
-    ) as llm:
+    with Asked(model, dtype=dtype, verify=verify, **degrees, **ranks) as llm:
         if llm.engine != "multicard":
             print(
                 f"{model}: not an architecture of multicard's own decoder, so it runs on {llm.engine}", file=sys.stderr

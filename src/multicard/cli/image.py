@@ -21,14 +21,12 @@ Set = Annotated[
 ]
 
 
+@options.starts_ranks("cfg", "ring", "ulysses", "tp", "dp")
 def image(
+    *,
     model: Annotated[str, typer.Option("--model", help="A diffusers pipeline folder.", show_default=False)],
     prompts: Prompts = None,
-    cfg: options.Cfg = 1,
-    ring: options.Ring = 1,
-    ulysses: options.Ulysses = 1,
-    tp: options.Tp = 1,
-    dp: options.Dp = 1,
+    degrees: dict[str, Any],
     negative_prompt: Negative = None,
     class_label: Labels = None,
     steps: Annotated[int | None, typer.Option("--steps", help="num_inference_steps; default: the pipeline's.")] = None,
@@ -42,18 +40,11 @@ def image(
     variant: Annotated[str | None, typer.Option(help="Which of several weight files: fp16, say.")] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the folder's own code.")] = False,
     dtype: options.Dtype = "auto",
-    timeout: options.Timeout = 60.0,
-    device: options.Device = "auto",
-    backend: options.Backend = "auto",
-    check: options.Check = False,
-    compare_inputs: options.CompareInputs = True,
-    log_dir: options.LogDir = None,
+    ranks: dict[str, Any],
     as_json: options.Json = False,
 ) -> None:
     """Draw PROMPTS with a diffusers pipeline, split over ranks; videos become animated pictures."""
-    early.prepare(
-        "multicard.diffusion", "diffusers.pipelines.pipeline_utils", cfg=cfg, ring=ring, ulysses=ulysses, tp=tp, dp=dp
-    )
+    early.prepare("multicard.diffusion", "diffusers.pipelines.pipeline_utils", **degrees)
     from multicard import place
     from multicard.diffusion import DiffusionPipeline
     from multicard.integrations.diffusers.request import check_request
@@ -73,21 +64,7 @@ def image(
     check_request(asked)  # before minutes of loading
     begin = time.perf_counter()
     with DiffusionPipeline(
-        model,
-        cfg=cfg,
-        ring=ring,
-        ulysses=ulysses,
-        tp=tp,
-        dp=dp,
-        dtype=dtype,
-        variant=variant,
-        trust_remote_code=trust_remote_code,
-        timeout=timeout,
-        device=device,
-        backend=backend,
-        check=check,
-        compare_inputs=compare_inputs,
-        log_dir=log_dir,
+        model, dtype=dtype, variant=variant, trust_remote_code=trust_remote_code, **degrees, **ranks
     ) as pipe:
         loaded = time.perf_counter()
         arguments = {name: value for name, value in asked.items() if value is not None}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -26,20 +26,13 @@ Interface = Annotated[
 Console = Annotated[str, typer.Option("--console", help="Whose output to print here: rank0, all or none.")]
 
 
+@options.starts_ranks("tp", "ulysses", "ring", "cfg", "dp")
 def run(
+    *,
     script: Annotated[str, typer.Argument(help="The Python file to run on every rank.", show_default=False)],
     args: Annotated[list[str] | None, typer.Argument(help="Its arguments.", show_default=False)] = None,
-    tp: options.Tp = 1,
-    ulysses: options.Ulysses = 1,
-    ring: options.Ring = 1,
-    cfg: options.Cfg = 1,
-    dp: options.Dp = 1,
-    timeout: options.Timeout = 60.0,
-    device: options.Device = "auto",
-    backend: options.Backend = "auto",
-    check: options.Check = False,
-    compare_inputs: options.CompareInputs = True,
-    log_dir: options.LogDir = None,
+    degrees: dict[str, Any],
+    ranks: dict[str, Any],
     console: Console = "rank0",
     nnodes: Nodes = 1,
     node_rank: NodeRank = 0,
@@ -61,17 +54,7 @@ def run(
         address, port = slurm_store()
         address, port = master_addr or address, port if master_port is None else master_port
         hosts = Hosts(nnodes, node_rank, _resolve(address), port, interface)
-    settings = Settings(
-        ParallelConfig(tp=tp, ulysses=ulysses, ring=ring, cfg=cfg, dp=dp),
-        timeout=timeout,
-        backend=backend,
-        device=device,
-        check=check,
-        compare_inputs=compare_inputs,
-        log_dir=log_dir,
-        console=console,
-        hosts=hosts,
-    )
+    settings = Settings(ParallelConfig(**degrees), console=console, hosts=hosts, **ranks)
     try:
         run_script(script, args or [], settings)
     except Exception as error:

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_any, tree_map_only
+from torch.utils._pytree import tree_any, tree_leaves, tree_map_only
+
+from multicard.guidance.trees import template
 
 PUT_OFF = frozenset(
     "view _unsafe_view reshape flatten unflatten slice select narrow transpose permute movedim t unsqueeze squeeze "
@@ -72,7 +74,7 @@ class Operation(Promise):
     def __init__(self, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
         self.operands: list[Promise] = []
         tree_map_only(LazyTensor, lambda x: self.operands.append(x.promise), (args, kwargs))
-        args, kwargs = _map_plain(Tensor.clone, (args, kwargs))
+        args, kwargs = tree_map_only(Tensor, lambda t: t if isinstance(t, LazyTensor) else t.clone(), (args, kwargs))
         super().__init__(lambda: _as_list(func(*unwrap(args), **unwrap(kwargs))))
         for operand in self.operands:
             operand._dependents.append(self)
@@ -133,8 +135,8 @@ def unwrap(tree: Any) -> Any:
 
 
 def _put_off(func: Any, args: Any, kwargs: Any) -> Any:
-    device = next(leaf.device for leaf in _leaves((args, kwargs)) if isinstance(leaf, LazyTensor))
-    meta_args, meta_kwargs = tree_map_only(Tensor, _meta, (args, kwargs))
+    device = next(leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, LazyTensor))
+    meta_args, meta_kwargs = tree_map_only(Tensor, template, (args, kwargs))
     shapes = func(*meta_args, **meta_kwargs)
     promise = Operation(func, args, kwargs)
     lazy = [LazyTensor(t, device, promise, i) for i, t in enumerate(_as_list(shapes))]
@@ -142,20 +144,8 @@ def _put_off(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _moves(args: Any, kwargs: Any) -> bool:
-    return any(isinstance(leaf, torch.device) for leaf in _leaves((args, kwargs)))
-
-
-def _meta(t: Tensor) -> Tensor:
-    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+    return tree_any(lambda x: isinstance(x, torch.device), (args, kwargs))
 
 
 def _as_list(value: Any) -> list[Tensor]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _leaves(tree: Any) -> list[Any]:
-    return torch.utils._pytree.tree_leaves(tree)
-
-
-def _map_plain(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    return tree_map_only(Tensor, lambda t: t if isinstance(t, LazyTensor) else function(t), tree)

@@ -26,7 +26,7 @@ def signature(name: str, kwargs: Mapping[str, Any]) -> Hashable:
 
 def is_transparent(kwargs: Mapping[str, Any]) -> bool:
     """Whether a call can't change any of these arguments."""
-    return all(isinstance(leaf, TRANSPARENT) for leaf in tree_flatten(dict(kwargs))[0])
+    return all(isinstance(leaf, TRANSPARENT) for leaf in tree_leaves(dict(kwargs)))
 
 
 def clone(tree: Any) -> Any:

@@ -32,11 +32,9 @@ class Rule:
 Plan = tuple[Rule, ...]
 
 
-def make_plan(rules: Mapping[str, str] | Iterable[Rule], *, optional: bool = False) -> Plan:
-    """A plan from ``{pattern: style}``, or from rules as they are."""
-    if isinstance(rules, Mapping):
-        return tuple(Rule(pattern, style, optional) for pattern, style in rules.items())
-    return tuple(rules)
+def make_plan(rules: Mapping[str, str], *, optional: bool = False) -> Plan:
+    """A plan from ``{pattern: style}``."""
+    return tuple(Rule(pattern, style, optional) for pattern, style in rules.items())
 
 
 def resolve(plan: Plan, names: Iterable[str], styles: Iterable[str], model: str = "this model") -> dict[str, str]:

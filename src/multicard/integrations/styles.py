@@ -20,7 +20,7 @@ from multicard.integrations.heads import Heads
 from multicard.integrations.linears import check_linear, column_parallel, row_parallel
 from multicard.integrations.seams import Hooks
 from multicard.layers import Shard
-from multicard.layers.shard import Shares, Spans, halves, sharded
+from multicard.layers.shard import Shares, Spans, cut, halves, sharded
 
 Change = Callable[[], object]
 """A step that changes a model."""
@@ -45,11 +45,6 @@ class Context:
     hooks: Hooks
     heads_by_path: Mapping[str, Heads]
     places: Mapping[nn.Module, Sequence[tuple[nn.Module, str]]]
-
-    @property
-    def name(self) -> str:
-        """The last part of the path."""
-        return self.path.rpartition(".")[2]
 
     @property
     def heads(self) -> Heads:
@@ -104,18 +99,16 @@ def attention_out(module: nn.Module, context: Context) -> Change:
     return replaced_by_row(module, context, heads.output_shares(width), idle_width)
 
 
-def head_parameter(module: nn.Module, context: Context) -> Change:
-    """A parameter of ``module`` with entries for every query head along its first dimension."""
-    rows = module.get_parameter(context.name).shape[0]
-    mine = context.heads.query_shares(rows)[context.axis.rank]
-    return lambda: cut_parameter(module, context.name, 0, mine)
+def parameter_by_heads(style: str) -> Style:
+    """A parameter with entries for every head of this ``style`` along its first dimension."""
 
+    def by_heads(module: nn.Module, context: Context) -> Change:
+        name = context.path.rpartition(".")[2]
+        rows = module.get_parameter(name).shape[0]
+        mine = context.heads.shares(style, rows, context.path)[context.axis.rank]
+        return lambda: cut_parameter(module, name, 0, mine)
 
-def key_value_head_parameter(module: nn.Module, context: Context) -> Change:
-    """The same for every key/value head."""
-    rows = module.get_parameter(context.name).shape[0]
-    mine = context.heads.kv_shares(rows)[context.axis.rank]
-    return lambda: cut_parameter(module, context.name, 0, mine)
+    return by_heads
 
 
 def whole(module: nn.Module, context: Context) -> Change:
@@ -132,8 +125,8 @@ STYLES: dict[str, Style] = {
     "qkv": to_heads("qkv"),
     "qkv_groups": to_heads("qkv_groups"),
     "attention_out": attention_out,
-    "heads": head_parameter,
-    "key_value_heads": key_value_head_parameter,
+    "heads": parameter_by_heads("query"),
+    "key_value_heads": parameter_by_heads("key_value"),
     "whole": whole,
 }
 """Styles of both libraries' plans; each library has some of its own beside them."""
@@ -222,8 +215,7 @@ def replace(new: nn.Module, places: Iterable[tuple[nn.Module, str]]) -> None:
 def cut_parameter(owner: nn.Module, name: str, dim: int, spans: Spans) -> None:
     """Keep only ``spans`` of a parameter along ``dim``."""
     parameter = owner.get_parameter(name)
-    shard = Shard(tuple(parameter.shape), dim, spans)
-    owner._parameters[name] = sharded(shard.take(parameter.detach()), shard)
+    owner._parameters[name] = cut(parameter, Shard(tuple(parameter.shape), dim, spans))
 
 
 def zeros(like: Tensor, shape: tuple[int, ...]) -> nn.Parameter:

@@ -6,7 +6,7 @@ groups: a group's outputs depend on its own inputs alone.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +15,16 @@ from torch import Tensor, nn
 from multicard import collectives, partition
 from multicard.axis import Axis
 from multicard.errors import ConfigError
-from multicard.layers.shard import Shard, shard_of, sharded
+from multicard.layers.shard import Shard, cut, empty, shard_of
+
+CHANNELS = -3
+"""Their dimension, whether there is a batch or not."""
 
 
 class _ParallelConv2d(nn.Module):
     """What both share: the settings of the whole convolution, and this rank's part of its parameters."""
 
+    by_input: ClassVar[bool]
     weight: nn.Parameter
     bias: nn.Parameter | None
 
@@ -29,8 +33,7 @@ class _ParallelConv2d(nn.Module):
             whole = nn.Conv2d(*shape, **options)
         self._hold(whole, axis)
         for name, parameter in list(self.named_parameters()):  # memory for them; the shard rules stay
-            data = torch.empty_like(parameter, device=device or torch.get_default_device())
-            setattr(self, name, sharded(data, shard_of(parameter)))
+            setattr(self, name, empty(shard_of(parameter), parameter.dtype, device))
 
     def _hold(self, conv: nn.Conv2d, axis: Axis) -> None:
         """Be this rank's part of ``conv``."""
@@ -45,32 +48,41 @@ class _ParallelConv2d(nn.Module):
         self.padding, self.dilation, self.padding_mode = conv.padding, conv.dilation, conv.padding_mode
         # reflect, replicate and circular padding: before, with the amounts as torch.nn.Conv2d gives them to F.pad
         self._pad = None if conv.padding_mode == "zeros" else list(conv._reversed_padding_repeated_twice)
-        weight, bias = self._shards(conv)
-        self.weight = sharded(weight.take(conv.weight.detach()), weight)
-        self.bias = None if conv.bias is None else sharded(bias.take(conv.bias.detach()), bias)
+        # with groups the weight's rows are output channels, each over its own group's inputs
+        dim = 1 if self.by_input and conv.groups == 1 else 0
+        mine = self._share((self.out_channels, self.in_channels)[dim], axis.rank)
+        spans = (mine,) if mine else ()
+        self.weight = cut(conv.weight, Shard(tuple(conv.weight.shape), dim, spans))
+        spans = (range(conv.out_channels),) if self.by_input else spans
+        self.bias = None if conv.bias is None else cut(conv.bias, Shard((conv.out_channels,), 0, spans))
 
-    def _shards(self, conv: nn.Conv2d) -> tuple[Shard, Shard]:
-        """The rules of the weight and of the bias."""
-        raise NotImplementedError
+    def _share(self, channels: int, rank: int) -> range:
+        """Which of all input or output channels are a rank's: those of whole groups, where there are some."""
+        each = channels // self.groups if self.groups > 1 else 1
+        mine = partition.split(channels // each, self.axis.size)[rank]
+        return range(mine.start * each, mine.stop * each)
 
-    def _spans(self, rank: int) -> tuple[range, range]:
-        """The whole groups of a rank, as input and as output channels."""
-        mine = partition.split(self.groups, self.axis.size)[rank]
-        ins, outs = self.in_channels // self.groups, self.out_channels // self.groups
-        return range(mine.start * ins, mine.stop * ins), range(mine.start * outs, mine.stop * outs)
+    def _take_inputs(self, x: Tensor) -> Tensor:
+        mine = self._share(self.in_channels, self.axis.rank)
+        return x.narrow(CHANNELS, mine.start, len(mine))
 
-    def _convolve(self, x: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    def _gather_outputs(self, y: Tensor) -> Tensor:
+        sizes = [len(self._share(self.out_channels, rank)) for rank in range(self.axis.size)]
+        return collectives.all_gather(y, self.axis, CHANNELS, sizes)
+
+    def _convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:
         weight, padding = self.weight, self.padding
         if self._pad is not None:
-            x = F.pad(x, self._pad, mode=self.padding_mode) if x.shape[1] else _grow(x, self._pad)
+            x = F.pad(x, self._pad, mode=self.padding_mode) if x.shape[CHANNELS] else _grow(x, self._pad)
             padding = (0, 0)
         if weight.numel():
+            groups = x.shape[CHANNELS] // weight.shape[1]
             return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, groups)
         # no channels on this rank: only the output's shape is needed, from meta tensors
         one = torch.empty(1, 1, *self.kernel_size, dtype=x.dtype, device="meta")
-        like = x.new_empty(x.shape[0], 1, *x.shape[2:], device="meta")
-        size = F.conv2d(like, one, None, self.stride, padding, self.dilation).shape[2:]
-        out = x.new_zeros(x.shape[0], weight.shape[0], *size)
+        like = x.new_empty(*x.shape[:CHANNELS], 1, *x.shape[-2:], device="meta")
+        size = F.conv2d(like, one, None, self.stride, padding, self.dilation).shape[-2:]
+        out = x.new_zeros(*x.shape[:CHANNELS], weight.shape[0], *size)
         return out if bias is None else out + bias[:, None, None]
 
     def extra_repr(self) -> str:
@@ -91,6 +103,8 @@ class ColumnParallelConv2d(_ParallelConv2d):
         gather_output: return all channels on every rank (one all-gather) instead of this rank's.
     """
 
+    by_input = False
+
     def __init__(self, *shape: Any, axis: Axis, gather_output: bool = False, **options: Any) -> None:
         super().__init__(*shape, axis=axis, **options)
         self.gather_output = gather_output
@@ -103,31 +117,17 @@ class ColumnParallelConv2d(_ParallelConv2d):
         layer.gather_output = gather_output
         return layer
 
-    def _shards(self, conv: nn.Conv2d) -> tuple[Shard, Shard]:
-        mine = _spans_of(self.share(self.axis.rank))
-        return Shard(tuple(conv.weight.shape), 0, mine), Shard((conv.out_channels,), 0, mine)
-
     def share(self, rank: int) -> range:
         """The output channels of ``rank``."""
-        if self.groups > 1:
-            return self._spans(rank)[1]
-        return partition.split(self.out_channels, self.axis.size)[rank]
+        return self._share(self.out_channels, rank)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, in_channels, H, W)`` to ``(N, this rank's channels, H', W')``, or all with ``gather_output``.
 
         N may be left out, as in torch.nn.Conv2d.
         """
-        if x.dim() == 3:
-            return self.forward(x.unsqueeze(0)).squeeze(0)
-        groups = 1
-        if self.groups > 1:
-            mine = self._spans(self.axis.rank)[0]
-            x, groups = x[:, mine.start : mine.stop], len(partition.split(self.groups, self.axis.size)[self.axis.rank])
-        y = self._convolve(x, self.bias, groups)
-        if not self.gather_output:
-            return y
-        return collectives.all_gather(y, self.axis, 1, [len(self.share(rank)) for rank in range(self.axis.size)])
+        y = self._convolve(self._take_inputs(x) if self.groups > 1 else x, self.bias)
+        return self._gather_outputs(y) if self.gather_output else y
 
 
 class RowParallelConv2d(_ParallelConv2d):
@@ -142,6 +142,8 @@ class RowParallelConv2d(_ParallelConv2d):
             is whole and this layer takes its own.
     """
 
+    by_input = True
+
     def __init__(self, *shape: Any, axis: Axis, input_is_parallel: bool = True, **options: Any) -> None:
         super().__init__(*shape, axis=axis, **options)
         self.input_is_parallel = input_is_parallel
@@ -154,44 +156,23 @@ class RowParallelConv2d(_ParallelConv2d):
         layer.input_is_parallel = input_is_parallel
         return layer
 
-    def _shards(self, conv: nn.Conv2d) -> tuple[Shard, Shard]:
-        if self.groups > 1:  # the weight's rows are output channels, each over its own group's inputs
-            weight = Shard(tuple(conv.weight.shape), 0, _spans_of(self._spans(self.axis.rank)[1]))
-        else:
-            weight = Shard(tuple(conv.weight.shape), 1, _spans_of(self.share(self.axis.rank)))
-        return weight, Shard((conv.out_channels,), 0, (range(conv.out_channels),))
-
     def share(self, rank: int) -> range:
         """The input channels of ``rank``."""
-        if self.groups > 1:
-            return self._spans(rank)[0]
-        return partition.split(self.in_channels, self.axis.size)[rank]
+        return self._share(self.in_channels, rank)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, this rank's channels, H, W)``, or all of them, to ``(N, out_channels, H', W')`` on every rank.
 
         N may be left out, as in torch.nn.Conv2d.
         """
-        if x.dim() == 3:
-            return self.forward(x.unsqueeze(0)).squeeze(0)
         if self.axis.size == 1:
-            return self._convolve(x, self.bias, self.groups)
-        if not self.input_is_parallel:
-            mine = self.share(self.axis.rank)
-            x = x[:, mine.start : mine.stop]
-        y = self._own_groups(x) if self.groups > 1 else collectives.all_reduce(self._convolve(x, None, 1), self.axis)
+            return self._convolve(x, self.bias)
+        y = self._convolve(x if self.input_is_parallel else self._take_inputs(x), None)
+        # with groups every rank has outputs of its own, and nothing is added up
+        y = self._gather_outputs(y) if self.groups > 1 else collectives.all_reduce(y, self.axis)
         return y if self.bias is None else y + self.bias[:, None, None]
-
-    def _own_groups(self, x: Tensor) -> Tensor:
-        """Every rank's groups are outputs of their own: gathered, nothing to add up."""
-        y = self._convolve(x, None, len(partition.split(self.groups, self.axis.size)[self.axis.rank]))
-        return collectives.all_gather(y, self.axis, 1, [len(self._spans(rank)[1]) for rank in range(self.axis.size)])
-
-
-def _spans_of(share: range) -> tuple[range, ...]:
-    return (share,) if share else ()
 
 
 def _grow(x: Tensor, pad: list[int]) -> Tensor:
     """No channels of the padded size: ``F.pad`` takes none in other modes than zeros."""
-    return x.new_empty(*x.shape[:2], x.shape[2] + pad[2] + pad[3], x.shape[3] + pad[0] + pad[1])
+    return x.new_empty(*x.shape[:-2], x.shape[-2] + pad[2] + pad[3], x.shape[-1] + pad[0] + pad[1])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from multicard import collectives, partition
 from multicard.axis import Axis
 from multicard.errors import ConfigError
-from multicard.layers.shard import Shard, shard_of, sharded
+from multicard.layers.shard import Shard, cut, empty, shard_of
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -39,7 +39,7 @@ class VocabParallelEmbedding(nn.Module):
         self.num_embeddings, self.embedding_dim, self.axis = num_embeddings, embedding_dim, axis
         self.vocabulary = partition.split(num_embeddings, axis.size)[axis.rank]
         shard = Shard((num_embeddings, embedding_dim), 0, (self.vocabulary,) if self.vocabulary else ())
-        self.weight = sharded(torch.empty(shard.local_shape, dtype=dtype, device=device), shard)
+        self.weight = empty(shard, dtype, device)
 
     @classmethod
     def from_embedding(cls, embedding: nn.Embedding, axis: Axis) -> VocabParallelEmbedding:
@@ -48,8 +48,7 @@ class VocabParallelEmbedding(nn.Module):
             raise ConfigError(f"max_norm={embedding.max_norm}: VocabParallelEmbedding looks rows up as they are")
         vocabulary, hidden = embedding.weight.shape
         layer = cls(vocabulary, hidden, axis, device="meta")
-        shard = shard_of(layer.weight)
-        layer.weight = sharded(shard.take(embedding.weight.detach()), shard)
+        layer.weight = cut(embedding.weight, shard_of(layer.weight))
         return layer
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from multicard import collectives, partition
 from multicard.axis import Axis
 from multicard.errors import ConfigError
-from multicard.layers.shard import Shard, check_shares, count, shard_of, sharded
+from multicard.layers.shard import Shard, check_shares, count, cut, empty, shard_of
 
 
 class GatherLastDim(nn.Module):
@@ -82,9 +82,7 @@ class ParallelLMHead(nn.Module):
         shard = Shard((num_embeddings, embedding_dim), 0, (self.vocabulary,) if self.vocabulary else ())
         if weight is not None and tuple(weight.shape) != shard.local_shape:
             raise ConfigError(f"a tied weight of shape {tuple(weight.shape)} where {shard.local_shape} is this rank's")
-        self.weight = (
-            weight if weight is not None else sharded(torch.empty(shard.local_shape, dtype=dtype, device=device), shard)
-        )
+        self.weight = empty(shard, dtype, device) if weight is None else weight
         self.gather = GatherLastDim(axis, num_embeddings) if gather_output else None
 
     @classmethod
@@ -94,8 +92,7 @@ class ParallelLMHead(nn.Module):
             raise ConfigError("ParallelLMHead has no bias: use ColumnParallelLinear.from_linear for this one")
         vocabulary, hidden = linear.weight.shape
         head = cls(hidden, vocabulary, axis, gather_output, device="meta")
-        shard = shard_of(head.weight)
-        head.weight = sharded(shard.take(linear.weight.detach()), shard)
+        head.weight = cut(linear.weight, shard_of(head.weight))
         return head
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ The two compose without talking in between: ``row(activation(column(x)))`` is on
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +18,38 @@ from multicard import collectives
 from multicard.axis import Axis
 from multicard.errors import ConfigError
 from multicard.layers.head import GatherLastDim
-from multicard.layers.shard import Shard, Shares, check_partition, check_shares, count, shard_of, sharded
+from multicard.layers.shard import Shard, Shares, Spans, check_partition, check_shares, count, cut, empty, shard_of
 
 Multiply = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """``(x, weight, bias)`` to ``x Aᵀ + b``."""
 
 
-class ColumnParallelLinear(nn.Module):
+class _ParallelLinear(nn.Module):
+    """What both hold."""
+
+    multiply: Multiply = staticmethod(F.linear)  # packing the weight changes it (multicard.layers.packed)
+    in_features: int
+    out_features: int
+    axis: Axis
+    spans: Spans
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def _fill(self, weight: Tensor, bias: Tensor | None) -> Self:
+        """Take this rank's part of them."""
+        self.weight = cut(weight, shard_of(self.weight))
+        if self.bias is not None and bias is not None:
+            self.bias = cut(bias, shard_of(self.bias))
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, here={count(self.spans)}, "
+            f"bias={self.bias is not None}, {self.axis.name}={self.axis.rank}/{self.axis.size}"
+        )
+
+
+class ColumnParallelLinear(_ParallelLinear):
     """``y = x Aᵀ + b`` where each rank holds some of the output features and returns those.
 
     Fused projections (query-key-value, gate-up) are one layer whose outputs are the concatenation of the single ones;
@@ -42,8 +68,6 @@ class ColumnParallelLinear(nn.Module):
         ConfigError: shares that don't fit, or ``gather_output`` with features that no rank holds.
     """
 
-    multiply: Multiply = staticmethod(F.linear)  # packing the weight changes it (multicard.layers.packed)
-
     def __init__(
         self,
         in_features: int,
@@ -61,8 +85,8 @@ class ColumnParallelLinear(nn.Module):
         self.in_features, self.out_features, self.axis = in_features, out_features, axis
         self.shares: Shares = check_shares(shares, out_features, axis)
         self.spans = self.shares[axis.rank]
-        self.weight = _empty(Shard((out_features, in_features), 0, self.spans, parts), dtype, device)
-        self.bias = _empty(Shard((out_features,), 0, self.spans, parts), dtype, device) if bias else None
+        self.weight = empty(Shard((out_features, in_features), 0, self.spans, parts), dtype, device)
+        self.bias = empty(Shard((out_features,), 0, self.spans, parts), dtype, device) if bias else None
         self.gather = GatherLastDim(axis, shares=self.shares, size=out_features) if gather_output else None
 
     @classmethod
@@ -81,22 +105,15 @@ class ColumnParallelLinear(nn.Module):
         layer = cls(
             in_features, out_features, axis, bias is not None, gather_output, weight.dtype, "meta", shares=shares
         )
-        _fill(layer, weight, bias)
-        return layer
+        return layer._fill(weight, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in_features)`` to ``(..., this rank's features)``, or all of them with ``gather_output``."""
         y = self.multiply(x, self.weight, self.bias)
         return y if self.gather is None else self.gather(y)
 
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, here={count(self.spans)}, "
-            f"bias={self.bias is not None}, {self.axis.name}={self.axis.rank}/{self.axis.size}"
-        )
 
-
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(_ParallelLinear):
     """``y = x Aᵀ + b`` where each rank holds some of the input features; their products are added up.
 
     One all-reduce. The bias is whole on every rank and added once, after it.
@@ -113,8 +130,6 @@ class RowParallelLinear(nn.Module):
     Raises:
         ConfigError: shares that aren't a partition of the input features.
     """
-
-    multiply: Multiply = staticmethod(F.linear)  # packing the weight changes it (multicard.layers.packed)
 
     def __init__(
         self,
@@ -134,8 +149,8 @@ class RowParallelLinear(nn.Module):
         self.shares: Shares = check_shares(shares, in_features, axis)
         check_partition(self.shares, in_features, "RowParallelLinear")
         self.spans = self.shares[axis.rank]
-        self.weight = _empty(Shard((out_features, in_features), 1, self.spans), dtype, device)
-        self.bias = _empty(Shard((out_features,), 0, (range(out_features),)), dtype, device) if bias else None
+        self.weight = empty(Shard((out_features, in_features), 1, self.spans), dtype, device)
+        self.bias = empty(Shard((out_features,), 0, (range(out_features),)), dtype, device) if bias else None
 
     @classmethod
     def from_linear(
@@ -147,11 +162,9 @@ class RowParallelLinear(nn.Module):
     ) -> RowParallelLinear:
         """This rank's copy of its part of ``linear``."""
         out_features, in_features = linear.weight.shape
-        bias = linear.bias is not None
-        dtype = linear.weight.dtype
+        bias, dtype = linear.bias is not None, linear.weight.dtype
         layer = cls(in_features, out_features, axis, bias, input_is_parallel, dtype, "meta", shares=shares)
-        _fill(layer, linear.weight, linear.bias)
-        return layer
+        return layer._fill(linear.weight, linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., this rank's features)``, or all of them, to ``(..., out_features)``, the same on every rank."""
@@ -161,23 +174,6 @@ class RowParallelLinear(nn.Module):
             x = Shard(tuple(x.shape), x.dim() - 1, self.spans).take(x)
         y = collectives.all_reduce(self.multiply(x, self.weight, None), self.axis)
         return y if self.bias is None else y + self.bias
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, here={count(self.spans)}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, {self.axis.name}={self.axis.rank}/{self.axis.size}"
-        )
-
-
-def _empty(shard: Shard, dtype: torch.dtype | None, device: torch.device | str | None) -> nn.Parameter:
-    return sharded(torch.empty(shard.local_shape, dtype=dtype, device=device), shard)
-
-
-def _fill(layer: ColumnParallelLinear | RowParallelLinear, weight: Tensor, bias: Tensor | None) -> None:
-    for name, whole in (("weight", weight), ("bias", bias)):
-        if whole is not None:
-            shard = shard_of(getattr(layer, name))
-            setattr(layer, name, sharded(shard.take(whole.detach()), shard))
 
 
 def _cat_biases(linears: Sequence[nn.Linear]) -> Tensor | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from multicard import collectives
 from multicard.axis import Axis
-from multicard.layers.shard import Shard, check_partition, check_shares, sharded
+from multicard.layers.shard import Shard, check_partition, check_shares, cut
 
 
 class RMSNorm(nn.Module):
@@ -56,8 +56,7 @@ class ParallelRMSNorm(nn.Module):
         self.size, self.axis, self.eps = size, axis, eps
         checked = check_shares(shares, size, axis)
         check_partition(checked, size, "ParallelRMSNorm")
-        shard = Shard((size,), 0, checked[axis.rank])
-        self.weight = None if weight is None else sharded(shard.take(weight.detach()), shard)
+        self.weight = None if weight is None else cut(weight, Shard((size,), 0, checked[axis.rank]))
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., this rank's features)`` to the same."""

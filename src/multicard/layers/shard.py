@@ -61,6 +61,16 @@ def sharded(data: Tensor, shard: Shard) -> nn.Parameter:
     return parameter
 
 
+def empty(shard: Shard, dtype: torch.dtype | None, device: torch.device | str | None) -> nn.Parameter:
+    """Memory for this rank's part."""
+    return sharded(torch.empty(shard.local_shape, dtype=dtype, device=device), shard)
+
+
+def cut(whole: Tensor, shard: Shard) -> nn.Parameter:
+    """This rank's part of ``whole``."""
+    return sharded(shard.take(whole.detach()), shard)
+
+
 def shard_of(parameter: Tensor) -> Shard:
     """The rule that a parameter carries; one that carries none is whole on every rank."""
     whole = Shard(tuple(parameter.shape), 0, (range(parameter.shape[0]),)) if parameter.dim() else Shard((), 0, ())

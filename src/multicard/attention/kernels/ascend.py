@@ -5,23 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from multicard.attention.kernels.base import DEAD, Kernel, Request, repeat_kv
+from multicard.attention.kernels.base import DEAD, Kernel, Limits, repeat_kv
 
 LEFT_UP_CAUSAL = 2
 """``sparse_mode`` for a causal square; it reads a compressed 2048 x 2048 triangle."""
 COMPRESSED = 2048
-
-
-def refuses(request: Request) -> str | None:
-    if request.device != "npu":
-        return f"needs an Ascend NPU, not {request.device}"
-    if request.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"has float16, bfloat16 and float32, not {request.dtype}"
-    if request.causal and request.masked:
-        return "takes a mask or causality, not both"
-    if request.head_dim != request.value_dim or request.head_dim % 16 or request.head_dim > 512:
-        return f"needs one head_dim in multiples of 16 up to 512, not {request.head_dim} and {request.value_dim}"
-    return None
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -55,4 +43,5 @@ def _mask_options(mask: Tensor, q: Tensor, k: Tensor) -> dict:
     }
 
 
-KERNEL = Kernel("ascend_fusion", run, refuses)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+KERNEL = Kernel("ascend_fusion", run, Limits("npu", DTYPES, multiple=16, largest=512))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import torch
@@ -42,6 +43,45 @@ class Request:
     masked: bool
 
 
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a kernel supports.
+
+    Attributes:
+        device, dtypes: where it runs, and on what.
+        masks: it takes a mask.
+        causal_masks: also where it is causal.
+        single_rows: it takes one query or one key.
+        multiple, largest: head_dim, which is one for queries, keys and values.
+    """
+
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+    masks: bool = True
+    causal_masks: bool = False
+    single_rows: bool = True
+    multiple: int = 1
+    largest: float = math.inf
+
+    def refuse(self, request: Request) -> str | None:
+        """What of ``request`` is outside, or None."""
+        width = request.head_dim
+        if request.device != self.device:
+            return f"is for {self.device}, not {request.device}"
+        if request.dtype not in self.dtypes:
+            return f"has {', '.join(map(str, self.dtypes))}, not {request.dtype}"
+        if request.masked and not self.masks:
+            return "takes no mask"
+        if request.masked and request.causal and not self.causal_masks:
+            return "takes a mask or causality, not both"
+        if not self.single_rows and 1 in (request.query_rows, request.key_rows):
+            return "needs more than one row"
+        if width != request.value_dim or width % self.multiple or width > self.largest:
+            fits = f"needs one head_dim in multiples of {self.multiple} up to {self.largest}"
+            return f"{fits}, not {width} and {request.value_dim}"
+        return None
+
+
 KernelFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float], tuple[Tensor, Tensor]]
 
 
@@ -55,12 +95,16 @@ class Kernel:
             ``v`` ``(B, Sk, Hkv, Dv)``, ``mask`` ``(B|1, H|1, Sq|1, Sk)``, bool (True = keep) or added to the scores.
             ``out`` is ``(B, Sq, H, Dv)`` in the inputs' dtype or float32, ``lse`` ``(B, Sq, H)`` float32, the natural
             logarithm of the sum of exponentials, below :data:`DEAD` in rows with nothing to attend to.
-        refuses: ``refuses(request)``: why it can't, or None. A kernel is never called with what it refuses.
+        limits: what it is never called beyond; None: there are none.
     """
 
     name: str
     run: KernelFunction
-    refuses: Callable[[Request], str | None]
+    limits: Limits | None = None
+
+    def refuses(self, request: Request) -> str | None:
+        """Why it can't, or None."""
+        return None if self.limits is None else self.limits.refuse(request)
 
 
 def additive(mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

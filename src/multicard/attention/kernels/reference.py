@@ -5,11 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from multicard.attention.kernels.base import DEAD, Kernel, Request, additive, repeat_kv
-
-
-def refuses(request: Request) -> str | None:
-    return None
+from multicard.attention.kernels.base import DEAD, Kernel, additive, repeat_kv
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -28,4 +24,4 @@ def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scal
     return (weights @ v).transpose(1, 2), lse.transpose(1, 2).float()
 
 
-KERNEL = Kernel("reference", run, refuses)
+KERNEL = Kernel("reference", run)

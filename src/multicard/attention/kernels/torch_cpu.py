@@ -10,21 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from multicard.attention.kernels.base import Kernel, Request, additive
+from multicard.attention.kernels.base import Kernel, Limits, additive
 
 FLASH_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FEW_ROWS = 16
 """Below this many query rows (decoding) reading the keys is what costs: see :func:`_run_folded`."""
-
-
-def refuses(request: Request) -> str | None:
-    if request.device != "cpu":
-        return f"needs the CPU, not {request.device}"
-    if request.dtype not in FLASH_TYPES:
-        return f"has no {request.dtype}"
-    if request.head_dim != request.value_dim:
-        return f"needs one head_dim, not {request.head_dim} and {request.value_dim}"
-    return None
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -61,4 +51,4 @@ def _run_folded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: flo
     return out, lse
 
 
-KERNEL = Kernel("torch_cpu_flash", run, refuses)
+KERNEL = Kernel("torch_cpu_flash", run, Limits("cpu", FLASH_TYPES, causal_masks=True))

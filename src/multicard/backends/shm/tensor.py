@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -71,21 +69,6 @@ class Flat:
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
             self.finish()
-
-
-class Flats:
-    """Several of them."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._all = [Flat(tensor) for tensor in tensors]
-
-    def __enter__(self) -> list[Tensor]:
-        return [each.flat for each in self._all]
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            for each in self._all:
-                each.finish()
 
 
 def about(x: Tensor) -> str:

@@ -6,6 +6,7 @@ in step s was read in step s-2, and its peers have said so by posting s-1. Tenso
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 
@@ -16,7 +17,7 @@ from multicard import partition
 from multicard.backends.reductions import reduce_into
 from multicard.backends.shm.segment import WINDOW, Segment
 from multicard.backends.shm.sync import Sync
-from multicard.backends.shm.tensor import VIEWS, Flat, Flats, flatten
+from multicard.backends.shm.tensor import VIEWS, Flat, flatten
 
 FLAT = 1 << 16
 """Up to this many bytes every rank adds up everything (one wait); above, each adds up its slice (two waits)."""
@@ -97,7 +98,8 @@ class Windows:
             slots, rows = self.views(half, x.dtype, x.shape, 0)
             pairs = [(outs, rows)]
         elif longest * x.itemsize > WINDOW:
-            with Flats(outs) as flats:
+            with contextlib.ExitStack() as stack:
+                flats = [stack.enter_context(Flat(out)) for out in outs]
                 self._all_gather_long(flats, flatten(x), longest)
             return
         else:

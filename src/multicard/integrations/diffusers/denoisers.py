@@ -82,6 +82,7 @@ class HookedDenoiser:
 
 @contextlib.contextmanager
 def _forwards(now: Mapping[nn.Module, Any], then: Mapping[nn.Module, Any]) -> Iterator[None]:
+    """Put ``then`` in place of the forwards of ``now``, for a while."""
     _set_forwards(now, then)
     try:
         yield

@@ -74,86 +74,75 @@ class SequencePlan:
         return (*self.attention, *self.inputs, *self.outputs, *self.gather)
 
 
+def _alike(classes: str, plan: Any) -> dict[str, Any]:
+    return dict.fromkeys(classes.split(), plan)
+
+
 _TWO_STREAMS = ("transformer_blocks.*.attn", "single_transformer_blocks.*.attn")
+_SELF = ("transformer_blocks.*.attn1",)
 _TEXT = ("encoder_hidden_states", "encoder_attention_mask", "encoder_hidden_states_mask", "txt_ids")
 _CONTROL = {"controlnet_block_samples": 1, "controlnet_single_block_samples": 1}
-_WAN = SequencePlan(attention=("blocks.*.attn1",))
-_FLUX_LIKE = SequencePlan(_TWO_STREAMS, inputs={"": {"hidden_states": 1, "img_ids": -2}}, gather={"proj_out": 1})
-_SPLIT_ROPE = {"rope": {0: 0, 1: 0}}
+_FIRST = {"transformer_blocks.0": {"hidden_states": 1}}
+_EMBEDDED = {"pos_embed": {0: 1}}
+_ROPE = {"rope": {0: 0, 1: 0}}
+_OUT = {"proj_out": 1}
 _REFINED = "{noise_refiner,layers}"  # text is refined whole, image tokens split; then both are one split sequence
 
-SEQUENCE = {
+SEQUENCE: dict[str, SequencePlan] = {
     "FluxTransformer2DModel": SequencePlan(_TWO_STREAMS, whole=_TEXT, inputs={"": _CONTROL}),
     "Flux2Transformer2DModel": SequencePlan(_TWO_STREAMS, whole=_TEXT, refused={"kv_cache_mode": (None,)}),
     "QwenImageTransformer2DModel": SequencePlan(
         ("transformer_blocks.*.attn",), whole=(*_TEXT, "pos_embed.1"), inputs={"": _CONTROL}
     ),
-    "WanTransformer3DModel": _WAN,
-    "ChronoEditTransformer3DModel": _WAN,
-    "LTXVideoTransformer3DModel": SequencePlan(
-        ("transformer_blocks.*.attn1",), whole=_TEXT, inputs={"": {"timestep": 1}}
-    ),
-    "DiTTransformer2DModel": SequencePlan(
-        ("transformer_blocks.*.attn1",), outputs={"pos_embed": {0: 1}}, gather={"proj_out_2": 1}
-    ),
+    **_alike("WanTransformer3DModel ChronoEditTransformer3DModel", SequencePlan(("blocks.*.attn1",))),
+    "LTXVideoTransformer3DModel": SequencePlan(_SELF, whole=_TEXT, inputs={"": {"timestep": 1}}),
+    "DiTTransformer2DModel": SequencePlan(_SELF, outputs=_EMBEDDED, gather={"proj_out_2": 1}),
     "PixArtTransformer2DModel": SequencePlan(
-        ("transformer_blocks.*.attn1",),
-        outputs={"pos_embed": {0: 1}},
-        gather={"proj_out": 1},
-        refused={"attention_mask": (None,)},
+        _SELF, outputs=_EMBEDDED, gather=_OUT, refused={"attention_mask": (None,)}
     ),
     "SD3Transformer2DModel": SequencePlan(
         ("transformer_blocks.*.attn", "transformer_blocks.*.attn2"),
         joint="rear",
         inputs={"": {"block_controlnet_hidden_states": 1}},
-        outputs={"pos_embed": {0: 1}},
-        gather={"proj_out": 1},
+        outputs=_EMBEDDED,
+        gather=_OUT,
     ),
     "HunyuanVideoTransformer3DModel": SequencePlan(
         _TWO_STREAMS,
         joint="rear",
-        outputs={**_SPLIT_ROPE, "x_embedder": {0: 1}},
-        gather={"proj_out": 1},
+        outputs={**_ROPE, "x_embedder": {0: 1}},
+        gather=_OUT,
         refused={"image_condition_type": (None, "latent_concat")},
     ),
-    "CogVideoXTransformer3DModel": SequencePlan(
-        ("transformer_blocks.*.attn1",),
-        inputs={"": {"image_rotary_emb": 0}, "transformer_blocks.0": {"hidden_states": 1}},
-        gather={"proj_out": 1},
-    ),
+    "CogVideoXTransformer3DModel": SequencePlan(_SELF, inputs={"": {"image_rotary_emb": 0}, **_FIRST}, gather=_OUT),
     "HunyuanImageTransformer2DModel": SequencePlan(
-        _TWO_STREAMS, joint="rear", outputs={**_SPLIT_ROPE, "x_embedder": {0: 1}}, gather={"proj_out": 1}
+        _TWO_STREAMS, joint="rear", outputs={**_ROPE, "x_embedder": {0: 1}}, gather=_OUT
     ),
-    "CogView3PlusTransformer2DModel": SequencePlan(
-        ("transformer_blocks.*.attn1",),
-        inputs={"transformer_blocks.0": {"hidden_states": 1}},
-        gather={"proj_out": 1},
-    ),
+    "CogView3PlusTransformer2DModel": SequencePlan(_SELF, inputs=_FIRST, gather=_OUT),
     "CogView4Transformer2DModel": SequencePlan(
-        ("transformer_blocks.*.attn1",),
-        outputs={**_SPLIT_ROPE, "patch_embed": {0: 1}},
-        gather={"proj_out": 1},
+        _SELF,
+        outputs={**_ROPE, "patch_embed": {0: 1}},
+        gather=_OUT,
         refused=dict.fromkeys(("attention_mask", "image_rotary_emb"), (None,)),
     ),
-    "BriaTransformer2DModel": _FLUX_LIKE,
-    "LongCatImageTransformer2DModel": _FLUX_LIKE,
-    "OvisImageTransformer2DModel": _FLUX_LIKE,
+    **_alike(
+        "BriaTransformer2DModel LongCatImageTransformer2DModel OvisImageTransformer2DModel",
+        SequencePlan(_TWO_STREAMS, inputs={"": {"hidden_states": 1, "img_ids": -2}}, gather=_OUT),
+    ),
     "SkyReelsV2Transformer3DModel": SequencePlan(
         ("blocks.*.attn1",),
         inputs={"blocks.0": {"hidden_states": 1}},
         outputs={"rope": {0: 1, 1: 1}},
-        gather={"proj_out": 1},
+        gather=_OUT,
         refused={"enable_diffusion_forcing": (False,)},
     ),
     "AuraFlowTransformer2DModel": SequencePlan(
-        ("joint_transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
-        outputs={"pos_embed": {0: 1}},
-        gather={"proj_out": 1},
+        ("joint_transformer_blocks.*.attn", "single_transformer_blocks.*.attn"), outputs=_EMBEDDED, gather=_OUT
     ),
     "ChromaTransformer2DModel": SequencePlan(
         _TWO_STREAMS,
         inputs={"": {"hidden_states": 1, "img_ids": -2, **_CONTROL}},
-        gather={"proj_out": 1},
+        gather=_OUT,
         outer_mask="attention_mask",
     ),
     "ZImageTransformer2DModel": SequencePlan(
@@ -174,43 +163,35 @@ _JOINT_BLOCKS = {
     "transformer_blocks.*.{attn,attn2}": "attention",
     "transformer_blocks.*.{ff,ff_context}": "feed_forward",
 }
-_CROSS_BLOCKS = {
-    "transformer_blocks.*.{attn1,attn2}": "attention",
-    "transformer_blocks.*.ff": "feed_forward",
-}
 _SINGLE_BLOCKS = {
     "single_transformer_blocks.*.attn": "attention",
     "single_transformer_blocks.*.proj_mlp": "column",
     "single_transformer_blocks.*.proj_out": "attention_mlp_row",
 }
-_WAN_BLOCKS = {"blocks.*.{attn1,attn2}": "attention", "blocks.*.ffn": "feed_forward"}
-
+_CROSS_BLOCKS = {"transformer_blocks.*.{attn1,attn2}": "attention", "transformer_blocks.*.ff": "feed_forward"}
 _SELF_BLOCKS = {"transformer_blocks.*.attn1": "attention", "transformer_blocks.*.ff": "feed_forward"}
+_WAN_BLOCKS = {"blocks.*.{attn1,attn2}": "attention", "blocks.*.ffn": "feed_forward"}
 _ALL_REFINED = "{noise_refiner,context_refiner,layers}"
 
 TENSOR: dict[str, dict[str, str]] = {
     "SD3Transformer2DModel": _JOINT_BLOCKS,
-    "DiTTransformer2DModel": _CROSS_BLOCKS,
-    "PixArtTransformer2DModel": _CROSS_BLOCKS,
+    **_alike(
+        "HunyuanVideoTransformer3DModel HunyuanImageTransformer2DModel ChromaTransformer2DModel "
+        "BriaTransformer2DModel LongCatImageTransformer2DModel",
+        {**_JOINT_BLOCKS, **_SINGLE_BLOCKS},
+    ),
+    **_alike(
+        "DiTTransformer2DModel PixArtTransformer2DModel CogVideoXTransformer3DModel AllegroTransformer3DModel",
+        _CROSS_BLOCKS,
+    ),
+    **_alike("WanTransformer3DModel ChronoEditTransformer3DModel SkyReelsV2Transformer3DModel", _WAN_BLOCKS),
+    **_alike("CogView3PlusTransformer2DModel CogView4Transformer2DModel ConsisIDTransformer3DModel", _SELF_BLOCKS),
     "LTXVideoTransformer3DModel": {**_CROSS_BLOCKS, "rope": "head_outputs"},
-    "CogVideoXTransformer3DModel": _CROSS_BLOCKS,
-    "WanTransformer3DModel": _WAN_BLOCKS,
-    "ChronoEditTransformer3DModel": _WAN_BLOCKS,
-    "HunyuanVideoTransformer3DModel": {**_JOINT_BLOCKS, **_SINGLE_BLOCKS},
-    "HunyuanImageTransformer2DModel": {**_JOINT_BLOCKS, **_SINGLE_BLOCKS},
-    "ChromaTransformer2DModel": {**_JOINT_BLOCKS, **_SINGLE_BLOCKS},
-    "BriaTransformer2DModel": {**_JOINT_BLOCKS, **_SINGLE_BLOCKS},
-    "LongCatImageTransformer2DModel": {**_JOINT_BLOCKS, **_SINGLE_BLOCKS},
-    "CogView3PlusTransformer2DModel": _SELF_BLOCKS,
-    "CogView4Transformer2DModel": _SELF_BLOCKS,
-    "ConsisIDTransformer3DModel": _SELF_BLOCKS,
-    "AllegroTransformer3DModel": _CROSS_BLOCKS,
     "LatteTransformer3DModel": {
         "{transformer_blocks,temporal_transformer_blocks}.*.{attn1,attn2}": "attention",
         "{transformer_blocks,temporal_transformer_blocks}.*.ff": "feed_forward",
     },
     "HunyuanDiT2DModel": {"blocks.*.{attn1,attn2}": "attention", "blocks.*.ff": "feed_forward"},
-    "SkyReelsV2Transformer3DModel": _WAN_BLOCKS,
     "ZImageTransformer2DModel": {
         f"{_ALL_REFINED}.*.attention": "attention",
         f"{_ALL_REFINED}.*.feed_forward.{{w1,w3}}": "column",

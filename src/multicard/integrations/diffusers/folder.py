@@ -65,9 +65,8 @@ class PipelineFolder:
             self._check_component(name, library, cls)
         self._check_variant(list(components(index)))
         if degrees.tp > 1 or degrees.ring * degrees.ulysses > 1:
-            for name, (library, cls) in components(index).items():
-                if library == "diffusers" and NAMES.search(name):
-                    _check_plans(self.path / name, cls, degrees)
+            for name, cls in _denoisers(index).items():
+                _check_plans(self.path / name, cls, degrees)
 
     def load(self, mesh: ParallelMesh) -> Any:
         """This rank's pipeline, split over ``mesh``. One all-gather tells every rank whether all have it.
@@ -79,9 +78,9 @@ class PipelineFolder:
         import diffusers
 
         _hide_bars(mesh.rank)
-        wanted: dict[str, Any] = dict.fromkeys(
-            _left_out(self._index())
-        )  # components that the index leaves out must be passed as None again
+        index = self._index()
+        # components that the index leaves out must be passed as None again
+        wanted: dict[str, Any] = dict.fromkeys(set(_pairs(index)) - set(components(index)))
         if self.dtype is not None:
             wanted["dtype" if _takes_dtype(diffusers) else "torch_dtype"] = self.dtype
         failure: MulticardError | None = None
@@ -94,7 +93,7 @@ class PipelineFolder:
                     variant=self.variant,
                     trust_remote_code=self.trust_remote_code,
                     **wanted,
-                    **self._split_denoisers(mesh),
+                    **self._split_denoisers(index, mesh),
                 )
         except MulticardError as error:
             failure = error
@@ -103,16 +102,17 @@ class PipelineFolder:
         agree(failure, mesh.world, mesh.device)
         return parallelize(pipe, mesh).to(mesh.device)
 
-    def _split_denoisers(self, mesh: ParallelMesh) -> dict[str, Any]:
+    def _split_denoisers(self, index: dict[str, Any], mesh: ParallelMesh) -> dict[str, Any]:
         """With tensor parallelism, the denoisers of which this rank can read its own slices alone."""
         import diffusers
 
-        found: dict[str, Any] = {}
-        for name, (library, cls) in components(self._index()).items() if mesh.tp.size > 1 else ():
-            if library == "diffusers" and NAMES.search(name) and self.variant is None:
-                loaded = load_slices(getattr(diffusers, cls), self.path / name, mesh, self.dtype)
-                found |= {name: loaded[0]} if loaded else {}
-        return found
+        if mesh.tp.size == 1 or self.variant is not None:
+            return {}
+        found = {
+            name: load_slices(getattr(diffusers, cls), self.path / name, mesh, self.dtype)
+            for name, cls in _denoisers(index).items()
+        }
+        return {name: loaded[0] for name, loaded in found.items() if loaded}
 
     def _index(self) -> dict[str, Any]:
         if not self.path.is_dir():
@@ -209,17 +209,20 @@ def components(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
     return {name: (value[0], value[1]) for name, value in _pairs(index).items() if value[0] is not None}
 
 
-def _left_out(index: dict[str, Any]) -> list[str]:
-    return [name for name, value in _pairs(index).items() if value[0] is None]
+def _denoisers(index: dict[str, Any]) -> dict[str, str]:
+    """Classes of diffusers' own denoisers, by name."""
+    return {
+        name: cls for name, (library, cls) in components(index).items() if library == "diffusers" and NAMES.search(name)
+    }
 
 
 def _pairs(index: dict[str, Any]) -> dict[str, list[Any]]:
     """The entries that are components; a pipeline's own class may be a pair too, of a file and a class in it."""
-    index = {name: value for name, value in index.items() if not name.startswith("_")}
     return {
         name: value
         for name, value in index.items()
-        if isinstance(value, list) and [type(part) for part in value] in ([str, str], [type(None)] * 2)
+        if not name.startswith("_") and isinstance(value, list)
+        if [type(part) for part in value] in ([str, str], [type(None)] * 2)
     }
 
 

@@ -1,3 +1,4 @@
+# ruff: noqa: SIM905  lists of names are easier to read and to compare as words
 """One request of a diffusers pipeline shared out over data-parallel replicas, each image the same as in one batch."""
 
 from __future__ import annotations
@@ -25,24 +26,10 @@ FOR_ALL = frozenset(["timesteps", "sigmas"])
 """Lists that are not, whatever their length."""
 
 RANDOM = frozenset(
-    [
-        "normal",
-        "normal_",
-        "uniform_",
-        "bernoulli",
-        "bernoulli_",
-        "multinomial",
-        "randint",
-        "randint_like",
-        "randperm",
-        "exponential_",
-        "poisson",
-        "log_normal_",
-        "cauchy_",
-        "geometric_",
-        "random_",
-    ]
+    "normal normal_ uniform_ bernoulli bernoulli_ multinomial randint randint_like randperm exponential_ poisson "
+    "log_normal_ cauchy_ geometric_ random_".split()
 )
+"""Functions whose numbers would depend on how prompts are shared out."""
 
 
 class Batch:

@@ -1,3 +1,4 @@
+# ruff: noqa: SIM905  lists of names are easier to read and to compare as words
 """Values that a pipeline would accept and turn into nonsense: refused by name before anything runs."""
 
 from __future__ import annotations
@@ -11,28 +12,13 @@ from multicard.errors import ConfigError
 from multicard.values import is_whole
 
 COUNTS = frozenset(
-    [
-        "num_inference_steps",
-        "height",
-        "width",
-        "num_frames",
-        "num_images_per_prompt",
-        "num_videos_per_prompt",
-        "num_waveforms_per_prompt",
-    ]
+    "num_inference_steps height width num_frames "
+    "num_images_per_prompt num_videos_per_prompt num_waveforms_per_prompt".split()
 )
 """Whole numbers of 1 or more."""
 
 SCALES = frozenset(
-    [
-        "guidance_scale",
-        "guidance_scale_2",
-        "true_cfg_scale",
-        "image_guidance_scale",
-        "guidance_rescale",
-        "strength",
-        "eta",
-    ]
+    "guidance_scale guidance_scale_2 true_cfg_scale image_guidance_scale guidance_rescale strength eta".split()
 )
 """Finite numbers; anything else (a list with one for each prompt, say) is left to the pipeline."""
 

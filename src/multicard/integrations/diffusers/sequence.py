@@ -1,9 +1,4 @@
-"""Sequence parallel for diffusers' transformers: hooks split and gather image tokens, attention goes through attend.
-
-Every attention in diffusers, whether it uses the library's dispatcher or a processor of its own, ends in torch's
-``scaled_dot_product_attention``; inside the modules that the plan names, that one call is answered by
-:func:`multicard.attend`.
-"""
+"""Sequence parallel for diffusers' transformers: hooks split and gather image tokens, attention goes through attend."""
 
 from __future__ import annotations
 
@@ -12,16 +7,12 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from multicard import collectives
-from multicard.attention.attend import attend
 from multicard.errors import UnsupportedError
 from multicard.integrations.calls import changed, named, parameters
-from multicard.integrations.diffusers.checks import check_sequence
+from multicard.integrations.diffusers.attention import SplitAttention
 from multicard.integrations.diffusers.families import SequencePlan
 from multicard.integrations.diffusers.plans import matching
 from multicard.integrations.seams import Hooks, bypassed
@@ -56,7 +47,6 @@ class SequenceSplit:
     """One model's image tokens over ``mesh.sequence``; every rank calls the model alike."""
 
     def __init__(self, model: nn.Module, mesh: ParallelMesh, plan: SequencePlan) -> None:
-        check_sequence(model, plan)
         self.mesh, self.plan = mesh, plan
         self._model, self._name = model, type(model).__name__
         model.__dict__[SPLIT] = self
@@ -70,17 +60,18 @@ class SequenceSplit:
     def _place(self) -> None:
         """Put hooks on the modules that the plan's paths lead to."""
         model, plan, hooks = self._model, self.plan, self._hooks
+
+        def planned(rules: Mapping[str, Any]) -> Iterator[tuple[nn.Module, Any]]:
+            return ((module, rule) for pattern, rule in rules.items() for _, module in matching(model, pattern))
+
         self._hooked = {path: module for pattern in plan.patterns for path, module in matching(model, pattern)}
         hooks.before(model, functools.partial(self._begin, _names(model)), prepend=True)
-        for pattern, dims in plan.inputs.items():
-            for _, module in matching(model, pattern):
-                hooks.before(module, functools.partial(self._split_inputs, _names(module), dims))
-        for pattern, numbers in plan.outputs.items():
-            for _, module in matching(model, pattern):
-                hooks.after(module, functools.partial(self._split_outputs, numbers))
-        for pattern, dim in plan.gather.items():
-            for _, module in matching(model, pattern):
-                hooks.after(module, functools.partial(self._gather, dim))
+        for module, dims in planned(plan.inputs):
+            hooks.before(module, functools.partial(self._split_inputs, _names(module), dims))
+        for module, numbers in planned(plan.outputs):
+            hooks.after(module, functools.partial(self._split_outputs, numbers))
+        for module, dim in planned(plan.gather):
+            hooks.after(module, functools.partial(self._gather, dim))
         for pattern in plan.attention:
             for path, module in matching(model, pattern):
                 hooks.before(module, self._call_attention)
@@ -186,7 +177,7 @@ class SequenceSplit:
         def attending(*args: Any, **kwargs: Any) -> Any:
             if self._length is None:  # called by itself, outside the model
                 return forward(*args, **kwargs)
-            mode = _Attend(self)
+            mode = SplitAttention(self._name, self.plan, self.mesh, self._length, self._outer)
             with mode:  # not "as mode": Dynamo has no value for that
                 output = forward(*args, **kwargs)
             if not mode.attended:
@@ -198,126 +189,6 @@ class SequenceSplit:
             return output
 
         return attending
-
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        """``scaled_dot_product_attention`` on this rank's rows: (B, H, joint + local, D) to the same."""
-        assert self._length is not None
-        local = len(self._shares()[self.mesh.sequence.rank])
-        tokens = query.shape[2] - local
-        if tokens < 0 or key.shape[2] != query.shape[2] or (is_causal and tokens):
-            raise UnsupportedError(
-                f"{self._name}: attention from {query.shape[2]} to {key.shape[2]} tokens where {local} of "
-                f"{self._length} image tokens are here: its sequence plan doesn't cover this"
-            )
-        first = self.plan.joint == "front"
-        sizes = (tokens, local) if first else (local, tokens)
-        kept = None if self._outer is None else self._outer_rows(self._outer, tokens, first)
-        if kept is not None and kept.dtype == torch.bool:
-            attn_mask = kept[:, None, None, :]
-        elif kept is not None:
-            scale = query.shape[3] ** -0.5 if scale is None else scale
-            query, key = _biased(query, key, kept, scale)
-        parts = [x.split(sizes, 2) for x in (query, key, value)]
-        joint = [p[0 if first else 1] for p in parts]
-        image = [p[1 if first else 0] for p in parts]
-        joint_mask, key_mask = self._masks(attn_mask, query, sizes, first)
-        out = attend(
-            image[0],
-            image[1],
-            image[2],
-            mesh=self.mesh,
-            causal=is_causal,
-            key_mask=key_mask,
-            scale=scale,
-            layout="BNSD",
-            seq_len=self._length,
-            joint=(joint[0], joint[1], joint[2]) if tokens else None,
-            joint_position=self.plan.joint,
-            joint_key_mask=joint_mask,
-        )
-        if not isinstance(out, Tensor):
-            out = torch.cat([out[1], out[0]] if first else [out[0], out[1]], 2)
-        if kept is not None and kept.dtype == torch.bool:  # such queries attend to nothing, which gives zeros
-            out = out.masked_fill(~kept[:, None, :, None], 0)
-        return out
-
-    def _outer_rows(self, mask: Tensor, tokens: int, first: bool) -> Tensor:
-        """``mask`` of the joint tokens and of this rank's image tokens, in their order."""
-        assert self._length is not None
-        if (
-            mask.dim() != 2
-            or mask.shape[1] != tokens + self._length
-            or not (mask.dtype == torch.bool or mask.is_floating_point())
-        ):
-            raise UnsupportedError(
-                f"{self._name}: {self.plan.outer_mask} {tuple(mask.shape)} of {mask.dtype} isn't one number for each "
-                f"of {tokens} + {self._length} tokens; use cfg, tp or dp"
-            )
-        mine = self._shares()[self.mesh.sequence.rank]
-        if first:
-            return torch.cat([mask[:, :tokens], mask[:, tokens:][:, mine.start : mine.stop]], 1)
-        return torch.cat([mask[:, mine.start : mine.stop], mask[:, self._length :]], 1)
-
-    def check_adapter(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> None:
-        if key.shape[2] == query.shape[2]:
-            raise UnsupportedError(
-                f"{self._name}: an attention module attends to the sequence twice (perturbed attention guidance?); "
-                "its sequence plan doesn't cover this; use cfg, tp or dp"
-            )
-
-    def _masks(
-        self, mask: Tensor | None, query: Tensor, sizes: tuple[int, int], first: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The mask of the joint keys and that of the image keys, ``(B, keys)`` bool, out of one over keys alone."""
-        if mask is None:
-            return None, None
-        same_rows = mask.dim() == 4 and all(mask.shape[d] == 1 or mask.stride(d) == 0 for d in (1, 2))
-        if not same_rows or mask.dtype != torch.bool:
-            raise UnsupportedError(
-                f"{self._name}: an attention mask {tuple(mask.shape)} of {mask.dtype} isn't one over keys alone; "
-                "use cfg, tp or dp"
-            )
-        keys = mask[:, 0, 0].expand(query.shape[0], -1)
-        a, b = keys.split(sizes, 1)
-        joint, image = (a, b) if first else (b, a)
-        return (joint if joint.shape[1] else None), image
-
-
-class _Attend(TorchFunctionMode):
-    """Answers the first ``scaled_dot_product_attention``; later ones (adapters) attend to whole keys of their own.
-
-    Raises UnsupportedError where a later one is over the sequence again (perturbed attention guidance).
-    """
-
-    def __init__(self, sequence: SequenceSplit) -> None:
-        super().__init__()
-        self.sequence, self.attended = sequence, False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            if not self.attended:
-                self.attended = True
-                return self.sequence.attend(*args, **(kwargs or {}))
-            self.sequence.check_adapter(*args, **(kwargs or {}))
-        if func is Tensor.unflatten:
-            func = torch.unflatten  # Dynamo can't trace the method, which is Python's own, under a mode
-        return func(*args, **(kwargs or {}))
-
-
-def _biased(query: Tensor, key: Tensor, rows: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """One feature more, by which ``query·key·scale`` grows by the outer product of ``rows`` ``(B, S)`` with itself."""
-    more = rows[:, None, :, None].to(query.dtype).expand(query.shape[0], query.shape[1], -1, 1)
-    return torch.cat([query, more / scale], 3), torch.cat([key, more], 3)
 
 
 def _names(module: nn.Module) -> tuple[str, ...]:

@@ -39,4 +39,4 @@ def tensor_hooks(model: nn.Module) -> Hooks | None:
 
 def is_split(model: nn.Module) -> bool:
     """Whether its weights are split already."""
-    return HOOKS in model.__dict__
+    return tensor_hooks(model) is not None

@@ -18,7 +18,7 @@ from multicard.attention.merge import merge_ranks
 from multicard.attention.segments import Segments, by_segment
 from multicard.attention.sharding import Sharding
 from multicard.attention.ulysses import group_attention
-from multicard.attention.visibility import Visibility, as_tensor
+from multicard.attention.visibility import Visibility, as_tensor, both
 from multicard.errors import UnsupportedError
 from multicard.integrations.transformers.cache import Chunk, Spans
 from multicard.mesh import ParallelMesh
@@ -126,7 +126,7 @@ def _visible(step: Step, k: Tensor, v: Tensor, window: int | None) -> tuple[Tens
     k, v = k[:, hidden:], v[:, hidden:]
     if chunk.length == 1 and step.keep is None:
         return k, v, None
-    positions = as_tensor(spans)[hidden:].to(k.device) if spans else torch.empty(0, dtype=torch.long, device=k.device)
+    positions = as_tensor(spans)[hidden:].to(k.device)
     mask = None
     if chunk.length > 1:
         rows = torch.arange(chunk.start, chunk.stop, device=k.device)[:, None]
@@ -135,8 +135,7 @@ def _visible(step: Step, k: Tensor, v: Tensor, window: int | None) -> tuple[Tens
             mask = mask & (rows - positions < window)
         mask = mask[None, None]
     if step.keep is not None:
-        padding = step.keep[:, None, None].index_select(3, positions)
-        mask = padding if mask is None else mask & padding
+        mask = both(mask, step.keep[:, None, None].index_select(3, positions))
     return k, v, mask
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from multicard import partition
+from multicard.attention.sequence import take_spans
 from multicard.axis import Axis
 from multicard.errors import UnsupportedError
 from multicard.integrations.seams import bypassed
@@ -35,11 +36,10 @@ def cache_name(module: nn.Module) -> str:
     Raises:
         UnsupportedError: neither name that we know.
     """
-    names = inspect.signature(module.forward).parameters
-    found = next((name for name in CACHE_NAMES if name in names), None)
-    if found is None:
-        raise bypassed("transformers", f"{type(module).__name__}.forward takes none of {', '.join(CACHE_NAMES)}")
-    return found
+    for name in inspect.signature(module.forward).parameters:
+        if name in CACHE_NAMES:
+            return name
+    raise bypassed("transformers", f"{type(module).__name__}.forward takes none of {', '.join(CACHE_NAMES)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +88,16 @@ class Chunk:
 
 def take(x: Tensor, spans: Spans, start: int, dim: int) -> Tensor:
     """The positions ``spans`` of ``x``, which begins at position ``start``; a view where they are one run."""
-    parts = [x.narrow(dim, span.start - start, len(span)) for span in partition.merge_spans(spans)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim) if parts else x.narrow(dim, 0, 0)
+    return take_spans(x, [range(span.start - start, span.stop - start) for span in spans], dim)
+
+
+def _refusing(what: str, who: str) -> Any:
+    def refuse(self: DynamicLayer, *args: Any) -> None:
+        raise UnsupportedError(
+            f"{what} ({who}) on a cache that is split over ranks: use greedy or sampling, or tp alone"
+        )
+
+    return refuse
 
 
 class ShardedLayer(DynamicLayer):
@@ -148,21 +156,10 @@ class ShardedLayer(DynamicLayer):
         """What this rank's part takes, room to grow included."""
         return sum(x.nbytes for x in self.room)
 
-    def crop(self, tokens_to_remove: int) -> None:
-        raise _refused("crop", "assisted generation")
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        raise _refused("reorder_cache", "beam search")
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        raise _refused("batch_repeat_interleave", "contrastive search")
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        raise _refused("batch_select_indices", "contrastive search")
-
-
-def _refused(what: str, who: str) -> UnsupportedError:
-    return UnsupportedError(f"{what} ({who}) on a cache that is split over ranks: use greedy or sampling, or tp alone")
+    crop = _refusing("crop", "assisted generation")
+    reorder_cache = _refusing("reorder_cache", "beam search")
+    batch_repeat_interleave = _refusing("batch_repeat_interleave", "contrastive search")
+    batch_select_indices = _refusing("batch_select_indices", "contrastive search")
 
 
 class ShardedCache(DynamicCache):
@@ -179,9 +176,6 @@ class ShardedCache(DynamicCache):
         self.axis = axis
         self.chunk: Chunk | None = None
         self.chunks: list[Chunk] = []
-
-    def begin(self, chunk: Chunk) -> None:
-        self.chunk = chunk
 
     def written(self) -> int:
         """How many layers have got the running pass's new tokens."""

@@ -32,260 +32,145 @@ class Family:
     refuse: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def _rules(**patterns: str) -> dict[str, str]:
-    return {f"**.{pattern}": style for style, pattern in patterns.items()}
+def _rules(styles: str, patterns: str) -> dict[str, str]:
+    """The style of what each pattern matches at any depth; both in words, in the same order."""
+    return {f"**.{pattern}": style for style, pattern in zip(styles.split(), patterns.split(), strict=True)}
 
 
-_NAMES = {"query": "self_attn.q_proj", "key_value": "self_attn.{k_proj,v_proj}"}
-_LLAMA = _rules(**_NAMES, attention_out="self_attn.o_proj", column="mlp.{gate_proj,up_proj}", row="mlp.down_proj")
-_CLIP = _rules(**_NAMES, attention_out="self_attn.out_proj", column="mlp.fc1", row="mlp.fc2")
+def _alike(kinds: str, family: Family) -> dict[str, Family]:
+    return dict.fromkeys(kinds.split(), family)
+
+
+_SEPARATE = "query key_value attention_out column row"
+_BIASED = "query key_value attention_out column row head_columns"
+_FUSED = "qkv attention_out column row"
+_GROUPED = "qkv_groups attention_out column row"
+_GATED = "qkv attention_out gate_up row"
+
+_NAMES = "self_attn.q_proj self_attn.{k_proj,v_proj}"
+_LLAMA = _rules(_SEPARATE, f"{_NAMES} self_attn.o_proj mlp.{{gate_proj,up_proj}} mlp.down_proj")
+_CLIP = _rules(_SEPARATE, f"{_NAMES} self_attn.out_proj mlp.fc1 mlp.fc2")
 _BART = _rules(
-    query="{self_attn,encoder_attn}.q_proj",
-    key_value="{self_attn,encoder_attn}.{k_proj,v_proj}",
-    attention_out="{self_attn,encoder_attn}.out_proj",
-    column="fc1",
-    row="fc2",
+    _SEPARATE,
+    "{self_attn,encoder_attn}.q_proj {self_attn,encoder_attn}.{k_proj,v_proj} {self_attn,encoder_attn}.out_proj "
+    "fc1 fc2",
 )
 _BERT = _rules(
-    query="attention.self.query",
-    key_value="attention.self.{key,value}",
-    attention_out="attention.output.dense",
-    column="layer.*.intermediate.dense",
-    row="layer.*.output.dense",
+    _SEPARATE,
+    "attention.self.query attention.self.{key,value} attention.output.dense "
+    "layer.*.intermediate.dense layer.*.output.dense",
 )
-_GLM = _rules(gate_up="mlp.gate_up_proj", row="mlp.down_proj")
-_PHI3 = _rules(
-    qkv="self_attn.qkv_proj", attention_out="self_attn.o_proj", gate_up="mlp.gate_up_proj", row="mlp.down_proj"
-)
-_GPT_NEOX = _rules(
-    qkv_groups="attention.query_key_value",
-    attention_out="attention.dense",
-    column="mlp.dense_h_to_4h",
-    row="mlp.dense_4h_to_h",
-)
-_BLOOM = _rules(
-    qkv_groups="self_attention.query_key_value",
-    attention_out="self_attention.dense",
-    column="mlp.dense_h_to_4h",
-    row="mlp.dense_4h_to_h",
-)
+_GLM = _rules("gate_up row", "mlp.gate_up_proj mlp.down_proj")
+_GPT2 = "attn.c_attn attn.c_proj mlp.c_fc mlp.c_proj"
+_GPT_NEOX = _rules(_GROUPED, "attention.query_key_value attention.dense mlp.dense_h_to_4h mlp.dense_4h_to_h")
+_BLOOM = _rules(_GROUPED, "self_attention.query_key_value self_attention.dense mlp.dense_h_to_4h mlp.dense_4h_to_h")
 _T5 = _rules(
-    query="{SelfAttention,EncDecAttention}.q",
-    key_value="{SelfAttention,EncDecAttention}.{k,v}",
-    attention_out="{SelfAttention,EncDecAttention}.o",
-    head_columns="relative_attention_bias",
-    column="DenseReluDense.{wi,wi_0,wi_1}",
-    row="DenseReluDense.wo",
+    _BIASED,
+    "{SelfAttention,EncDecAttention}.q {SelfAttention,EncDecAttention}.{k,v} {SelfAttention,EncDecAttention}.o "
+    "DenseReluDense.{wi,wi_0,wi_1} DenseReluDense.wo relative_attention_bias",
 )
-_VIT = _rules(
-    query="attention.q_proj",
-    key_value="attention.{k_proj,v_proj}",
-    attention_out="attention.o_proj",
-    column="mlp.fc1",
-    row="mlp.fc2",
-)
+_VIT = _rules(_SEPARATE, "attention.q_proj attention.{k_proj,v_proj} attention.o_proj mlp.fc1 mlp.fc2")
 _OLD_VIT = _rules(
-    query="attention.attention.query",
-    key_value="attention.attention.{key,value}",
-    attention_out="attention.output.dense",
-    column="layer.*.intermediate.dense",
-    row="layer.*.output.dense",
+    _SEPARATE,
+    "attention.attention.query attention.attention.{key,value} attention.output.dense "
+    "layer.*.intermediate.dense layer.*.output.dense",
 )
 _WAV2VEC2 = _rules(
-    query="attention.q_proj",
-    key_value="attention.{k_proj,v_proj}",
-    attention_out="attention.out_proj",
-    column="feed_forward.intermediate_dense",
-    row="feed_forward.output_dense",
+    _SEPARATE,
+    "attention.q_proj attention.{k_proj,v_proj} attention.out_proj "
+    "feed_forward.intermediate_dense feed_forward.output_dense",
 )
 _MLA = _rules(  # latent attention: the low-rank parts stay whole, what fans out to heads is split by them
-    query="self_attn.{q_proj,q_b_proj,kv_b_proj}", attention_out="self_attn.o_proj"
+    "query attention_out", "self_attn.{q_proj,q_b_proj,kv_b_proj} self_attn.o_proj"
 )
-
-
-def _alike(family: Family, *kinds: str) -> dict[str, Family]:
-    return dict.fromkeys(kinds, family)
+_OTHER_CROSS_ATTENTION = {"add_cross_attention": "its cross-attention has another layout"}
 
 
 FAMILIES: dict[str, Family] = {
     **_alike(
+        "bart biogpt blenderbot blenderbot-small m2m_100 marian mbart pegasus plbart speech_to_text whisper",
         Family(_BART),
-        "bart",
-        "biogpt",
-        "blenderbot",
-        "blenderbot-small",
-        "m2m_100",
-        "marian",
-        "mbart",
-        "pegasus",
-        "plbart",
-        "speech_to_text",
-        "whisper",
     ),
     **_alike(
+        "bert bert-generation camembert data2vec-text dpr electra ernie esm layoutlm markuplm megatron-bert rembert "
+        "roberta roberta-prelayernorm roc_bert roformer splinter tapas visual_bert xlm-roberta xlm-roberta-xl xmod",
         Family(_BERT),
-        "bert",
-        "bert-generation",
-        "camembert",
-        "data2vec-text",
-        "dpr",
-        "electra",
-        "ernie",
-        "esm",
-        "layoutlm",
-        "markuplm",
-        "megatron-bert",
-        "rembert",
-        "roberta",
-        "roberta-prelayernorm",
-        "roc_bert",
-        "roformer",
-        "splinter",
-        "tapas",
-        "visual_bert",
-        "xlm-roberta",
-        "xlm-roberta-xl",
-        "xmod",
     ),
-    **_alike(
-        Family(_CLIP),
-        "clip",
-        "clip_text_model",
-        "clip_vision_model",
-        "siglip",
-        "siglip_text_model",
-        "siglip_vision_model",
-    ),
-    **_alike(Family(_GLM), "glm", "glm4"),
-    **_alike(Family(_LLAMA), "qwen3_vl_text", "stablelm"),
-    **_alike(Family(_MLA), "deepseek_v2", "deepseek_v3"),
-    **_alike(Family(_OLD_VIT), "audio-spectrogram-transformer", "data2vec-vision", "dpt", "videomae", "yolos"),
-    **_alike(Family(_T5, query_widths=("inner_dim",)), "mt5", "t5", "umt5"),
-    **_alike(
-        Family(_VIT), "beit", "deit", "dinov2", "dinov2_with_registers", "ijepa", "vit", "vit_mae", "vit_msn", "vivit"
-    ),
-    **_alike(Family(_WAV2VEC2), "data2vec-audio", "hubert", "sew", "unispeech", "wav2vec2"),
+    **_alike("clip clip_text_model clip_vision_model siglip siglip_text_model siglip_vision_model", Family(_CLIP)),
+    **_alike("glm glm4", Family(_GLM)),
+    **_alike("mvp xglm", Family(_BART, query_widths=("embed_dim",))),
+    **_alike("qwen3_vl_text stablelm", Family(_LLAMA)),
+    **_alike("deepseek_v2 deepseek_v3", Family(_MLA)),
+    **_alike("audio-spectrogram-transformer data2vec-vision dpt videomae yolos", Family(_OLD_VIT)),
+    **_alike("mt5 t5 umt5", Family(_T5, query_widths=("inner_dim",))),
+    **_alike("beit deit dinov2 dinov2_with_registers ijepa vit vit_mae vit_msn vivit", Family(_VIT)),
+    **_alike("data2vec-audio hubert sew unispeech wav2vec2", Family(_WAV2VEC2)),
     "albert": Family(
         _rules(
-            query="attention.query",
-            key_value="attention.{key,value}",
-            attention_out="attention.dense",
-            column="ffn",
-            row="ffn_output",
-            whole="attention.LayerNorm.{weight,bias}",
+            f"{_SEPARATE} whole",
+            "attention.query attention.{key,value} attention.dense ffn ffn_output attention.LayerNorm.{weight,bias}",
         ),
         query_widths=("all_head_size",),
     ),
     "bloom": Family(_BLOOM, head_inputs=("alibi",), refuse={"slow_but_exact": "sums slices in an order of its own"}),
-    "cohere": Family(
-        optional={
-            "**.self_attn.q_norm.weight": "heads",
-            "**.self_attn.k_norm.weight": "key_value_heads",
-        }
-    ),
+    "cohere": Family(optional=_rules("heads key_value_heads", "self_attn.q_norm.weight self_attn.k_norm.weight")),
     "dinov3_vit": Family(
         _rules(
-            query="attention.q_proj",
-            key_value="attention.{k_proj,v_proj}",
-            attention_out="attention.o_proj",
-            column="mlp.{gate_proj,up_proj}",
-            row="mlp.down_proj",
+            _SEPARATE,
+            "attention.q_proj attention.{k_proj,v_proj} attention.o_proj mlp.{gate_proj,up_proj} mlp.down_proj",
         )
     ),
     "distilbert": Family(
-        _rules(
-            query="attention.q_lin",
-            key_value="attention.{k_lin,v_lin}",
-            attention_out="attention.out_lin",
-            column="ffn.lin1",
-            row="ffn.lin2",
-        )
+        _rules(_SEPARATE, "attention.q_lin attention.{k_lin,v_lin} attention.out_lin ffn.lin1 ffn.lin2")
     ),
     "falcon": Family(_BLOOM, head_inputs=("alibi", "attention_mask"), whole_groups=True),
-    "gpt2": Family(
-        _rules(qkv="attn.c_attn", attention_out="attn.c_proj", column="mlp.c_fc", row="mlp.c_proj"),
-        query_widths=("split_size",),
-        refuse={"add_cross_attention": "its cross-attention has another layout"},
-    ),
+    "gpt2": Family(_rules(_FUSED, _GPT2), query_widths=("split_size",), refuse=_OTHER_CROSS_ATTENTION),
     "gpt_bigcode": Family(
-        _rules(qkv_groups="attn.c_attn", attention_out="attn.c_proj", column="mlp.c_fc", row="mlp.c_proj"),
+        _rules(_GROUPED, _GPT2),
         query_widths=("embed_dim", "split_size"),
         kv_widths=("kv_dim",),
-        refuse={"add_cross_attention": "its cross-attention has another layout"},
+        refuse=_OTHER_CROSS_ATTENTION,
     ),
     "gpt_neo": Family(
-        _rules(
-            query="attention.q_proj",
-            key_value="attention.{k_proj,v_proj}",
-            attention_out="attention.out_proj",
-            column="mlp.c_fc",
-            row="mlp.c_proj",
-        )
+        _rules(_SEPARATE, "attention.q_proj attention.{k_proj,v_proj} attention.out_proj mlp.c_fc mlp.c_proj")
     ),
     "gpt_neox": Family(_GPT_NEOX),
     "gpt_neox_japanese": Family(_GPT_NEOX, optional={"**.attention.dense_bias": "whole"}),
     "gpt_oss": Family(
-        _rules(**_NAMES, attention_out="self_attn.o_proj", heads="self_attn.sinks", experts="mlp.experts")
-    ),
-    "gptj": Family(
         _rules(
-            query="attn.q_proj",
-            key_value="attn.{k_proj,v_proj}",
-            attention_out="attn.out_proj",
-            column="mlp.fc_in",
-            row="mlp.fc_out",
+            "query key_value attention_out heads experts",
+            f"{_NAMES} self_attn.o_proj self_attn.sinks mlp.experts",
         )
     ),
-    "lfm2": Family(
-        _rules(**_NAMES, attention_out="self_attn.out_proj", column="feed_forward.{w1,w3}", row="feed_forward.w2")
-    ),
+    "gptj": Family(_rules(_SEPARATE, "attn.q_proj attn.{k_proj,v_proj} attn.out_proj mlp.fc_in mlp.fc_out")),
+    "lfm2": Family(_rules(_SEPARATE, f"{_NAMES} self_attn.out_proj feed_forward.{{w1,w3}} feed_forward.w2")),
     "mllama_text_model": Family(
         _rules(
-            query="{self_attn,cross_attn}.q_proj",
-            key_value="{self_attn,cross_attn}.{k_proj,v_proj}",
-            attention_out="{self_attn,cross_attn}.o_proj",
-            column="mlp.{gate_proj,up_proj}",
-            row="mlp.down_proj",
+            _SEPARATE,
+            "{self_attn,cross_attn}.q_proj {self_attn,cross_attn}.{k_proj,v_proj} {self_attn,cross_attn}.o_proj "
+            "mlp.{gate_proj,up_proj} mlp.down_proj",
         )
     ),
-    "modernbert": Family(_rules(qkv="attn.Wqkv", attention_out="attn.Wo", gate_up="mlp.Wi", row="mlp.Wo")),
+    "modernbert": Family(_rules(_GATED, "attn.Wqkv attn.Wo mlp.Wi mlp.Wo")),
     "mpnet": Family(
         _rules(
-            query="attention.attn.q",
-            key_value="attention.attn.{k,v}",
-            attention_out="attention.attn.o",
-            head_columns="relative_attention_bias",
-            column="layer.*.intermediate.dense",
-            row="layer.*.output.dense",
+            _BIASED,
+            "attention.attn.q attention.attn.{k,v} attention.attn.o "
+            "layer.*.intermediate.dense layer.*.output.dense relative_attention_bias",
         )
     ),
-    "mpt": Family(
-        _rules(qkv="attn.Wqkv", attention_out="attn.out_proj", column="ffn.up_proj", row="ffn.down_proj"),
-        head_inputs=("position_bias",),
-    ),
-    "mvp": Family(_BART, query_widths=("embed_dim",)),
-    "openai-gpt": Family(
-        _rules(qkv="attn.c_attn", attention_out="attn.c_proj", column="mlp.c_fc", row="mlp.c_proj"),
-        query_widths=("split_size",),
-    ),
-    "opt": Family(_rules(**_NAMES, attention_out="self_attn.out_proj", column="fc1", row="fc2")),
+    "mpt": Family(_rules(_FUSED, "attn.Wqkv attn.out_proj ffn.up_proj ffn.down_proj"), head_inputs=("position_bias",)),
+    "openai-gpt": Family(_rules(_FUSED, _GPT2), query_widths=("split_size",)),
+    "opt": Family(_rules(_SEPARATE, f"{_NAMES} self_attn.out_proj fc1 fc2")),
     "persimmon": Family(
-        _rules(
-            qkv_groups="self_attn.query_key_value",
-            attention_out="self_attn.dense",
-            column="mlp.dense_h_to_4h",
-            row="mlp.dense_4h_to_h",
-        )
+        _rules(_GROUPED, "self_attn.query_key_value self_attn.dense mlp.dense_h_to_4h mlp.dense_4h_to_h")
     ),
-    "phi3": Family(_PHI3),
+    "phi3": Family(_rules(_GATED, "self_attn.qkv_proj self_attn.o_proj mlp.gate_up_proj mlp.down_proj")),
     "pixtral": Family(
         _rules(
-            query="attention.q_proj",
-            key_value="attention.{k_proj,v_proj}",
-            attention_out="attention.o_proj",
-            column="feed_forward.{gate_proj,up_proj}",
-            row="feed_forward.down_proj",
+            _SEPARATE,
+            "attention.q_proj attention.{k_proj,v_proj} attention.o_proj "
+            "feed_forward.{gate_proj,up_proj} feed_forward.down_proj",
         )
     ),
-    "xglm": Family(_BART, query_widths=("embed_dim",)),
 }

@@ -74,18 +74,16 @@ def uses_interface(module: nn.Module) -> bool:
 def localize(module: nn.Module, heads: Heads, family: Family, hooks: Hooks) -> None:
     """Tell an attention module that it has this rank's heads only, and how to attend with them."""
     mine = heads.mine
-    for names, whole, local in ((QUERY_COUNTS, heads.query, mine.query), (KV_COUNTS, heads.kv, mine.kv)):
-        for name in names:
+    for counts, widths, whole, local in (
+        (QUERY_COUNTS, (*QUERY_WIDTHS, *family.query_widths), heads.query, len(mine.query)),
+        (KV_COUNTS, family.kv_widths, heads.kv, len(mine.kv)),
+    ):
+        for name in counts:
             if getattr(module, name, None) == whole:
-                setattr(module, name, len(local))
-    widths: tuple[tuple[tuple[str, ...], int, range], ...] = (
-        ((*QUERY_WIDTHS, *family.query_widths), heads.query, mine.query),
-        (family.kv_widths, heads.kv, mine.kv),
-    )
-    for fields, whole, local in widths:
-        for name in fields:
+                setattr(module, name, local)
+        for name in widths:
             if isinstance(getattr(module, name, None), int):
-                setattr(module, name, getattr(module, name) // whole * len(local))
+                setattr(module, name, getattr(module, name) // whole * local)
     if hasattr(module, "num_key_value_groups"):
         object.__setattr__(module, "num_key_value_groups", len(mine.query) // len(mine.kv) if mine.uniform else None)
     if hasattr(module, "config"):

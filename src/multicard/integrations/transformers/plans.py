@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from multicard.errors import UnsupportedError
-from multicard.integrations.plan import Rule, make_plan, resolve
+from multicard.integrations.plan import make_plan, resolve
 from multicard.integrations.transformers.families import FAMILIES, Family
 from multicard.integrations.transformers.styles import STYLES
 
@@ -50,7 +50,6 @@ def resolve_plan(model: PreTrainedModel, plan: Mapping[str, str] | None = None) 
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     names += [name for name, _ in model.named_parameters(remove_duplicate=False)]
     families = dict(_families(model))
-    styles: dict[str, str] = {}
     if plan is not None:
         styles = resolve(make_plan(plan), names, STYLES, what)
     else:
@@ -111,16 +110,14 @@ def _shipped(model: PreTrainedModel, names: list[str], what: str) -> dict[str, s
             raise UnsupportedError(
                 f"{what}: transformers' plan splits {pattern!r} by {style!r}, which multicard doesn't know: pass plan="
             )
-    rules = [Rule(pattern, style, optional=True) for pattern, style in theirs.items()]
-    found = resolve(tuple(rules), names, known, what)
-    experts = [name for name, style in found.items() if style == "moe_tp_experts"]
+    found = resolve(make_plan(theirs, optional=True), names, known, what)
+    experts = tuple(f"{name}." for name, style in found.items() if style == "moe_tp_experts")
     attention = {name.rpartition(".")[0] for name, style in found.items() if _is_key(name) and style == "colwise"}
-    styles = {}
-    for name, style in found.items():
-        if any(name.startswith(f"{expert}.") for expert in experts):
-            continue
-        styles[name] = _translate(name, style, name.rpartition(".")[0] in attention)
-    return styles
+    return {
+        name: _translate(name, style, name.rpartition(".")[0] in attention)
+        for name, style in found.items()
+        if not name.startswith(experts)
+    }
 
 
 def _is_key(name: str) -> bool:

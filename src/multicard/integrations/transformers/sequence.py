@@ -6,8 +6,7 @@ tokens are computed by every rank. ``generate()`` and the modelling code stay wh
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from multicard import collectives
 from multicard.attention.sequence import flatten, to_natural_order
 from multicard.errors import UnsupportedError
+from multicard.integrations.calls import named, parameters
 from multicard.integrations.seams import Hooks, bypassed
 from multicard.integrations.transformers import attention
 from multicard.integrations.transformers.cache import CACHE_NAMES, Chunk, ShardedCache, cache_name, take
@@ -78,9 +78,9 @@ def attach(model: PreTrainedModel, mesh: ParallelMesh, hooks: Hooks) -> Sequence
     for module in attentions:
         object.__setattr__(module, "_multicard_sequence", sequence)
     for module in rotary:
-        hooks.before(module, sequence.before_rotary(module))
+        hooks.before(module, sequence.before_rotary)
         hooks.after(module, sequence.after_rotary)
-    hooks.before(decoder, sequence.before(decoder))
+    hooks.before(decoder, sequence.before)
     hooks.after(decoder, sequence.after)
     return sequence
 
@@ -96,6 +96,7 @@ class Sequence:
         self, model: PreTrainedModel, mesh: ParallelMesh, attentions: set[nn.Module], has_rotary: bool
     ) -> None:
         self.config, self.mesh = model.config, mesh
+        self.cache_name = cache_name(model.get_decoder())
         self.step: attention.Step | None = None
         self.cache: ShardedCache | None = None
         self.positions: Tensor | None = None
@@ -120,35 +121,26 @@ class Sequence:
         if unfinished or not self._passes:
             raise bypassed("transformers", "the decoder ran without the hooks that split and gather its tokens")
 
-    def before(self, decoder: nn.Module) -> Callable[..., Any]:
+    def before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The decoder's pre-hook: make the step, give the decoder its slice and the sharded cache."""
-        signature = inspect.signature(decoder.forward)
-        rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
-        cache = cache_name(decoder)
-
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            given = dict(signature.bind_partial(*args, **kwargs).arguments)
-            given |= given.pop(rest, {})
-            given = {name: value for name, value in given.items() if value is not None}
-            tokens = given.get("input_ids", given.get("inputs_embeds"))
-            if tokens is None:
-                raise UnsupportedError("a forward pass without input_ids or inputs_embeds can't be split")
-            past = [given.pop(name) for name in CACHE_NAMES if name in given]
-            _refuse_arguments(given, self.config, tokens.shape[:2], fresh=not past)
-            self.cache = self._cache(given, past)
-            chunk = Chunk.of(self.cache.length if self.cache else 0, tokens.shape[1], self.mesh.sequence)
-            if self.cache is not None:
-                self.cache.begin(chunk)
-                given[cache] = self.cache
-            keys = self.cache.spans() if self.cache is not None else chunk.held
-            keep = _padding(given.get("attention_mask"), chunk)
-            self.step = attention.Step(self.mesh, chunk, keys, keep)
-            self._rotations = [0, 0]
-            if chunk.sliced:
-                self._slice(given, chunk, tokens)
-            return (), given
-
-        return hook
+        given = named(parameters(type(decoder).forward), args, kwargs)
+        given = {name: value for name, value in given.items() if value is not None}
+        tokens = given.get("input_ids", given.get("inputs_embeds"))
+        if tokens is None:
+            raise UnsupportedError("a forward pass without input_ids or inputs_embeds can't be split")
+        past = [given.pop(name) for name in CACHE_NAMES if name in given]
+        _refuse_arguments(given, self.config, tokens.shape[:2], fresh=not past)
+        self.cache = self._cache(given, past)
+        chunk = Chunk.of(self.cache.length if self.cache else 0, tokens.shape[1], self.mesh.sequence)
+        if self.cache is not None:
+            self.cache.chunk = chunk
+            given[self.cache_name] = self.cache
+        keys = self.cache.spans() if self.cache is not None else chunk.held
+        self.step = attention.Step(self.mesh, chunk, keys, _padding(given.get("attention_mask"), chunk))
+        self._rotations = [0, 0]
+        if chunk.sliced:
+            self._slice(given, chunk, tokens)
+        return (), given
 
     def _cache(self, given: dict[str, Any], past: list[Any]) -> ShardedCache | None:
         cache = past[0] if past else None
@@ -214,18 +206,12 @@ class Sequence:
         rows = collectives.all_gather(mine, chunk.axis, 1, [sum(map(len, spans)) for spans in wanted])
         return to_natural_order(rows, flatten(wanted), 1)
 
-    def before_rotary(self, rotary: nn.Module) -> Callable[..., Any]:
+    def before_rotary(self, rotary: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Some rotary embeddings read the largest position: they get all of them, and are cut afterwards."""
-        signature = inspect.signature(rotary.forward)
-
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if self.step is None or not self.step.chunk.sliced:
-                return None
-            given = dict(signature.bind_partial(*args, **kwargs).arguments)
-            self._rotations[0] += 1
-            return (), {**given, "position_ids": self.positions}
-
-        return hook
+        if self.step is None or not self.step.chunk.sliced:
+            return None
+        self._rotations[0] += 1
+        return (), {**named(parameters(type(rotary).forward), args, kwargs), "position_ids": self.positions}
 
     def after_rotary(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if self.step is None or not self.step.chunk.sliced:
