@@ -10,16 +10,18 @@ import dataclasses
 import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from multicard.config import ParallelConfig
 from multicard.errors import UnsupportedError
 from multicard.place import in_job
 from multicard.ranks.children import Children
-from multicard.ranks.crew import Crew
 from multicard.ranks.kept import Kept
 from multicard.ranks.patience import GRACE
 from multicard.ranks.settings import Options, Settings
+
+if TYPE_CHECKING:
+    from multicard.ranks.joined import Joined
 
 
 def launch(
@@ -158,10 +160,10 @@ class Ranks:
             if progress is not None:
                 progress(share)
 
-    def _start(self) -> Crew:
-        crew: Crew
+    def _start(self) -> Children | Joined:
+        crew: Children | Joined
         if in_job():
-            from multicard.ranks.joined import Joined  # imports torch, which is done while ranks start
+            from multicard.ranks.joined import Joined  # it imports torch, which is done while ranks start
 
             crew = Joined(self._settings)
         else:

@@ -20,8 +20,8 @@ import sys
 
 from multicard.ranks import rank
 
-NEEDED = ("multicard.mesh", "multicard.backends.shm", "multicard.ranks.failure")
-"""What every rank imports."""
+NEEDED = ("multicard.mesh", "multicard.backends.shm")
+"""What every rank imports, beside :mod:`multicard.ranks.rank`."""
 
 LONGEST_REQUEST = 1 << 16
 DESCRIPTORS = 6

@@ -44,7 +44,8 @@ class RankProcess:
             self.stdout, their_stdout = pipe(undo)
             self.stderr, their_stderr = pipe(undo)
             self._process = starter.start(env, (theirs, they_report, their_stdout, their_stderr), server, wait)
-            undo.callback(self._abandon)
+            undo.callback(self._process.wait)
+            undo.callback(self.kill)  # before that
             self.pidfd = os.pidfd_open(self.pid)
             undo.pop_all()
         for fd in (theirs, they_report, their_stdout, their_stderr):
@@ -77,28 +78,21 @@ class RankProcess:
         except (EOFError, OSError):
             return [], False
 
-    def read_output(self, fd: int) -> tuple[list[str], bool]:
-        """Whole lines of what it printed, and whether more may come."""
+    def read_output(self, fd: int, last: bool = False) -> tuple[list[str], bool]:
+        """Whole lines of what it printed, and whether more may come; the ``last`` one has no newline maybe."""
         try:
             chunk = os.read(fd, 1 << 16)
+            more = bool(chunk)
         except BlockingIOError:
-            return [], True
+            chunk, more = b"", True
         *whole, rest = (self._partial[fd] + chunk).split(b"\n")
-        if rest and (not chunk or len(rest) > LONGEST_LINE):
+        if rest and (last or not more or len(rest) > LONGEST_LINE):
             whole, rest = [*whole, rest], b""
         self._partial[fd] = rest
         lines = [line.decode(errors="replace") for line in whole]
         if fd == self.stderr:
             self.tail.extend(lines)
-        return lines, bool(chunk)
-
-    def last_line(self, fd: int) -> list[str]:
-        """What it printed last where no newline came after it."""
-        rest, self._partial[fd] = self._partial[fd], b""
-        lines = [rest.decode(errors="replace")] if rest else []
-        if fd == self.stderr:
-            self.tail.extend(lines)
-        return lines
+        return lines, more
 
     @property
     def stopped(self) -> bool:
@@ -139,7 +133,3 @@ class RankProcess:
     def close(self) -> None:
         for fd in (self.commands, *self.readable):
             os.close(fd)
-
-    def _abandon(self) -> None:
-        self.kill()
-        self._process.wait()

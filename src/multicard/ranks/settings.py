@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from multicard.config import ParallelConfig
 from multicard.errors import ConfigError
@@ -92,6 +92,11 @@ class Settings:
         threads = self.threads_per_rank
         if threads is not None and not is_whole(threads, least=1):
             raise ConfigError(f"threads_per_rank={threads!r}: a whole number of 1 or more, or None")
+
+    @property
+    def mesh(self) -> dict[str, Any]:
+        """What each rank gives to ``init_mesh``."""
+        return {"config": self.config, "backend": self.backend, "device": self.device, "timeout": self.timeout}
 
     @property
     def ranks(self) -> range:

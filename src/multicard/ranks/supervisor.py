@@ -7,7 +7,6 @@ isn't forked by a server to the thread that made it.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import queue
 import select
@@ -15,6 +14,7 @@ import selectors
 import threading
 import time
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
 
 from multicard.errors import CollectiveTimeout, RankError
 from multicard.ranks import wire
@@ -25,15 +25,6 @@ from multicard.ranks.process import RankProcess
 from multicard.ranks.starter import ForkServer
 
 
-@dataclasses.dataclass(frozen=True)
-class Event:
-    """Something that happened to a rank: a message from it, or its end (``message`` None)."""
-
-    rank: int
-    message: wire.Message | None = None
-    moment: float = dataclasses.field(default_factory=time.monotonic)
-
-
 class Supervisor:
     """Starts a rank for each of ``environments`` (by rank), and puts what happens to them in ``events``.
 
@@ -41,7 +32,7 @@ class Supervisor:
     caller is busy with.
 
     Attributes:
-        events: messages and deaths, in the order in which they happened.
+        events: what happened to which rank when, in that order: a message from it, or its end (None).
         dead: exit codes of the ranks that have ended, negative for a signal, as in ``subprocess``.
     """
 
@@ -52,26 +43,23 @@ class Supervisor:
         server: ForkServer | None,
         start_timeout: float,
     ) -> None:
-        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.events: queue.SimpleQueue[tuple[int, wire.Message | None, float]] = queue.SimpleQueue()
         self.dead: dict[int, int] = {}
         self.processes: dict[int, RankProcess] = {}
         self._logs, self._server, self._start_timeout = logs, server, start_timeout
         self._deadline: float | None = None  # the moment of SIGKILL
         self._lock = threading.Lock()  # held to write to ranks and to close: a closed descriptor's number is reused
         self._wake_read, self._wake_write = os.pipe()
-        self._started: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        started: Future[None] = Future()
         self._thread = threading.Thread(
-            target=self._run, args=(environments,), name="multicard-supervisor", daemon=True
+            target=self._run, args=(environments, started), name="multicard-supervisor", daemon=True
         )
         self._thread.start()
         try:
-            error = self._started.get()
-        except BaseException:  # Ctrl-C while ranks are being started
+            started.result()
+        except BaseException:  # also Ctrl-C while ranks are being started
             self.end(0.0)
             raise
-        if error is not None:
-            self._thread.join()
-            raise error
 
     def send(self, rank: int, message: wire.Message, patience: float) -> None:
         """Write ``message`` to the rank; given up once it is dead, or takes nothing for ``patience`` seconds."""
@@ -109,14 +97,14 @@ class Supervisor:
 
     # what the supervising thread does
 
-    def _run(self, environments: Mapping[int, dict[str, str]]) -> None:
-        error = None
+    def _run(self, environments: Mapping[int, dict[str, str]], started: Future[None]) -> None:
         try:
             self._start(environments)
-        except BaseException as caught:
-            error = caught
+        except BaseException as error:
             self._deadline = time.monotonic()
-        self._started.put(error)
+            started.set_exception(error)
+        else:
+            started.set_result(None)
         try:
             self._supervise()
         finally:
@@ -137,14 +125,17 @@ class Supervisor:
         deadline = time.monotonic() + self._start_timeout
 
         def wait(fd: int) -> None:
-            if not self._await(fd, deadline):
-                missing = [str(rank) for rank in environments if rank not in self.processes]
-                raise CollectiveTimeout(
-                    f"ranks {', '.join(missing)} did not start within {self._start_timeout:g} s: torch is still being "
-                    "imported",
-                    rank=int(missing[0]),
-                    collective="start",
-                )
+            """Until ``fd`` can be read."""
+            poll = select.poll()
+            poll.register(fd, select.POLLIN)
+            poll.register(self._wake_read, select.POLLIN)
+            found = dict(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
+            if self._wake_read in found:
+                raise RankError("these ranks were ended while they were being started")
+            if not found:
+                missing = [rank for rank in environments if rank not in self.processes]
+                text = f"ranks {', '.join(map(str, missing))} did not start within {self._start_timeout:g} s"
+                raise CollectiveTimeout(f"{text}: torch is still being imported", rank=missing[0], collective="start")
 
         for rank, env in environments.items():
             try:
@@ -154,44 +145,28 @@ class Supervisor:
             except OSError as error:  # no more descriptors (ulimit -n) or processes (ulimit -u), say
                 raise RankError(f"rank {rank} can't be started: {error}", rank=rank) from error
 
-    def _await(self, fd: int, deadline: float) -> bool:
-        """Wait until ``fd`` can be read; False where that takes too long.
-
-        Raises:
-            RankError: :meth:`end` was called meanwhile.
-        """
-        poll = select.poll()
-        for each in (fd, self._wake_read):
-            poll.register(each, select.POLLIN)
-        found = dict(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
-        if self._wake_read in found:
-            raise RankError("these ranks were ended while they were being started")
-        return bool(found)
-
     def _supervise(self) -> None:
         with selectors.DefaultSelector() as selector:
             selector.register(self._wake_read, selectors.EVENT_READ)
-            owners = {fd: process for process in self.processes.values() for fd in process.readable}
-            for fd in owners:
-                selector.register(fd, selectors.EVENT_READ)
-            exiting = False
+            for process in self.processes.values():
+                for fd in process.readable:
+                    selector.register(fd, selectors.EVENT_READ, process)
+            told = False
             while len(self.dead) < len(self.processes):
                 timeout = None
                 if self._deadline is not None:
-                    if not exiting:
-                        exiting = self._tell_all_to_exit()
+                    if not told:
+                        told = self._tell_all_to_exit()
                     timeout = self._deadline - time.monotonic()
                     if timeout <= 0:
                         return
                 for key, _ in selector.select(timeout):
-                    if key.fd == self._wake_read:
+                    if key.data is None:
                         os.read(self._wake_read, 64)
-                        continue
-                    process = owners[key.fd]
-                    if key.fd == process.pidfd:
-                        _forget(selector, process.readable)
-                        self._bury(process)
-                    elif not self._listen(process, key.fd):
+                    elif key.fd == key.data.pidfd:
+                        _forget(selector, key.data.readable)
+                        self._bury(key.data)
+                    elif not self._listen(key.data, key.fd):
                         _forget(selector, [key.fd])
 
     def _tell_all_to_exit(self) -> bool:
@@ -199,20 +174,17 @@ class Supervisor:
             process.write(b"".join(wire.Message("exit", 0).encode()))
         return True
 
-    def _listen(self, process: RankProcess, fd: int) -> bool:
+    def _listen(self, process: RankProcess, fd: int, last: bool = False) -> bool:
         """Read what is there; False at its end."""
         if fd == process.reports:
             messages, more = process.read_reports()
             for message in messages:
-                self.events.put(Event(process.rank, message))
-            return more
-        lines, more = process.read_output(fd)
-        self._print(process, fd, lines)
+                self.events.put((process.rank, message, time.monotonic()))
+        else:
+            lines, more = process.read_output(fd, last)
+            for line in lines:
+                self._logs.write(process.rank, fd == process.stderr, line)
         return more
-
-    def _print(self, process: RankProcess, fd: int, lines: Iterable[str]) -> None:
-        for line in lines:
-            self._logs.write(process.rank, fd == process.stderr, line)
 
     def _bury(self, process: RankProcess) -> None:
         """Wait for a rank that has ended; what it said last comes before its end."""
@@ -220,10 +192,9 @@ class Supervisor:
         for fd in (process.reports, process.stdout, process.stderr):
             while ready(fd, select.POLLIN, 0) and self._listen(process, fd):
                 pass
-        for fd in (process.stdout, process.stderr):
-            self._print(process, fd, process.last_line(fd))
+            self._listen(process, fd, last=True)
         self.dead[process.rank] = process.wait()
-        self.events.put(Event(process.rank))
+        self.events.put((process.rank, None, time.monotonic()))
         if self._deadline is None:
             self._deadline = time.monotonic() + GRACE
 
