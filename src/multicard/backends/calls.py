@@ -74,7 +74,5 @@ def sites() -> tuple[int, str]:
 def _whose(file: str) -> str:
     """Whose code a file is: "multicard", "program", or "" for torch, what it generates, and collectives themselves."""
     if file.startswith(_OURS):
-        return (
-            "" if file.startswith(os.path.join(_OURS, "backends")) or file.endswith("collectives.py") else "multicard"
-        )
+        return "" if file.startswith(os.path.join(_OURS, "backends")) or file.endswith("collectives.py") else "multicard"
     return "" if file.startswith(_TORCH) or any(part in file for part in NOT_THE_CALLER) else "program"

@@ -20,7 +20,6 @@ from multicard.ranks import environment, failure, interrupt, patience, starter, 
 from multicard.ranks.failure import Failure
 from multicard.ranks.hosts import Neighbours
 from multicard.ranks.judge import Wait, judge
-from multicard.ranks.logs import Logs
 from multicard.ranks.patience import Patience
 from multicard.ranks.record import Call, Record
 from multicard.ranks.settings import Settings
@@ -53,12 +52,7 @@ class Children:
         self._neighbours = (
             Neighbours(hosts, port, settings.start_timeout, settings.timeout) if hosts.count > 1 else None
         )
-        self._supervisor = Supervisor(
-            {rank: environment.of_rank(settings, rank, port) for rank in settings.ranks},
-            Logs(settings.ranks, settings.log_dir, settings.console, settings.log_mode),
-            server,
-            settings.start_timeout,
-        )
+        self._supervisor = Supervisor(settings, port, server)
         self._record = Record(self._supervisor)
 
     @property
@@ -202,7 +196,7 @@ class Children:
     def _judge(self, call: Call, deadline: float) -> Wait:
         """Judge the call, and before it the others in which a rank has failed: they may be what it waits for."""
         waits = []
-        others = [each for each in self._record.calls.values() if each.failures and each is not call]
+        others = [each for each in self._record.calls.values() if each.suspect and each is not call]
         for each in [*others, call]:
             if not each.settled:
                 verdict = judge(self._record.snapshot(each, deadline if each is call else math.inf), self._patience)

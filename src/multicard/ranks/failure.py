@@ -142,13 +142,10 @@ def revive(rank: int, message: wire.Message) -> Failure:
 
 
 def death(rank: int, returncode: int, tail: Iterable[str], out_of_memory: bool, doing: str, moment: float) -> Failure:
-    """The failure of a rank that exited or was killed.
+    """The failure of a rank that exited or was killed, the last lines of its standard error being ``tail``.
 
-    Args:
-        returncode: negative for a signal, as in ``subprocess``.
-        tail: the last lines of its standard error.
-        out_of_memory: whether the kernel has killed processes for memory since the ranks were started.
-        doing: what it was doing, as the end of a sentence.
+    ``out_of_memory`` is whether the kernel has killed processes for memory since the ranks were started, ``doing`` what
+    the rank was doing, as the end of a sentence.
     """
     number = -returncode if returncode < 0 else None
     if number is None:

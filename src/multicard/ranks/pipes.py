@@ -10,10 +10,10 @@ import select
 FIRST_FREE = 3  # the first descriptor after standard input, output and error
 
 
-def pipe(undo: contextlib.ExitStack) -> tuple[int, int]:
-    """A pipe's read and write end; ``undo`` closes both."""
+def pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> tuple[int, int]:
+    """A pipe's read and write end, and who closes them."""
     read, write = os.pipe()
-    return above_standard(read, undo), above_standard(write, undo)
+    return above_standard(read, reader), above_standard(write, writer)
 
 
 def above_standard(fd: int, undo: contextlib.ExitStack) -> int:

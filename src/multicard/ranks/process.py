@@ -38,18 +38,16 @@ class RankProcess:
         self.rank = rank
         self.tail: collections.deque[str] = collections.deque(maxlen=TAIL)
         self._reader = wire.Reader()
-        with contextlib.ExitStack() as undo:
-            theirs, self.commands = pipe(undo)
-            self.reports, they_report = pipe(undo)
-            self.stdout, their_stdout = pipe(undo)
-            self.stderr, their_stderr = pipe(undo)
-            self._process = starter.start(env, (theirs, they_report, their_stdout, their_stderr), server, wait)
-            undo.callback(self._process.wait)
-            undo.callback(self.kill)  # before that
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+            commands, self.commands = pipe(theirs, ours)
+            self.reports, reports = pipe(ours, theirs)
+            self.stdout, stdout = pipe(ours, theirs)
+            self.stderr, stderr = pipe(ours, theirs)
+            self._process = starter.start(env, (commands, reports, stdout, stderr), server, wait)
+            ours.callback(self._process.wait)
+            ours.callback(self.kill)  # before that
             self.pidfd = os.pidfd_open(self.pid)
-            undo.pop_all()
-        for fd in (theirs, they_report, their_stdout, their_stderr):
-            os.close(fd)
+            ours.pop_all()
         self._partial = {self.stdout: b"", self.stderr: b""}
         for fd in (self.commands, self.reports, self.stdout, self.stderr):
             os.set_blocking(fd, False)

@@ -7,6 +7,7 @@ import itertools
 import math
 import queue
 import time
+from typing import Any
 
 from multicard.errors import RankError
 from multicard.ranks import failure, patience, wire
@@ -18,27 +19,32 @@ from multicard.ranks.supervisor import Supervisor
 
 @dataclasses.dataclass
 class Call:
-    """A call under way, named ``label`` in errors, on so many ``ranks``.
+    """A call under way, named ``label`` in errors.
 
     Attributes:
+        ranks: what is known of each.
         answers: of the ranks that have finished it well.
-        failures: of those that have raised in it.
-        moments: when each of both did so.
         failure: what it has been judged to have failed with.
         abandoned: nobody waits for it.
     """
 
     label: str
-    ranks: int
+    ranks: dict[int, Seen]
     answers: dict[int, wire.Message] = dataclasses.field(default_factory=dict)
-    failures: dict[int, Failure] = dataclasses.field(default_factory=dict)
-    moments: dict[int, float] = dataclasses.field(default_factory=dict)
     failure: Failure | None = None
     abandoned: bool = False
 
     @property
     def settled(self) -> bool:
-        return self.failure is not None or len(self.answers) == self.ranks
+        return self.failure is not None or len(self.answers) == len(self.ranks)
+
+    @property
+    def suspect(self) -> bool:
+        """Whether a rank has failed in it, and that is still to be judged."""
+        return self.failure is None and any(seen.failure for seen in self.ranks.values())
+
+    def note(self, rank: int, **news: Any) -> None:
+        self.ranks[rank] = dataclasses.replace(self.ranks[rank], **news)
 
 
 class Record:
@@ -55,28 +61,25 @@ class Record:
         self._supervisor = supervisor
         self._numbers = itertools.count(1)
         self._memory_kills = failure.kills_for_memory()
-        self._ranks = dict.fromkeys(supervisor.processes, Seen())  # whatever they have answered to single calls
         self._opened = self._asked = self._looked = 0.0
         self._woken = False
 
     def open(self, label: str, number: int | None = None) -> int:
         """Begin a call, or the next part of call ``number``; returns its number.
 
-        Ranks count as having been asked what they are doing, and nobody has waited in it yet.
+        Ranks count as having been asked what they are doing.
         """
         number = number or next(self._numbers)
-        self.calls[number] = Call(label, len(self._ranks))
+        self.calls[number] = Call(label, dict.fromkeys(self._supervisor.processes, Seen()))
         self._opened = self._asked = self._looked = time.monotonic()
         self._woken = False
-        for rank in self._ranks:
-            self._note(rank, stopped=None, report=None, unchanged=math.inf)
         return number
 
     def forget_abandoned(self) -> None:
         """Drop the calls that nobody waits for, once all ranks have finished them and failures have been judged."""
         for number, call in list(self.calls.items()):
-            judged = call.failure is not None or not call.failures
-            if call.abandoned and judged and len(call.moments) == call.ranks:
+            answered = all(seen.answered is not None for seen in call.ranks.values())
+            if call.abandoned and answered and not call.suspect:
                 del self.calls[number]
 
     def listen(self, seconds: float) -> None:
@@ -95,7 +98,7 @@ class Record:
         self._asked = time.monotonic()
         for rank, process in self._supervisor.processes.items():
             if rank not in self._supervisor.dead:
-                if wake and self._ranks[rank].stopped is not None:
+                if wake:
                     process.wake()
                 self._supervisor.send(rank, wire.Message("inspect", 0), patience.ASK)
 
@@ -104,12 +107,7 @@ class Record:
         now = time.monotonic()
         if now > self._looked + patience.LOOP / 2:
             self._look_for_stopped()
-        ranks = dict(self._ranks)
-        for rank, seen in ranks.items():
-            raised = call.failures.get(rank)
-            if raised or not seen.dead:
-                ranks[rank] = dataclasses.replace(seen, answered=call.moments.get(rank), failure=raised)
-        return Snapshot(now, call.label, ranks, self._asked, deadline)
+        return Snapshot(now, call.label, dict(call.ranks), self._asked, deadline)
 
     def obituary(self, rank: int, moment: float) -> Failure:
         """The failure of a rank whose process has ended: by itself, or because all were ended."""
@@ -120,33 +118,35 @@ class Record:
         doing = " and ".join(f"in {call.label}" for call in self.calls.values()) or "while idle"
         return failure.death(rank, self._supervisor.dead[rank], tail, out_of_memory, doing, moment)
 
-    def _note(self, rank: int, **news: object) -> None:
-        self._ranks[rank] = dataclasses.replace(self._ranks[rank], **news)  # type: ignore[arg-type]
-
     def _take(self, rank: int, message: wire.Message | None, moment: float) -> None:
         if message is None:
-            self._note(rank, answered=moment, failure=self.obituary(rank, moment), dead=True)
+            death = self.obituary(rank, moment)
+            for call in self.calls.values():
+                call.note(rank, dead=True)
+                if call.ranks[rank].failure is None:
+                    call.note(rank, answered=moment, failure=death)
         elif message.kind == "activity":
             self._hear(rank, message.load())
-        elif (call := self.calls.get(message.call)) is not None:
-            call.moments[rank] = moment
-            if message.kind == "error":
-                call.failures[rank] = failure.revive(rank, message)
-            else:
-                call.answers[rank] = message
+        elif (own := self.calls.get(message.call)) is not None:
+            raised = failure.revive(rank, message) if message.kind == "error" else None
+            own.note(rank, answered=moment, failure=raised)
+            if raised is None:
+                own.answers[rank] = message
 
     def _hear(self, rank: int, report: Report) -> None:
-        last = self._ranks[rank].report
         if report.moment < self._opened:  # the answer to a question of an earlier call
             return
-        if last is None or (last.collective, last.entered) != (report.collective, report.entered):
-            self._note(rank, unchanged=report.moment)
-        self._note(rank, report=report)
+        for call in self.calls.values():
+            last = call.ranks[rank].report
+            if last is None or (last.collective, last.entered) != (report.collective, report.entered):
+                call.note(rank, unchanged=report.moment)
+            call.note(rank, report=report)
 
     def _look_for_stopped(self) -> None:
         self._looked = time.monotonic()
         if not self._woken:
             for rank, process in self._supervisor.processes.items():
-                since = self._ranks[rank].stopped or self._looked
                 held = rank not in self._supervisor.dead and process.stopped
-                self._note(rank, stopped=since if held else None)
+                for call in self.calls.values():
+                    since = call.ranks[rank].stopped or self._looked
+                    call.note(rank, stopped=since if held else None)

@@ -46,19 +46,14 @@ class ForkServer:
         self.env, self.surroundings = env, surroundings
         self.has_forked = False
         self._lock = threading.Lock()
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        weakref.finalize(self, self._control.close).atexit = False  # ranks may still have to end then
         with contextlib.ExitStack() as undo:
-            mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            self._control = socket.socket(fileno=above_standard(mine.detach(), undo))
             fd = above_standard(theirs.detach(), undo)
             started: Future[subprocess.Popen[bytes]] = Future()
-            thread = threading.Thread(
-                target=_live, args=(env, fd, modules, started), name="multicard-forkserver", daemon=True
-            )
-            thread.start()
+            life = (env, fd, modules, started)
+            threading.Thread(target=_live, args=life, name="multicard-forkserver", daemon=True).start()
             self._process = started.result()
-            undo.pop_all()
-        os.close(fd)
-        weakref.finalize(self, self._control.close).atexit = False  # ranks may still have to end then
 
     @property
     def pid(self) -> int:
@@ -76,22 +71,17 @@ class ForkServer:
             OSError: no more processes or descriptors.
             what ``wait`` raises.
         """
-        with contextlib.ExitStack() as undo:
-            status, theirs = pipe(undo)
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+            status, tell = pipe(ours, theirs)
             folder = os.open(_folder(), os.O_PATH | os.O_DIRECTORY)
-            undo.callback(os.close, folder)
-            self.ask({"env": dict(env)}, [theirs, *fds, folder])
-            undo.pop_all()
-        os.close(folder)
-        os.close(theirs)
-        try:
+            theirs.callback(os.close, folder)
+            self.ask({"env": dict(env)}, [tell, *fds, folder])
+            theirs.close()
             wait(status)
             reply = _read(status)
             if "error" in reply:
                 raise OSError(reply["errno"], reply["error"])
-        except BaseException:
-            os.close(status)
-            raise
+            ours.pop_all()
         self.has_forked = True
         return Forked(self, reply["pid"], status)
 
@@ -167,15 +157,9 @@ def server(env: Mapping[str, str], modules: Sequence[str] = ()) -> ForkServer | 
 def start(
     env: Mapping[str, str], fds: Sequence[int], server: ForkServer | None, wait: Callable[[int], None]
 ) -> subprocess.Popen[bytes] | Forked:
-    """A rank in a process group of its own, with the environment ``env``.
+    """A rank with the environment ``env``, from ``server`` if that can fork it; raises as :meth:`ForkServer.fork` does.
 
-    Args:
-        fds: where it reads commands and writes reports, its standard output and error.
-        server: forks it if it can.
-        wait: returns once a descriptor can be read, or raises.
-
-    Raises:
-        OSError: no more processes or descriptors.
+    ``fds`` are where it reads commands and writes reports, its standard output and error.
     """
     if server is not None and server.env.items() <= env.items():
         own = {name: value for name, value in env.items() if name not in server.env}

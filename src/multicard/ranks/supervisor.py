@@ -17,16 +17,17 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 
 from multicard.errors import CollectiveTimeout, RankError
-from multicard.ranks import wire
+from multicard.ranks import environment, wire
 from multicard.ranks.logs import Logs
 from multicard.ranks.patience import GRACE
 from multicard.ranks.pipes import ready
 from multicard.ranks.process import RankProcess
+from multicard.ranks.settings import Settings
 from multicard.ranks.starter import ForkServer
 
 
 class Supervisor:
-    """Starts a rank for each of ``environments`` (by rank), and puts what happens to them in ``events``.
+    """Starts this host's ranks, whose store is at ``port``, and puts what happens to them in ``events``.
 
     ``server`` forks them if it is there. A rank that ends without being told to takes the others with it, whatever the
     caller is busy with.
@@ -36,20 +37,16 @@ class Supervisor:
         dead: exit codes of the ranks that have ended, negative for a signal, as in ``subprocess``.
     """
 
-    def __init__(
-        self,
-        environments: Mapping[int, dict[str, str]],
-        logs: Logs,
-        server: ForkServer | None,
-        start_timeout: float,
-    ) -> None:
+    def __init__(self, settings: Settings, port: int, server: ForkServer | None) -> None:
+        self._logs = Logs(settings.ranks, settings.log_dir, settings.console, settings.log_mode)
+        self._server, self._start_timeout = server, settings.start_timeout
+        environments = {rank: environment.of_rank(settings, rank, port) for rank in settings.ranks}
         self.events: queue.SimpleQueue[tuple[int, wire.Message | None, float]] = queue.SimpleQueue()
         self.dead: dict[int, int] = {}
         self.processes: dict[int, RankProcess] = {}
-        self._logs, self._server, self._start_timeout = logs, server, start_timeout
         self._deadline: float | None = None  # the moment of SIGKILL
         self._lock = threading.Lock()  # held to write to ranks and to close: a closed descriptor's number is reused
-        self._wake_read, self._wake_write = os.pipe()
+        self._wake = os.eventfd(0)
         started: Future[None] = Future()
         self._thread = threading.Thread(
             target=self._run, args=(environments, started), name="multicard-supervisor", daemon=True
@@ -87,7 +84,7 @@ class Supervisor:
             self._deadline = moment if self._deadline is None else min(moment, self._deadline)
             if self._thread.is_alive():
                 with contextlib.suppress(OSError):
-                    os.write(self._wake_write, b"x")
+                    os.eventfd_write(self._wake, 1)
         if threading.current_thread() is self._thread:
             return
         self._thread.join(max(0.0, moment - time.monotonic()) + 1.0)
@@ -116,9 +113,8 @@ class Supervisor:
             with self._lock:
                 for process in self.processes.values():
                     process.close()
-                os.close(self._wake_read)
-                os.close(self._wake_write)
-                self._wake_write = -1
+                os.close(self._wake)
+                self._wake = -1
             self._logs.close()
 
     def _start(self, environments: Mapping[int, dict[str, str]]) -> None:
@@ -128,9 +124,9 @@ class Supervisor:
             """Until ``fd`` can be read."""
             poll = select.poll()
             poll.register(fd, select.POLLIN)
-            poll.register(self._wake_read, select.POLLIN)
+            poll.register(self._wake, select.POLLIN)
             found = dict(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
-            if self._wake_read in found:
+            if self._wake in found:
                 raise RankError("these ranks were ended while they were being started")
             if not found:
                 missing = [rank for rank in environments if rank not in self.processes]
@@ -147,7 +143,7 @@ class Supervisor:
 
     def _supervise(self) -> None:
         with selectors.DefaultSelector() as selector:
-            selector.register(self._wake_read, selectors.EVENT_READ)
+            selector.register(self._wake, selectors.EVENT_READ)
             for process in self.processes.values():
                 for fd in process.readable:
                     selector.register(fd, selectors.EVENT_READ, process)
@@ -162,7 +158,7 @@ class Supervisor:
                         return
                 for key, _ in selector.select(timeout):
                     if key.data is None:
-                        os.read(self._wake_read, 64)
+                        os.eventfd_read(self._wake)
                     elif key.fd == key.data.pidfd:
                         _forget(selector, key.data.readable)
                         self._bury(key.data)
