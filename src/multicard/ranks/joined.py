@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -87,19 +88,14 @@ def _value(part: torch.Tensor, length: int) -> Any:
     """What one rank's bytes stand for: ``length`` of JSON, then its tensors' data in the order of the JSON."""
     rest = part[length:]
 
-    def build(plain: Any) -> Any:
+    def build(wrapped: dict[str, Any]) -> Any:
         nonlocal rest
-        if not isinstance(plain, dict):
-            return plain
-        ((kind, inner),) = plain.items()
-        if kind == "tensor":
-            dtype, shape = getattr(torch, inner[0]), inner[1]
-            count = dtype.itemsize * torch.Size(shape).numel()
-            data, rest = rest[:count], rest[count:]
-            return data.clone().view(dtype).reshape(shape)
-        if kind == "dict":
-            return {key: build(item) for key, item in inner}
-        items = [build(item) for item in inner]
-        return items if kind == "list" else tuple(items)
+        ((kind, inner),) = wrapped.items()
+        if kind != "tensor":
+            return {"list": list, "tuple": tuple, "dict": dict}[kind](inner)
+        dtype, shape = getattr(torch, inner[0]), inner[1]
+        count = dtype.itemsize * math.prod(shape)
+        data, rest = rest[:count], rest[count:]
+        return data.clone().view(dtype).reshape(shape)
 
-    return build(json.loads(bytes(part[:length].numpy())))
+    return json.loads(bytes(part[:length].numpy()), object_hook=build)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import select
 
 FIRST_FREE = 3  # the first descriptor after standard input, output and error
 
@@ -23,10 +22,3 @@ def above_standard(fd: int, undo: contextlib.ExitStack) -> int:
         os.close(low)
     undo.callback(os.close, fd)
     return fd
-
-
-def ready(fd: int, event: int, timeout: float | None) -> bool:
-    """Whether ``event`` is there within ``timeout`` seconds, for descriptors beyond 1023 too, unlike ``select``."""
-    poll = select.poll()
-    poll.register(fd, event)
-    return bool(poll.poll(None if timeout is None else timeout * 1000))

@@ -6,12 +6,12 @@ import collections
 import contextlib
 import os
 import pathlib
-import select
 import signal
 from collections.abc import Callable, Mapping
+from multiprocessing import connection
 
 from multicard.ranks import starter, wire
-from multicard.ranks.pipes import pipe, ready
+from multicard.ranks.pipes import pipe
 
 TAIL = 40
 """Lines of a rank's standard error that are kept for its obituary."""
@@ -119,7 +119,7 @@ class RankProcess:
 
         Where this process is a container's first one, or a subreaper, what the rank had started has become its child.
         """
-        ready(self.pidfd, select.POLLIN, None)
+        connection.wait([self.pidfd])
         code = self._process.wait()
         if isinstance(self._process, starter.Forked) and self._process.orphaned:
             self.tail.append(f"multicard: process {self._process.server}, which it was forked from, has ended")

@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import pathlib
-import select
 import signal
 import socket
 import subprocess
@@ -20,9 +19,10 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from multiprocessing import connection
 from typing import Any
 
-from multicard.ranks.pipes import above_standard, pipe, ready
+from multicard.ranks.pipes import above_standard, pipe
 
 PATIENCE = 10.0
 """Seconds that a server has to tell a dead rank's exit code, which it knows."""
@@ -125,7 +125,7 @@ class Forked:
         if self.returncode is None:
             try:
                 self._server.ask({"bury": self.pid})
-                if not ready(self._status, select.POLLIN, PATIENCE):
+                if not connection.wait([self._status], PATIENCE):
                     raise CannotFork
                 self.returncode = _read(self._status)["code"]
             except CannotFork:  # then the kernel has killed it

@@ -15,12 +15,12 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
+from multiprocessing import connection
 
 from multicard.errors import CollectiveTimeout, RankError
 from multicard.ranks import environment, wire
 from multicard.ranks.logs import Logs
 from multicard.ranks.patience import GRACE
-from multicard.ranks.pipes import ready
 from multicard.ranks.process import RankProcess
 from multicard.ranks.settings import Settings
 from multicard.ranks.starter import ForkServer
@@ -60,7 +60,8 @@ class Supervisor:
 
     def send(self, rank: int, message: wire.Message, patience: float) -> None:
         """Write ``message`` to the rank; given up once it is dead, or takes nothing for ``patience`` seconds."""
-        process = self.processes[rank]
+        process, writable = self.processes[rank], select.poll()
+        writable.register(process.commands, select.POLLOUT)
         deadline = time.monotonic() + patience
         for part in message.encode():
             view = memoryview(part)
@@ -75,7 +76,7 @@ class Supervisor:
                 elif time.monotonic() > deadline:
                     return
                 else:
-                    ready(process.commands, select.POLLOUT, 0.05)
+                    writable.poll(50)
 
     def end(self, grace: float = GRACE) -> None:
         """End all ranks: told so on their pipes, and SIGKILL after ``grace`` seconds. Returns when all are gone."""
@@ -122,10 +123,7 @@ class Supervisor:
 
         def wait(fd: int) -> None:
             """Until ``fd`` can be read."""
-            poll = select.poll()
-            poll.register(fd, select.POLLIN)
-            poll.register(self._wake, select.POLLIN)
-            found = dict(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
+            found = connection.wait([fd, self._wake], max(0.0, deadline - time.monotonic()))
             if self._wake in found:
                 raise RankError("these ranks were ended while they were being started")
             if not found:
@@ -151,8 +149,9 @@ class Supervisor:
             while len(self.dead) < len(self.processes):
                 timeout = None
                 if self._deadline is not None:
-                    if not told:
-                        told = self._tell_all_to_exit()
+                    for process in self.processes.values() if not told else ():
+                        process.write(b"".join(wire.Message("exit", 0).encode()))
+                    told = True
                     timeout = self._deadline - time.monotonic()
                     if timeout <= 0:
                         return
@@ -164,11 +163,6 @@ class Supervisor:
                         self._bury(key.data)
                     elif not self._listen(key.data, key.fd):
                         _forget(selector, [key.fd])
-
-    def _tell_all_to_exit(self) -> bool:
-        for process in self.processes.values():
-            process.write(b"".join(wire.Message("exit", 0).encode()))
-        return True
 
     def _listen(self, process: RankProcess, fd: int, last: bool = False) -> bool:
         """Read what is there; False at its end."""
@@ -186,7 +180,7 @@ class Supervisor:
         """Wait for a rank that has ended; what it said last comes before its end."""
         process.kill()  # what it started, while its number can't be anybody else's
         for fd in (process.reports, process.stdout, process.stderr):
-            while ready(fd, select.POLLIN, 0) and self._listen(process, fd):
+            while connection.wait([fd], 0) and self._listen(process, fd):
                 pass
             self._listen(process, fd, last=True)
         self.dead[process.rank] = process.wait()
