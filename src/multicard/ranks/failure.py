@@ -52,18 +52,15 @@ class Failure:
     fatal: bool = True
 
 
-def describe(error: BaseException, rank: int) -> dict[str, Any]:
-    """In the rank: what the parent needs to raise ``error`` again; itself where it pickles, its text where not."""
-    description = {
-        "name": f"{type(error).__name__}: {_text(error)}",
-        "traceback": "".join(traceback.format_exception(_without_ours(error))),
-        "kind": _kind(error, rank),
-        "moment": time.monotonic(),
-        "collective": activity.collective_of(error),
-        "fatal": any(isinstance(link, RankError) for link in _chain(error)),
-    }
+def describe(error: BaseException, rank: int) -> tuple[Failure, bytes | None]:
+    """In the rank: the failure in words, and what unpickles to ``error`` itself if anything does."""
+    said = RankError(f"rank {rank} raised {type(error).__name__}: {_text(error)}", rank=rank)
+    text = "".join(traceback.format_exception(_without_ours(error)))
+    said.add_note(f"raised on rank {rank}:\n{text.rstrip()}")
+    fatal = any(isinstance(link, RankError) for link in _chain(error))
+    failure = Failure(rank, _kind(error, rank), time.monotonic(), said, activity.collective_of(error), fatal)
     error.__traceback__ = None
-    return description | {"exception": _pickled(error)}
+    return failure, _pickled(error)
 
 
 def _text(error: BaseException) -> str:
@@ -126,19 +123,19 @@ def _kind(error: BaseException, rank: int) -> str:
     return OWN
 
 
-def revive(rank: int, message: wire.Message) -> Failure:
-    """In the parent: the failure that a rank's error message describes."""
-    said = message.load()
-    cause = RankError(f"rank {rank} raised {said['name']}", rank=rank)
-    error: Any = None
-    with contextlib.suppress(Exception):  # it couldn't be pickled, or its module isn't importable here
-        error = pickle.loads(said["exception"])
-    if not isinstance(error, Exception):  # nor is an exit the caller's to make
-        error = cause
-    elif not isinstance(error, RankError):
-        error.__cause__ = cause
-    error.add_note(f"raised on rank {rank}:\n{said['traceback'].rstrip()}")
-    return Failure(rank, said["kind"], said["moment"], error, said["collective"], said["fatal"])
+def revive(message: wire.Message) -> Failure:
+    """In the parent: the failure that a message describes, with the rank's own exception where that can be had."""
+    found, pickled = message.load()
+    try:
+        error = pickle.loads(pickled)
+    except Exception:  # it couldn't be pickled, or its module isn't importable here
+        return found
+    if not isinstance(error, Exception):  # an exit isn't the caller's to make
+        return found
+    error.add_note(found.error.__notes__.pop())
+    if not isinstance(error, RankError):
+        error.__cause__ = found.error
+    return dataclasses.replace(found, error=error)
 
 
 def death(rank: int, returncode: int, tail: Iterable[str], out_of_memory: bool, doing: str, moment: float) -> Failure:

@@ -128,7 +128,7 @@ class Record:
         elif message.kind == "activity":
             self._hear(rank, message.load())
         elif (own := self.calls.get(message.call)) is not None:
-            raised = failure.revive(rank, message) if message.kind == "error" else None
+            raised = failure.revive(message) if message.kind == "error" else None
             own.note(rank, answered=moment, failure=raised)
             if raised is None:
                 own.answers[rank] = message
