@@ -41,11 +41,7 @@ class Hosts:
 class Neighbours:
     """The other hosts' parents, as this one sees them.
 
-    Args:
-        hosts: the job's.
-        port: the store's.
-        start_timeout: seconds for the first answer from the store.
-        timeout: seconds without another after which the link counts as cut.
+    The store has ``start_timeout`` seconds for its first answer; ``timeout`` without another, and the link counts as cut.
     """
 
     def __init__(self, hosts: Hosts, port: int, start_timeout: float, timeout: float) -> None:

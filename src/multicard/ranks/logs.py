@@ -14,13 +14,7 @@ CONSOLE = ("rank0", "all", "none")
 
 
 class Logs:
-    """Where lines go.
-
-    Args:
-        ranks: those on this host.
-        directory: a folder that gets one ``rank<n>.log`` for every rank, standard output and error in one; or None.
-        console: whose lines the caller's own standard output and error show: "rank0", "all" or "none".
-        mode: "w" for new files, "a" to go on with those that are there.
+    """Where lines go: see ``log_dir``, ``console`` and ``log_mode`` of :class:`multicard.ranks.settings.Settings`.
 
     Raises:
         ConfigError: an unknown ``console``, a ``directory`` that can't be written to.
