@@ -41,7 +41,7 @@ class Hosts:
 class Neighbours:
     """The other hosts' parents, as this one sees them.
 
-    The store has ``start_timeout`` seconds for its first answer; ``timeout`` without another, and the link counts as cut.
+    The store has ``start_timeout`` seconds for its first answer; ``timeout`` without another mean that the link is cut.
     """
 
     def __init__(self, hosts: Hosts, port: int, start_timeout: float, timeout: float) -> None:

@@ -29,7 +29,7 @@ class Joined:
         self.pids: list[int] = []
 
     def join(self) -> None:
-        self._shelf.mesh = init_mesh(**self._settings.mesh, compare_inputs=self._settings.compare_inputs)
+        self._shelf.mesh = init_mesh(**self._settings.mesh)
 
     def run(self, *call: Any) -> list[Any]:
         """``fn(mesh, ...)`` here, and then two all-gathers over the world for everybody's value."""

@@ -96,7 +96,8 @@ class Settings:
     @property
     def mesh(self) -> dict[str, Any]:
         """What each rank gives to ``init_mesh``."""
-        return {"config": self.config, "backend": self.backend, "device": self.device, "timeout": self.timeout}
+        names = ("config", "backend", "device", "timeout", "compare_inputs")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def ranks(self) -> range:
