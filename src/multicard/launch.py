@@ -161,7 +161,7 @@ class Ranks:
     def _start(self) -> Crew:
         crew: Crew
         if in_job():
-            from multicard.ranks.joined import Joined  # imports torch, which is done while ranks start
+            from multicard.ranks.joined import Joined  # it imports torch, which is done while ranks start
 
             crew = Joined(self._settings)
         else:

@@ -59,7 +59,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
 
 
 def _check_surroundings() -> None:
-    """A shell may close the standard streams (``>&-``), its locale may lack an answer's characters, and in a folder that
+    """A shell may close the standard streams, its locale may lack an answer's characters, and in a folder that
     was deleted torch can't be imported.
     """
     if sys.stderr is None:

@@ -85,13 +85,38 @@ def collective_in(frames: Sequence[FrameType]) -> Collective | None:
     named = [frame for frame in inside if frame.f_code.co_filename.endswith(_C10D)]
     named = [frame for frame in named if not frame.f_code.co_name.startswith("_")] or inside
     caller = frames[len(inside)] if len(inside) < len(frames) else None
-    group = _group_of(named[-1])
-    return Collective(
-        named[-1].f_code.co_name,
-        **_about(group),
-        number=_number(group),
-        exact=getattr(group, "counts_collectives_alone", False),
+    group, dist = named[-1].f_locals.get("group"), _distributed()
+    if dist is not None and not isinstance(group, dist.ProcessGroup):
+        group = dist.group.WORLD
+    return dataclasses.replace(
+        _last_in(group) if dist is not None else Collective(""),
+        name=named[-1].f_code.co_name,
         site=f"{caller.f_code.co_filename}:{caller.f_lineno}" if caller is not None else "",
+    )
+
+
+def collective_of(error: BaseException) -> Collective | None:
+    """The collective that raised ``error``."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return collective_in(frames[::-1])
+
+
+def report() -> Report:
+    """What this rank is doing now, for its parent. Called from a thread other than the main one."""
+    moment, threads, dist = time.monotonic(), sys._current_frames(), _distributed()
+    main = threads.get(threading.main_thread().ident or 0)
+    frames = [] if main is None else [frame for frame, _ in traceback.walk_stack(main)]
+    groups = [] if dist is None else [_last_in(group) for group in list(dist.distributed_c10d._world.pg_map)]
+    return Report(
+        moment,
+        collective=collective_in(frames),
+        entered={last.key: last.number or 0 for last in groups},
+        place=f"{main.f_code.co_filename}:{main.f_lineno} ({main.f_code.co_name})" if main is not None else "its end",
+        stacks="".join(
+            f"thread {thread.name}:\n{''.join(traceback.format_stack(threads[thread.ident]))}"
+            for thread in threading.enumerate()  # the main one first
+            if thread.ident in threads and thread is not threading.current_thread()
+        ),
     )
 
 
@@ -101,62 +126,18 @@ def _distributed() -> Any:
     return dist if dist is not None and getattr(dist, "is_initialized", bool)() else None
 
 
-def entered() -> dict[str, int]:
-    """How many collectives this rank has entered, by group: see :attr:`Collective.exact`."""
-    dist = _distributed()
-    if dist is None:
-        return {}
-    groups = list(dist.distributed_c10d._world.pg_map)
-    return {Collective("", **_about(group)).key: _number(group) or 0 for group in groups}
-
-
-def stacks() -> str:
-    """The Python stacks of this process's threads, the main one first."""
-    frames = sys._current_frames()
-    threads = sorted(threading.enumerate(), key=lambda thread: thread is not threading.main_thread())
-    texts = []
-    for thread in threads:
-        if thread.ident in frames and thread is not threading.current_thread():
-            texts.append(f"thread {thread.name}:\n" + "".join(traceback.format_stack(frames[thread.ident])))
-    return "".join(texts)
-
-
-def report() -> Report:
-    """What this rank is doing now, for its parent. Called from a thread other than the main one."""
-    moment = time.monotonic()
-    main = sys._current_frames().get(threading.main_thread().ident or 0)
-    frames = [] if main is None else [frame for frame, _ in traceback.walk_stack(main)]
-    place = f"{main.f_code.co_filename}:{main.f_lineno} ({main.f_code.co_name})" if main is not None else "its end"
-    return Report(moment, collective_in(frames), entered(), place, stacks())
-
-
-def collective_of(error: BaseException) -> Collective | None:
-    """The collective that raised ``error``."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return collective_in(frames[::-1])
-
-
-def _group_of(frame: FrameType) -> Any:
-    dist = _distributed()
-    if dist is None:
-        return None
-    group = frame.f_locals.get("group")
-    return group if isinstance(group, dist.ProcessGroup) else dist.group.WORLD
-
-
-def _about(group: Any) -> dict[str, Any]:
-    dist = _distributed()
-    if group is None or dist is None:
-        return {}
-    ranks = dist.distributed_c10d._world.pg_group_ranks.get(group, {})
-    axis = group.group_desc.removeprefix("mesh_") if group.group_desc.startswith("mesh_") else ""
-    return {"group": group.group_name, "axis": axis, "ranks": tuple(sorted(ranks))}
-
-
-def _number(group: Any) -> int | None:
-    if group is None:
-        return None
+def _last_in(group: Any) -> Collective:
+    """The collective that was entered last in ``group``, as far as that knows."""
+    ranks = sys.modules["torch.distributed"].distributed_c10d._world.pg_group_ranks.get(group, {})
     try:
-        return group._get_sequence_number_for_group() or None
+        number = group._get_sequence_number_for_group() or None
     except RuntimeError:  # this backend doesn't count
-        return None
+        number = None
+    return Collective(
+        "",
+        group=group.group_name,
+        axis=group.group_desc.removeprefix("mesh_") if group.group_desc.startswith("mesh_") else "",
+        ranks=tuple(sorted(ranks)),
+        number=number,
+        exact=getattr(group, "counts_collectives_alone", False),
+    )

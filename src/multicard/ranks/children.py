@@ -16,12 +16,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from multicard.errors import RankError, UnsupportedError
-from multicard.memory import check_proc, memory_file
+from multicard.memory import check_proc
 from multicard.ranks import environment, failure, interrupt, patience, starter, wire
 from multicard.ranks.failure import Failure
 from multicard.ranks.hosts import Neighbours
 from multicard.ranks.judge import Wait, judge
-from multicard.ranks.logs import Logs
 from multicard.ranks.patience import Patience
 from multicard.ranks.record import Call, Record
 from multicard.ranks.settings import Settings
@@ -30,10 +29,13 @@ from multicard.rendezvous import free_port, host_store
 
 
 class Children:
-    """A job's ranks, see :class:`multicard.ranks.crew.Crew`. Calls from several threads take turns.
+    """A job's ranks. Calls from several threads take turns.
 
     Args:
         others: seconds that the other ranks have to finish a call in which one has failed.
+
+    Attributes:
+        told: whether a call has raised because they ended, so that a caller knows of it.
     """
 
     def __init__(self, settings: Settings, others: float = Patience.others) -> None:
@@ -52,13 +54,7 @@ class Children:
             if hosts.index == 0:
                 self._store = host_store(settings.start_timeout, hosts.address, hosts.port)
             self._neighbours = Neighbours(hosts, settings.start_timeout, settings.timeout)
-        self._supervisor = Supervisor(
-            {rank: environment.of_rank(settings, rank, port) for rank in settings.ranks},
-            Logs(settings.ranks, settings.log_dir, settings.console, settings.log_mode),
-            memory_file("multicard-store"),
-            server,
-            settings.start_timeout,
-        )
+        self._supervisor = Supervisor(settings, port, server)
         self._record = Record(self._supervisor)
 
     @property
@@ -68,6 +64,7 @@ class Children:
 
     @property
     def alive(self) -> bool:
+        """Whether they take further calls."""
         return self._record.broken is None and not self._supervisor.dead
 
     def start(self) -> float:
@@ -77,37 +74,38 @@ class Children:
         return deadline
 
     def join(self) -> None:
-        deadline, wanted = self.start(), self.settings
-        mesh = {"config": wanted.config, "backend": wanted.backend, "device": wanted.device, "timeout": wanted.timeout}
-        self.finish(self.begin("join", mesh, "init_mesh"), deadline)
+        deadline = self.start()
+        self.finish(self.begin("join", self.settings.mesh, "init_mesh"), deadline)
 
     # calls
 
     def run(self, fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """``fn(mesh, ...)`` on every rank: values by rank."""
         return [message.load() for message in self.call("run", (fn, args, kwargs), _name(fn))]
 
     def keep(self, key: int, fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[float]:
-        call = self.begin("keep", (key, fn, args, kwargs), _name(fn))
-        if self.finish(call)[0].load():
-            yield from self._items(call, _name(fn))
+        """The same, where the value stays on its rank until it is dropped. To be exhausted.
+
+        Yields what rank 0's ``fn`` yields if it is a generator function, whose value is what it returns at last.
+        """
+        return self._iterate("keep", (key, fn, args, kwargs), _name(fn))
 
     def drop(self, key: int) -> None:
-        """Done with the next command, so that finalizers can call it."""
+        """Forget what is kept as ``key``: with the next command, so that finalizers can call this."""
         self._later.append(("drop", key))
 
     def stream(self, fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
-        """Ranks work one item ahead of what has been yielded."""
-        call = self.begin("open", (fn, args, kwargs), _name(fn))
-        self.finish(call)
-        yield from self._items(call, _name(fn))
+        """What rank 0's ``fn(mesh, ...)`` yields. Ranks work one item ahead of what has been yielded."""
+        return self._iterate("open", (fn, args, kwargs), _name(fn))
 
-    def _items(self, call: int, label: str) -> Iterator[Any]:
-        """What the generator of a call that has been opened yields on rank 0."""
+    def _iterate(self, kind: str, value: Any, label: str) -> Iterator[Any]:
+        call = self.begin(kind, value, label)
+        self.finish(call)
         try:
-            self.step("next", call, label)
-            while (answer := self.finish(call)[0]).kind != "end":
-                self.step("next", call, label)
-                yield answer.load()
+            self.begin("next", None, label, call)
+            while items := self.finish(call)[0].load():
+                self.begin("next", None, label, call)
+                yield from items
         finally:
             self._later.append(("close", call))
 
@@ -115,26 +113,21 @@ class Children:
         """Send one command to every rank and wait for their answers, by rank; ``label`` names it in errors."""
         return self.finish(self.begin(kind, value, label))
 
-    def begin(self, kind: str, value: Any, label: str) -> int:
-        """Send a command to every rank; returns the call's number, for :meth:`step` and :meth:`finish`."""
-        self._refuse_if_forked()
+    def begin(self, kind: str, value: Any, label: str, call: int | None = None) -> int:
+        """Send a command to every rank, a further one of ``call`` or of a new call, whose number is returned."""
+        if os.getpid() != self._owner:
+            raise UnsupportedError(f"these ranks are process {self._owner}'s: a process forked from it starts its own")
         message = wire.pack(kind, 0, value)
         with self._turn:
             self._refuse_if_ended()
-            number = self._record.open(label)
-            self._send_all(dataclasses.replace(message, call=number))
+            while self._later:
+                self._forget(*self._later.popleft())
+            number = self._record.open(label, call)
+            self._send(dataclasses.replace(message, call=number))
             return number
 
-    def step(self, kind: str, call: int, label: str) -> None:
-        """Send a further command of a call that has begun."""
-        self._refuse_if_forked()
-        with self._turn:
-            self._refuse_if_ended()
-            self._record.open(label, call)
-            self._send_all(wire.Message(kind, call))
-
     def finish(self, number: int, deadline: float = math.inf) -> list[wire.Message]:
-        """Every rank's next answer to the call, by rank. Raises what it failed with."""
+        """Every rank's answer to the last command of the call, by rank. Raises what it failed with."""
         with self._turn:
             try:
                 call = self._wait(number, deadline)
@@ -154,17 +147,16 @@ class Children:
             raise elsewhere.error
 
     def end(self, why: str | BaseException, grace: float = 0.0) -> None:
-        """In a process forked from the ranks' own nothing happens."""
+        """End them: after ``grace`` seconds by SIGKILL. Later calls raise an error that says ``why``.
+
+        In a process that was forked from the ranks' own nothing happens.
+        """
         if os.getpid() != self._owner:
             return
         self._record.broken = self._record.broken or _ended(why)
         self._supervisor.end(grace)
         if self._neighbours is None:  # other hosts have yet to read there why
             self._store = None
-
-    def _refuse_if_forked(self) -> None:
-        if os.getpid() != self._owner:
-            raise UnsupportedError(f"these ranks are process {self._owner}'s: a process forked from it starts its own")
 
     def _refuse_if_ended(self) -> None:
         if self._record.broken is None and self._supervisor.dead:
@@ -173,12 +165,13 @@ class Children:
             self.told = True
             raise self._record.broken.with_traceback(None)
 
-    def _send_all(self, message: wire.Message) -> None:
-        while self._later:
-            kind, number = self._later.popleft()
-            self._send_all(wire.Message(kind, number))
-        if message.kind == "close" and message.call in self._record.calls:
-            self._record.calls[message.call].abandoned = True
+    def _forget(self, kind: str, number: int) -> None:
+        """Close the stream of a call, or drop a kept value; nobody waits for that."""
+        if kind == "close" and number in self._record.calls:
+            self._record.calls[number].abandoned = True
+        self._send(wire.pack(kind, 0, number))
+
+    def _send(self, message: wire.Message) -> None:
         for rank in self.settings.ranks:
             self._supervisor.send(rank, message, self.settings.timeout)
 
@@ -190,7 +183,7 @@ class Children:
         self._record.listen(0)
         while True:
             wait = self._judge(call, deadline)
-            if call.failure is not None or len(call.answers) == len(self.settings.ranks):
+            if call.settled:
                 return call
             if self._neighbours is not None and (elsewhere := self._neighbours.failure) is not None:
                 self._fail(call, elsewhere)
@@ -204,17 +197,17 @@ class Children:
 
     def _judge(self, call: Call, deadline: float) -> Wait:
         """Judge the call, and before it the others in which a rank has failed: they may be what it waits for."""
-        until, ask, wake = math.inf, False, False
-        others = [each for each in self._record.calls.values() if each.failures and each is not call]
+        waits = []
+        others = [each for each in self._record.calls.values() if each.suspect and each is not call]
         for each in [*others, call]:
-            if each.failure is not None or len(each.answers) == len(self.settings.ranks):
-                continue
-            verdict = judge(self._record.snapshot(each, deadline if each is call else math.inf), self._patience)
-            if isinstance(verdict, Failure):
-                self._fail(each, verdict)
-            else:
-                until, ask, wake = min(until, verdict.until), ask or verdict.ask, wake or verdict.wake
-        return Wait(until, ask, wake)
+            if not each.settled:
+                verdict = judge(self._record.snapshot(each, deadline if each is call else math.inf), self._patience)
+                if isinstance(verdict, Failure):
+                    self._fail(each, verdict)
+                else:
+                    waits.append(verdict)
+        until = min((each.until for each in waits), default=math.inf)
+        return Wait(until, any(each.ask for each in waits), any(each.wake for each in waits))
 
     def _fail(self, call: Call, found: Failure) -> None:
         call.failure = found

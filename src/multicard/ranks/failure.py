@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
 import pickle
@@ -15,12 +16,10 @@ from typing import Any
 from multicard.errors import CollectiveTimeout, RankError
 from multicard.ranks import activity, wire
 
-LOOP = ("ranks/rank.py", "ranks/forkserver.py", "<frozen runpy>")
+LOOP = ("ranks/rank.py", "ranks/kept.py", "ranks/forkserver.py", "<frozen runpy>")
 """Files of the frames below every call in a rank."""
 
 OWN, TIMEOUT, CONSEQUENCE = "own", "timeout", "consequence"
-WHOLE, PARTS = "whole", "parts"
-"""How an exception travels: by its own pickle, or as type, arguments and attributes."""
 
 _TIMED_OUT = re.compile(r"timed out waiting|timeout|Timed out", re.IGNORECASE)
 _PEER_GONE = re.compile(
@@ -53,22 +52,15 @@ class Failure:
     fatal: bool = True
 
 
-def describe(error: BaseException, rank: int) -> dict[str, Any]:
-    """In the rank: what the parent needs to raise ``error`` again; itself where it pickles, its text where not."""
+def describe(error: BaseException, rank: int) -> tuple[Failure, bytes | None]:
+    """In the rank: the failure in words, and what unpickles to ``error`` itself if anything does."""
+    said = RankError(f"rank {rank} raised {type(error).__name__}: {_text(error)}", rank=rank)
     text = "".join(traceback.format_exception(_without_ours(error)))
-    description = {
-        "type": type(error).__name__,
-        "message": _text(error),
-        "traceback": text,
-        "kind": _kind(error, rank),
-        "moment": time.monotonic(),
-        "collective": activity.collective_of(error),
-        "fatal": any(isinstance(link, RankError) for link in _chain(error)),
-    }
+    said.add_note(f"raised on rank {rank}:\n{text.rstrip()}")
+    fatal = any(isinstance(link, RankError) for link in _chain(error))
+    failure = Failure(rank, _kind(error, rank), time.monotonic(), said, activity.collective_of(error), fatal)
     error.__traceback__ = None
-    parts = (type(error), error.args, vars(error))
-    description["exception"] = _packed(WHOLE, error, error) or _packed(PARTS, parts, error)
-    return description
+    return failure, _pickled(error)
 
 
 def _text(error: BaseException) -> str:
@@ -78,24 +70,25 @@ def _text(error: BaseException) -> str:
         return f"(its __str__ raised {type(other).__name__})"
 
 
-def _packed(kind: str, value: Any, error: BaseException) -> tuple[str, bytes] | None:
-    """What the parent can make ``error`` of; None where that doesn't work."""
-    try:
-        packed = (kind, wire.dumps(value))
-        return packed if type(_unpacked(*packed)) is type(error) else None
-    except Exception:  # it holds what can't be pickled, or its __reduce__ or __init__ objects
-        return None
+def _pickled(error: BaseException) -> bytes | None:
+    """What unpickles to ``error``; None where it holds what can't be pickled, or its own methods object."""
+    for value in (error, _Parts(error)):
+        with contextlib.suppress(Exception):
+            pickled = wire.dumps(value)
+            if type(pickle.loads(pickled)) is type(error):
+                return pickled
+    return None
 
 
-def _unpacked(kind: str, pickled: bytes) -> BaseException:
-    value = pickle.loads(pickled)
-    if kind == WHOLE:
-        return value
-    made, args, state = value  # its __init__ takes other arguments than ``args``: made without calling it
-    error: BaseException = made.__new__(made, *args)
-    error.args = args
-    vars(error).update(state)
-    return error
+class _Parts:
+    """Pickled in an error's place where its ``__init__`` takes other arguments than ``args``: it isn't called then."""
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def __reduce__(self) -> Any:
+        made = type(self._error)
+        return made.__new__, (made, *self._error.args), vars(self._error)
 
 
 def _without_ours(error: BaseException) -> BaseException:
@@ -130,40 +123,33 @@ def _kind(error: BaseException, rank: int) -> str:
     return OWN
 
 
-def revive(rank: int, message: wire.Message) -> Failure:
-    """In the parent: the failure that a rank's error message describes."""
-    said = message.load()
-    cause = RankError(f"rank {rank} raised {said['type']}: {said['message']}", rank=rank)
-    error = _load(said["exception"])
-    if not isinstance(error, Exception):  # it couldn't be pickled, or is an exit, which isn't the caller's to make
-        error = cause
-    elif not isinstance(error, RankError):
-        error.__cause__ = cause
-    error.add_note(f"raised on rank {rank}:\n{said['traceback'].rstrip()}")
-    return Failure(rank, said["kind"], said["moment"], error, said["collective"], said["fatal"])
-
-
-def _load(packed: tuple[str, bytes] | None) -> BaseException | None:
+def revive(message: wire.Message) -> Failure:
+    """In the parent: the failure that a message describes, with the rank's own exception where that can be had."""
+    found, pickled = message.load()
     try:
-        return _unpacked(*packed) if packed is not None else None
-    except Exception:  # its module isn't importable here
-        return None
+        error = pickle.loads(pickled)
+    except Exception:  # it couldn't be pickled, or its module isn't importable here
+        return found
+    if not isinstance(error, Exception):  # an exit isn't the caller's to make
+        return found
+    error.add_note(found.error.__notes__.pop())
+    if not isinstance(error, RankError):
+        error.__cause__ = found.error
+    return dataclasses.replace(found, error=error)
 
 
 def death(rank: int, returncode: int, tail: Iterable[str], out_of_memory: bool, doing: str, moment: float) -> Failure:
-    """The failure of a rank that exited or was killed.
+    """The failure of a rank that exited or was killed, the last lines of its standard error being ``tail``.
 
-    Args:
-        returncode: negative for a signal, as in ``subprocess``.
-        tail: the last lines of its standard error.
-        out_of_memory: whether the kernel has killed processes for memory since the ranks were started.
-        doing: what it was doing, as the end of a sentence.
+    ``out_of_memory`` is whether the kernel has killed processes for memory since the ranks were started, ``doing`` what
+    the rank was doing, as the end of a sentence.
     """
     number = -returncode if returncode < 0 else None
     if number is None:
         what = f"rank {rank} exited with code {returncode} {doing}"
     else:
-        what = f"rank {rank} was killed by {_signal_name(number)} (signal {number}) {doing}"
+        names = {each.value: each.name for each in signal.Signals}  # real-time signals have none
+        what = f"rank {rank} was killed by {names.get(number, 'a signal')} (signal {number}) {doing}"
     if number == signal.SIGKILL and out_of_memory:
         what += ": the kernel ran out of memory; use more ranks, a smaller dtype or a shorter context"
     elif number == signal.SIGKILL:
@@ -173,13 +159,6 @@ def death(rank: int, returncode: int, tail: Iterable[str], out_of_memory: bool, 
     if stderr:
         error.add_note(f"the end of rank {rank}'s standard error:\n{stderr}")
     return Failure(rank, OWN, moment, error)
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 def first_real(failures: Iterable[Failure]) -> Failure:

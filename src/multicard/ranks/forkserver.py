@@ -20,8 +20,8 @@ import sys
 
 from multicard.ranks import rank
 
-NEEDED = ("multicard.mesh", "multicard.backends.shm", "multicard.ranks.failure")
-"""What every rank imports."""
+NEEDED = ("multicard.mesh", "multicard.backends.shm")
+"""What every rank imports, beside :mod:`multicard.ranks.rank`."""
 
 LONGEST_REQUEST = 1 << 16
 DESCRIPTORS = 7
@@ -68,15 +68,13 @@ def _may_fork() -> bool:
 
 def _opened() -> set[str]:
     """Devices that this process has open."""
-    found = set()
-    for fd in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):  # that of the listing itself
-            found.add(os.readlink(f"/proc/self/fd/{fd}"))
+    found = {os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")}
     return {path for path in found if path.startswith("/dev/")}
 
 
 def _serve(channel: socket.socket) -> tuple[int, int, int]:
     """Fork and bury ranks until the caller is gone. Returns in each new rank: its commands, reports and store."""
+    server = os.getpid()
     statuses: dict[int, int] = {}  # of ranks that haven't been waited for, by process id
     while True:
         text, fds, _, _ = socket.recv_fds(channel, LONGEST_REQUEST, DESCRIPTORS)
@@ -84,37 +82,31 @@ def _serve(channel: socket.socket) -> tuple[int, int, int]:
             os._exit(0)
         request = json.loads(text)
         if (pid := request.get("bury")) is not None:
-            status = statuses.pop(pid)
-            _tell(status, code=os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-            os.close(status)
-        elif len(fds) < DESCRIPTORS:  # this process may have no more: the caller sees the closed status pipe
-            _close(fds)
-        elif not (pid := _fork(fds)):
-            _close([fds[0], *statuses.values()])
-            return _become_rank(request["env"], *fds[1:])
-        elif pid > 0:
-            statuses[pid] = fds[0]
+            fds = [statuses.pop(pid)]
+            _tell(fds[0], code=os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        elif len(fds) == DESCRIPTORS:  # else this process may have no more: the caller sees the closed status pipe
+            pid = _fork(fds[0])
+            if not pid:
+                rank.die_with_parent(server)
+                _close([fds[0], *statuses.values()])
+                return _become_rank(request["env"], *fds[1:])
+            if pid > 0:
+                statuses[pid] = fds.pop(0)
+        _close(fds)
 
 
-def _fork(fds: list[int]) -> int:
+def _fork(status: int) -> int:
     """The new rank's process id, 0 in the rank itself, -1 where there is none."""
-    server, (status, *theirs) = os.getpid(), fds
     try:
         pid = os.fork()
     except OSError as error:
         _tell(status, errno=error.errno, error=error.strerror)
-        _close(fds)
         return -1
-    if not pid:
-        rank.die_with_parent(server)
-        return 0
-    _close(theirs)
-    with contextlib.suppress(OSError):  # the rank does the same: whichever of the two comes first
+    with contextlib.suppress(OSError):  # in both processes: whichever comes first
         os.setpgid(pid, pid)
-    if not _tell(status, pid=pid):
+    if pid and not _tell(status, pid=pid):
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        os.close(status)
         return -1
     return pid
 
@@ -124,7 +116,6 @@ def _become_rank(
 ) -> tuple[int, int, int]:
     import torch
 
-    os.setpgid(0, 0)
     os.dup2(stdout, 1)
     os.dup2(stderr, 2)
     os.fchdir(folder)

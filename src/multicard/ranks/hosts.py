@@ -41,10 +41,7 @@ class Hosts:
 class Neighbours:
     """The other hosts' parents, as this one sees them.
 
-    Args:
-        hosts: the job's.
-        start_timeout: seconds for the first answer from the store.
-        timeout: seconds without another after which the link counts as cut.
+    The store has ``start_timeout`` seconds for its first answer; ``timeout`` without another mean that the link is cut.
     """
 
     def __init__(self, hosts: Hosts, start_timeout: float, timeout: float) -> None:
@@ -56,8 +53,9 @@ class Neighbours:
         self._heard = time.monotonic()
         self._theirs: dict[str, Any] | None = None  # the failure that another host has written
         self._ours: dict[str, Any] | None = None  # the one to write
-        self._finished, self._all_done, self._left, self._wake = (threading.Event() for _ in range(4))
-        threading.Thread(target=self._watch, name="multicard-hosts", daemon=True).start()
+        self._finished, self._all_done, self._wake = (threading.Event() for _ in range(3))
+        self._thread = threading.Thread(target=self._watch, name="multicard-hosts", daemon=True)
+        self._thread.start()
 
     @property
     def failure(self) -> Failure | None:
@@ -80,7 +78,7 @@ class Neighbours:
         message = (str(error).strip() or type(error).__name__).splitlines()[0]
         self._ours = {"message": message, "rank": getattr(error, "rank", None), "host": self._hosts.index}
         self._wake.set()
-        self._left.wait(patience.STORE_NEWS)
+        self._thread.join(patience.STORE_NEWS)
         if self._hosts.index == 0:  # the store ends with this process: let the others read it first
             time.sleep(patience.STORE_NEWS)
 
@@ -112,7 +110,6 @@ class Neighbours:
         except Exception:  # the connection is gone, which ``failure`` notices by the silence
             if self._finished.is_set():  # host 0 closes the store when all are done
                 self._all_done.set()
-        self._left.set()
 
     def _exchange(self, store: Any) -> None:
         """Write what there is to write, and read what others wrote, until a host fails or all are done."""
@@ -121,12 +118,11 @@ class Neighbours:
             if self._finished.is_set() and not said_done:
                 store.add(_DONE, 1)
                 said_done = True
-            failed = store.check([_FAILED])
-            if self._ours is not None and not failed:
+            if store.check([_FAILED]):
+                self._theirs = None if self._ours else json.loads(store.get(_FAILED))
+                return
+            if self._ours:
                 store.set(_FAILED, json.dumps(self._ours))
-            elif self._ours is None and failed:
-                self._theirs = json.loads(store.get(_FAILED))
-            if self._ours is not None or failed:
                 return
             if said_done and store.add(_DONE, 0) == self._hosts.count:
                 self._all_done.set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import traceback
 
 
 def reached_main_thread() -> bool:
@@ -19,14 +20,6 @@ def reached_main_thread() -> bool:
     raised = active[1] if isinstance(active, tuple) else active  # the exception itself since Python 3.12
     if isinstance(raised, KeyboardInterrupt):
         return True
-    return _is_leaving(main.ident) and getattr(sys, "last_type", None) is KeyboardInterrupt
-
-
-def _is_leaving(thread: int) -> bool:
-    """Whether the thread is the interpreter's exit, which waits for all other threads."""
-    frame = sys._current_frames().get(thread)
-    while frame is not None:
-        if frame.f_code is threading._shutdown.__code__:  # type: ignore[attr-defined]
-            return True
-        frame = frame.f_back
-    return False
+    stack = traceback.walk_stack(sys._current_frames().get(main.ident))
+    leaving = any(frame.f_code is threading._shutdown.__code__ for frame, _ in stack)  # type: ignore[attr-defined]
+    return leaving and getattr(sys, "last_type", None) is KeyboardInterrupt

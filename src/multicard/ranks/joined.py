@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from multicard.ranks.settings import Settings
 
 
 class Joined:
-    """A :class:`multicard.ranks.crew.Crew` inside a job: nothing is started, functions run right here.
+    """What :class:`multicard.ranks.children.Children` is outside a job: nothing is started, functions run right here.
 
     Values by rank are exchanged as JSON and tensors, since nothing is unpickled from a socket.
     """
@@ -25,44 +25,28 @@ class Joined:
     alive, told = True, False
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+        self._settings, self._shelf = settings, Shelf()
         self.pids: list[int] = []
-        self._shelf = Shelf()
 
     def join(self) -> None:
-        wanted = self._settings
-        self._mesh = init_mesh(
-            wanted.config,
-            backend=wanted.backend,
-            device=wanted.device,
-            timeout=wanted.timeout,
-            compare_inputs=wanted.compare_inputs,
-        )
+        self._shelf.mesh = init_mesh(**self._settings.mesh)
 
-    def run(self, fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    def run(self, *call: Any) -> list[Any]:
         """``fn(mesh, ...)`` here, and then two all-gathers over the world for everybody's value."""
-        return gather_values(self._call(fn, args, kwargs), self._mesh)
+        return gather_values(self._shelf.call(*call), self._shelf.mesh)
 
-    def keep(self, key: int, fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[float]:
-        value: Any = self._call(fn, args, kwargs)
-        if isinstance(value, types.GeneratorType):
-            yield from self._shelf.fill(key, value)
-        else:
-            self._shelf[key] = value
+    def keep(self, key: int, *call: Any) -> Iterator[float]:
+        return self._shelf.keep(key, *call)
 
     def drop(self, key: int) -> None:
         self._shelf.pop(key, None)
 
-    def stream(self, fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
+    def stream(self, *call: Any) -> Iterator[Any]:
         """What this rank's own generator yields."""
-        return self._call(fn, args, kwargs)
+        return self._shelf.call(*call)
 
     def end(self, why: str | BaseException, grace: float = 0.0) -> None:
         """Nothing: they end with the job."""
-
-    def _call(self, fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        args, kwargs = self._shelf.resolve(args, kwargs)
-        return fn(self._mesh, *args, **kwargs)
 
 
 def gather_values(value: Any, mesh: ParallelMesh) -> list[Any]:
@@ -104,19 +88,14 @@ def _value(part: torch.Tensor, length: int) -> Any:
     """What one rank's bytes stand for: ``length`` of JSON, then its tensors' data in the order of the JSON."""
     rest = part[length:]
 
-    def build(plain: Any) -> Any:
+    def build(wrapped: dict[str, Any]) -> Any:
         nonlocal rest
-        if not isinstance(plain, dict):
-            return plain
-        ((kind, inner),) = plain.items()
-        if kind == "tensor":
-            dtype, shape = getattr(torch, inner[0]), inner[1]
-            count = dtype.itemsize * torch.Size(shape).numel()
-            data, rest = rest[:count], rest[count:]
-            return data.clone().view(dtype).reshape(shape)
-        if kind == "dict":
-            return {key: build(item) for key, item in inner}
-        items = [build(item) for item in inner]
-        return items if kind == "list" else tuple(items)
+        ((kind, inner),) = wrapped.items()
+        if kind != "tensor":
+            return {"list": list, "tuple": tuple, "dict": dict}[kind](inner)
+        dtype, shape = getattr(torch, inner[0]), inner[1]
+        count = dtype.itemsize * math.prod(shape)
+        data, rest = rest[:count], rest[count:]
+        return data.clone().view(dtype).reshape(shape)
 
-    return build(json.loads(bytes(part[:length].numpy())))
+    return json.loads(bytes(part[:length].numpy()), object_hook=build)

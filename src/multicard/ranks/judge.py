@@ -151,12 +151,14 @@ def _absentee(snapshot: Snapshot, exact: bool = False) -> tuple[int, Collective]
     ]
     for report in [seen.report for seen in snapshot.waiting.values() if seen.report is not None]:
         waits = report.collective
-        if waits is None or waits.number is None or (exact and not waits.exact):
-            continue
-        for rank, moment, entered in left:
-            count = entered.get(waits.key)  # None where it is no member, or has destroyed the group
-            if report.moment > moment and count is not None and count < waits.number:
-                return rank, waits
+        if waits is not None and waits.number is not None and (waits.exact or not exact):
+            for (
+                rank,
+                moment,
+                entered,
+            ) in left:  # one that is no member, or has destroyed the group, counts nothing there
+                if report.moment > moment and entered.get(waits.key, waits.number) < waits.number:
+                    return rank, waits
     return None
 
 
@@ -177,7 +179,7 @@ def _explained(failures: Sequence[Failure], since: float, snapshot: Snapshot, pa
         name, number = error.collective or call.name, error.sequence_number or call.number
         call = dataclasses.replace(call, name=name, number=number)
     else:
-        absent = _absent(waited, failures, reports, snapshot)
+        absent = _absent(call, failures, reports, snapshot)
     who = _names(absent) if absent else "a rank"
     where = _place(absent[0], reports, snapshot) if absent else "could not determine which"
     text = f"{who} did not arrive at {call} within {patience.timeout:g} s: {where}"
@@ -190,14 +192,12 @@ def _explained(failures: Sequence[Failure], since: float, snapshot: Snapshot, pa
 
 
 def _absent(
-    waited: Failure, failures: Sequence[Failure], reports: Mapping[int, Report], snapshot: Snapshot
+    call: Collective, failures: Sequence[Failure], reports: Mapping[int, Report], snapshot: Snapshot
 ) -> list[int]:
-    """Members of the group that have entered fewer of its collectives than the rank that waited, or don't answer."""
-    call = waited.collective
+    """Members of the group that have entered fewer of its collectives than a rank that waited, or don't answer."""
     waiting = {each.rank for each in failures if each.kind == TIMEOUT}
-    members = call.ranks if call and call.ranks else tuple(snapshot.ranks)
-    others = [rank for rank in members if rank not in waiting]
-    if call is None or call.number is None:
+    others = [rank for rank in call.ranks or snapshot.ranks if rank not in waiting]
+    if call.number is None:
         return [rank for rank in others if rank not in reports or reports[rank].collective is None] or others
     entered = {rank: reports[rank].entered.get(call.key, 0) for rank in others if rank in reports}
     return [rank for rank in others if entered.get(rank, 0) < call.number] or others

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator, Iterator, Mapping, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 
@@ -15,16 +16,19 @@ class Kept:
 
 
 class Shelf(dict[int, Any]):
-    """What one rank keeps, by key."""
+    """What one rank keeps, by key; functions that are called from here find it, and the rank's ``mesh``."""
 
-    def fill(self, key: int, generator: Generator[Any, None, Any]) -> Iterator[Any]:
-        """Pass on what ``generator`` yields, and keep what it returns."""
-        self[key] = yield from generator
+    mesh: Any = None
 
-    def resolve(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-        """Arguments with every Kept replaced by what it stands for here."""
+    def call(self, fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """``fn(mesh, ...)`` with every Kept replaced by what it stands for here."""
 
         def own(value: Any) -> Any:
             return self[value.key] if isinstance(value, Kept) else value
 
-        return [own(value) for value in args], {name: own(value) for name, value in kwargs.items()}
+        return fn(self.mesh, *map(own, args), **{name: own(value) for name, value in kwargs.items()})
+
+    def keep(self, key: int, *call: Any) -> Iterator[Any]:
+        """Keep what ``fn(mesh, ...)`` returns, and pass on what it yields before that if it is a generator function."""
+        value = self.call(*call)
+        self[key] = (yield from value) if isinstance(value, types.GeneratorType) else value

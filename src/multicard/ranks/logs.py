@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pathlib
 import sys
 from collections.abc import Iterable
 from typing import IO
@@ -15,13 +14,7 @@ CONSOLE = ("rank0", "all", "none")
 
 
 class Logs:
-    """Where lines go.
-
-    Args:
-        ranks: those on this host.
-        directory: a folder that gets one ``rank<n>.log`` for every rank, standard output and error in one; or None.
-        console: whose lines the caller's own standard output and error show: "rank0", "all" or "none".
-        mode: "w" for new files, "a" to go on with those that are there.
+    """Where lines go: see ``log_dir``, ``console`` and ``log_mode`` of :class:`multicard.ranks.settings.Settings`.
 
     Raises:
         ConfigError: an unknown ``console``, a ``directory`` that can't be written to.
@@ -40,16 +33,13 @@ class Logs:
         self._files: dict[int, IO[str]] = {}
         if directory is not None:
             try:
-                self._open(pathlib.Path(directory), ranks, mode)
+                os.makedirs(directory, exist_ok=True)
+                for rank in ranks:
+                    path = os.path.join(directory, f"rank{rank}.log")
+                    self._files[rank] = open(path, mode, encoding="utf-8", buffering=1)  # noqa: SIM115
             except OSError as error:
                 self.close()
                 raise ConfigError(f"log_dir={os.fspath(directory)!r}: {error.strerror}: {error.filename}") from None
-
-    def _open(self, folder: pathlib.Path, ranks: Iterable[int], mode: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        for rank in ranks:
-            file = open(folder / f"rank{rank}.log", mode, encoding="utf-8", buffering=1)  # noqa: SIM115
-            self._files[rank] = file
 
     def write(self, rank: int, is_error: bool, line: str) -> None:
         """One line that a rank has printed. What can't be written is lost: that is no reason to end the job."""

@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import select
 
 FIRST_FREE = 3  # the first descriptor after standard input, output and error
 
 
-def pipe(undo: contextlib.ExitStack) -> tuple[int, int]:
-    """A pipe's read and write end; ``undo`` closes both."""
+def pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> tuple[int, int]:
+    """A pipe's read and write end, and who closes them."""
     read, write = os.pipe()
-    return above_standard(read, undo), above_standard(write, undo)
+    return above_standard(read, reader), above_standard(write, writer)
 
 
 def above_standard(fd: int, undo: contextlib.ExitStack) -> int:
@@ -23,10 +22,3 @@ def above_standard(fd: int, undo: contextlib.ExitStack) -> int:
         os.close(low)
     undo.callback(os.close, fd)
     return fd
-
-
-def ready(fd: int, event: int, timeout: float | None) -> bool:
-    """Whether ``event`` is there within ``timeout`` seconds, for descriptors beyond 1023 too, unlike ``select``."""
-    poll = select.poll()
-    poll.register(fd, event)
-    return bool(poll.poll(None if timeout is None else timeout * 1000))

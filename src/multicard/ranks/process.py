@@ -6,12 +6,12 @@ import collections
 import contextlib
 import os
 import pathlib
-import select
 import signal
 from collections.abc import Callable, Mapping
+from multiprocessing import connection
 
 from multicard.ranks import starter, wire
-from multicard.ranks.pipes import pipe, ready
+from multicard.ranks.pipes import pipe
 
 TAIL = 40
 """Lines of a rank's standard error that are kept for its obituary."""
@@ -39,17 +39,16 @@ class RankProcess:
         self.rank = rank
         self.tail: collections.deque[str] = collections.deque(maxlen=TAIL)
         self._reader = wire.Reader()
-        with contextlib.ExitStack() as undo:
-            theirs, self.commands = pipe(undo)
-            self.reports, they_report = pipe(undo)
-            self.stdout, their_stdout = pipe(undo)
-            self.stderr, their_stderr = pipe(undo)
-            self._process = starter.start(env, (theirs, they_report, their_stdout, their_stderr, store), server, wait)
-            undo.callback(self._abandon)
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+            commands, self.commands = pipe(theirs, ours)
+            self.reports, reports = pipe(ours, theirs)
+            self.stdout, stdout = pipe(ours, theirs)
+            self.stderr, stderr = pipe(ours, theirs)
+            self._process = starter.start(env, (commands, reports, stdout, stderr, store), server, wait)
+            ours.callback(self._process.wait)
+            ours.callback(self.kill)  # before that
             self.pidfd = os.pidfd_open(self.pid)
-            undo.pop_all()
-        for fd in (theirs, they_report, their_stdout, their_stderr):
-            os.close(fd)
+            ours.pop_all()
         self._partial = {self.stdout: b"", self.stderr: b""}
         for fd in (self.commands, self.reports, self.stdout, self.stderr):
             os.set_blocking(fd, False)
@@ -78,28 +77,21 @@ class RankProcess:
         except (EOFError, OSError):
             return [], False
 
-    def read_output(self, fd: int) -> tuple[list[str], bool]:
-        """Whole lines of what it printed, and whether more may come."""
+    def read_output(self, fd: int, last: bool = False) -> tuple[list[str], bool]:
+        """Whole lines of what it printed, and whether more may come; the ``last`` one has no newline maybe."""
         try:
             chunk = os.read(fd, 1 << 16)
+            more = bool(chunk)
         except BlockingIOError:
-            return [], True
+            chunk, more = b"", True
         *whole, rest = (self._partial[fd] + chunk).split(b"\n")
-        if rest and (not chunk or len(rest) > LONGEST_LINE):
+        if rest and (last or not more or len(rest) > LONGEST_LINE):
             whole, rest = [*whole, rest], b""
         self._partial[fd] = rest
         lines = [line.decode(errors="replace") for line in whole]
         if fd == self.stderr:
             self.tail.extend(lines)
-        return lines, bool(chunk)
-
-    def last_line(self, fd: int) -> list[str]:
-        """What it printed last where no newline came after it."""
-        rest, self._partial[fd] = self._partial[fd], b""
-        lines = [rest.decode(errors="replace")] if rest else []
-        if fd == self.stderr:
-            self.tail.extend(lines)
-        return lines
+        return lines, more
 
     @property
     def stopped(self) -> bool:
@@ -128,7 +120,7 @@ class RankProcess:
 
         Where this process is a container's first one, or a subreaper, what the rank had started has become its child.
         """
-        ready(self.pidfd, select.POLLIN, None)
+        connection.wait([self.pidfd])
         code = self._process.wait()
         if isinstance(self._process, starter.Forked) and self._process.orphaned:
             self.tail.append(f"multicard: process {self._process.server}, which it was forked from, has ended")
@@ -140,7 +132,3 @@ class RankProcess:
     def close(self) -> None:
         for fd in (self.commands, *self.readable):
             os.close(fd)
-
-    def _abandon(self) -> None:
-        self.kill()
-        self._process.wait()

@@ -9,139 +9,101 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import itertools
 import os
 import queue
 import runpy
 import signal
 import sys
 import threading
-import types
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from multicard.ranks import activity, failure, wire
 from multicard.ranks.kept import Shelf
-
-if TYPE_CHECKING:
-    from multicard.ranks import wire
 
 PR_SET_PDEATHSIG = 1
 
 
 class Rank:
-    """This process's side of the pipes: commands arrive on one, reports leave on the other."""
+    """This process's side of the pipes: commands arrive on one, reports leave on the other.
+
+    A command of kind ``run`` is what ``do_run`` does; its value, or what it raises, is the answer.
+    """
 
     def __init__(self, commands: int, reports: int) -> None:
         self._commands, self._reports = commands, reports
         self._inbox: queue.SimpleQueue[wire.Message] = queue.SimpleQueue()
         self._writing = threading.Lock()
-        self._mesh: Any = None
         self._shelf = Shelf()
         self._streams: dict[int, Any] = {}
         self.ran_script = False
-        self._handlers: dict[str, Callable[[wire.Message], Any]] = {
-            "start": self._start,
-            "join": self._join,
-            "run": self._run,
-            "keep": self._keep,
-            "open": self._open,
-            "next": self._next,
-            "script": self._script,
-        }
 
     def listen(self) -> None:
         """Read commands until their pipe closes, as it does when the parent dies: then so do we, and our children."""
-        from multicard.ranks import wire
-
         reader = wire.Reader()
         with contextlib.suppress(EOFError, OSError):
             while True:
                 for message in reader.read(self._commands):
                     if message.kind == "inspect":
-                        self._inspect(message)
+                        self._report("activity", message.call, activity.report())
                     else:
                         self._inbox.put(message)
         os.killpg(0, signal.SIGKILL)
 
     def serve(self) -> None:
         """Run one command after the other until told to exit."""
-        from multicard.ranks import failure
-
-        number = int(os.environ["RANK"])
+        rank = int(os.environ["RANK"])
         while (message := self._inbox.get()).kind != "exit":
-            if message.kind in ("drop", "close"):
-                self._forget(message)
-                continue
             try:
-                value = self._handlers[message.kind](message)
-                kind = "end" if value is _END else "value"
-                self._report(kind, message.call, None if value is _END else value)
+                self._report("value", message.call, getattr(self, f"do_{message.kind}")(message))
             except BaseException as error:
-                self._report("error", message.call, failure.describe(error, number))
-            del message  # what a call was given and gave is the caller's, not ours to hold on to
-            value = None
+                self._report("error", message.call, failure.describe(error, rank))
+            del message  # what a call was given is the caller's, not ours to hold on to
 
-    def _report(self, kind: str, call: int, value: Any = None) -> None:
-        from multicard.ranks import wire
-
+    def _report(self, kind: str, call: int, value: Any) -> None:
         with contextlib.suppress(Exception):
             sys.stdout.flush()
         message = wire.pack(kind, call, value)
         with self._writing:
             wire.write(self._reports, message)
 
-    def _inspect(self, message: wire.Message) -> None:
-        from multicard.ranks import activity
-
-        self._report("activity", message.call, activity.report())
-
-    # commands
-
-    def _start(self, message: wire.Message) -> None:
+    def do_start(self, message: wire.Message) -> None:
         import multicard.collectives  # noqa: F401  the seconds that this takes are spent before ranks wait for each other
 
-    def _join(self, message: wire.Message) -> None:
+    def do_join(self, message: wire.Message) -> None:
         import torch.distributed as dist
 
         from multicard.mesh import init_mesh
 
-        self._mesh = init_mesh(**message.load())
+        self._shelf.mesh = init_mesh(**message.load())
         if dist.is_initialized():
             dist.barrier()
 
-    def _run(self, message: wire.Message) -> Any:
-        return self._call(*message.load())
+    def do_run(self, message: wire.Message) -> Any:
+        return self._shelf.call(*message.load())
 
-    def _keep(self, message: wire.Message) -> bool:
-        """Whether the value comes from a generator, which is then this call's stream."""
-        key, *call = message.load()
-        value: Any = self._call(*call)
-        if isinstance(value, types.GeneratorType):
-            self._streams[message.call] = self._shelf.fill(key, value)
-            return True
-        self._shelf[key] = value
-        return False
+    def do_open(self, message: wire.Message) -> None:
+        """Begin a stream: what the function returns is iterated over by further commands of this call."""
+        self._streams[message.call] = iter(self.do_run(message))
 
-    def _call(self, fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        args, kwargs = self._shelf.resolve(args, kwargs)
-        return fn(self._mesh, *args, **kwargs)
+    def do_keep(self, message: wire.Message) -> None:
+        """The same, of the shares done."""
+        self._streams[message.call] = self._shelf.keep(*message.load())
 
-    def _open(self, message: wire.Message) -> None:
-        self._streams[message.call] = self._run(message)
+    def do_next(self, message: wire.Message) -> list[Any]:
+        """On rank 0 the stream's next item, if there is one."""
+        items = list(itertools.islice(self._streams[message.call], 1))
+        return items if self._shelf.mesh.rank == 0 else []
 
-    def _next(self, message: wire.Message) -> Any:
-        item = next(self._streams[message.call], _END)
-        return item if item is _END or self._mesh.rank == 0 else None
+    def do_close(self, message: wire.Message) -> None:
+        """Nobody waits for the answer to this, which is why it comes as another call's."""
+        if (stream := self._streams.pop(message.load(), None)) is not None:
+            stream.close()
 
-    def _forget(self, message: wire.Message) -> None:
-        if message.kind == "drop":
-            self._shelf.pop(message.call, None)
-            return
-        generator = self._streams.pop(message.call, None)
-        if generator is not None:
-            with contextlib.suppress(Exception):
-                generator.close()
+    def do_drop(self, message: wire.Message) -> None:
+        self._shelf.pop(message.load(), None)
 
-    def _script(self, message: wire.Message) -> None:
+    def do_script(self, message: wire.Message) -> None:
         from multicard.join import serve_scripts
 
         path, args = message.load()
@@ -154,10 +116,6 @@ class Rank:
         except SystemExit as error:
             if error.code not in (None, 0):
                 raise
-
-
-_END = object()
-"""What a generator that has ended gives."""
 
 
 def die_with_parent(parent: int) -> None:

@@ -7,13 +7,14 @@ import itertools
 import math
 import queue
 import time
+from typing import Any
 
 from multicard.errors import RankError
 from multicard.ranks import failure, patience, wire
 from multicard.ranks.activity import Report
 from multicard.ranks.failure import Failure
 from multicard.ranks.snapshot import Seen, Snapshot
-from multicard.ranks.supervisor import Event, Supervisor
+from multicard.ranks.supervisor import Supervisor
 
 
 @dataclasses.dataclass
@@ -21,19 +22,29 @@ class Call:
     """A call under way, named ``label`` in errors.
 
     Attributes:
+        ranks: what is known of each.
         answers: of the ranks that have finished it well.
-        failures: of those that have raised in it.
-        moments: when each of both did so.
         failure: what it has been judged to have failed with.
         abandoned: nobody waits for it.
     """
 
     label: str
+    ranks: dict[int, Seen]
     answers: dict[int, wire.Message] = dataclasses.field(default_factory=dict)
-    failures: dict[int, Failure] = dataclasses.field(default_factory=dict)
-    moments: dict[int, float] = dataclasses.field(default_factory=dict)
     failure: Failure | None = None
     abandoned: bool = False
+
+    @property
+    def settled(self) -> bool:
+        return self.failure is not None or len(self.answers) == len(self.ranks)
+
+    @property
+    def suspect(self) -> bool:
+        """Whether a rank has failed in it, and that is still to be judged."""
+        return self.failure is None and any(seen.failure for seen in self.ranks.values())
+
+    def note(self, rank: int, **news: Any) -> None:
+        self.ranks[rank] = dataclasses.replace(self.ranks[rank], **news)
 
 
 class Record:
@@ -44,41 +55,39 @@ class Record:
         broken: why the ranks were ended, or None.
     """
 
-    _reports: dict[int, Report]
-    _unchanged: dict[int, float]
-    _stopped: dict[int, float]
-    _woken: bool
-
     def __init__(self, supervisor: Supervisor) -> None:
         self.calls: dict[int, Call] = {}
         self.broken: RankError | None = None
         self._supervisor = supervisor
         self._numbers = itertools.count(1)
         self._memory_kills = failure.kills_for_memory()
-        self._deaths: dict[int, Failure] = {}
-        self._forget_reports()
+        self._opened = self._asked = self._looked = 0.0
+        self._woken = False
 
     def open(self, label: str, number: int | None = None) -> int:
-        """Begin a call, or the next part of call ``number``; returns its number."""
+        """Begin a call, or the next part of call ``number``; returns its number.
+
+        Ranks count as having been asked what they are doing.
+        """
         number = number or next(self._numbers)
-        self.calls[number] = Call(label)
-        self._forget_reports()
+        self.calls[number] = Call(label, dict.fromkeys(self._supervisor.processes, Seen()))
+        self._opened = self._asked = self._looked = time.monotonic()
+        self._woken = False
         return number
 
     def forget_abandoned(self) -> None:
         """Drop the calls that nobody waits for, once all ranks have finished them and failures have been judged."""
         for number, call in list(self.calls.items()):
-            judged = call.failure is not None or not call.failures
-            if call.abandoned and judged and len(call.moments) == len(self._supervisor.processes):
+            answered = all(seen.answered is not None for seen in call.ranks.values())
+            if call.abandoned and answered and not call.suspect:
                 del self.calls[number]
 
     def listen(self, seconds: float) -> None:
         """Take what has happened to ranks; wait so long for the first of it."""
         try:
-            event = self._supervisor.events.get(timeout=max(0.0, seconds))
+            self._take(*self._supervisor.events.get(timeout=max(0.0, seconds)))
             while True:
-                self._take(event)
-                event = self._supervisor.events.get_nowait()
+                self._take(*self._supervisor.events.get_nowait())
         except queue.Empty:
             pass
 
@@ -89,7 +98,7 @@ class Record:
         self._asked = time.monotonic()
         for rank, process in self._supervisor.processes.items():
             if rank not in self._supervisor.dead:
-                if wake and rank in self._stopped:
+                if wake:
                     process.wake()
                 self._supervisor.send(rank, wire.Message("inspect", 0), patience.ASK)
 
@@ -98,8 +107,7 @@ class Record:
         now = time.monotonic()
         if now > self._looked + patience.LOOP / 2:
             self._look_for_stopped()
-        ranks = {rank: self._seen(rank, call) for rank in self._supervisor.processes}
-        return Snapshot(now, call.label, ranks, self._asked, deadline)
+        return Snapshot(now, call.label, dict(call.ranks), self._asked, deadline)
 
     def obituary(self, rank: int, moment: float) -> Failure:
         """The failure of a rank whose process has ended: by itself, or because all were ended."""
@@ -110,45 +118,35 @@ class Record:
         doing = " and ".join(f"in {call.label}" for call in self.calls.values()) or "while idle"
         return failure.death(rank, self._supervisor.dead[rank], tail, out_of_memory, doing, moment)
 
-    def _seen(self, rank: int, call: Call) -> Seen:
-        death, raised = self._deaths.get(rank), call.failures.get(rank)
-        return Seen(
-            answered=death.moment if death and not raised else call.moments.get(rank),
-            failure=raised or death,
-            dead=death is not None,
-            stopped=self._stopped.get(rank),
-            report=self._reports.get(rank),
-            unchanged=self._unchanged.get(rank, math.inf),
-        )
-
-    def _take(self, event: Event) -> None:
-        rank, message = event.rank, event.message
+    def _take(self, rank: int, message: wire.Message | None, moment: float) -> None:
         if message is None:
-            self._deaths[rank] = self.obituary(rank, event.moment)
+            death = self.obituary(rank, moment)
+            for call in self.calls.values():
+                call.note(rank, dead=True)
+                if call.ranks[rank].failure is None:
+                    call.note(rank, answered=moment, failure=death)
         elif message.kind == "activity":
             self._hear(rank, message.load())
-        elif (call := self.calls.get(message.call)) is not None:
-            call.moments[rank] = event.moment
-            if message.kind == "error":
-                call.failures[rank] = failure.revive(rank, message)
-            else:
-                call.answers[rank] = message
+        elif (own := self.calls.get(message.call)) is not None:
+            raised = failure.revive(message) if message.kind == "error" else None
+            own.note(rank, answered=moment, failure=raised)
+            if raised is None:
+                own.answers[rank] = message
 
     def _hear(self, rank: int, report: Report) -> None:
         if report.moment < self._opened:  # the answer to a question of an earlier call
             return
-        last = self._reports.get(rank)
-        if last is None or (last.collective, last.entered) != (report.collective, report.entered):
-            self._unchanged[rank] = report.moment
-        self._reports[rank] = report
+        for call in self.calls.values():
+            last = call.ranks[rank].report
+            if last is None or (last.collective, last.entered) != (report.collective, report.entered):
+                call.note(rank, unchanged=report.moment)
+            call.note(rank, report=report)
 
     def _look_for_stopped(self) -> None:
         self._looked = time.monotonic()
         if not self._woken:
-            living = [each for each in self._supervisor.processes.values() if each.rank not in self._supervisor.dead]
-            self._stopped = {each.rank: self._stopped.get(each.rank, self._looked) for each in living if each.stopped}
-
-    def _forget_reports(self) -> None:
-        """A call begins: ranks count as having been asked, and nobody has waited in it yet."""
-        self._opened = self._asked = self._looked = time.monotonic()
-        self._reports, self._unchanged, self._stopped, self._woken = {}, {}, {}, False
+            for rank, process in self._supervisor.processes.items():
+                held = rank not in self._supervisor.dead and process.stopped
+                for call in self.calls.values():
+                    since = call.ranks[rank].stopped or self._looked
+                    call.note(rank, stopped=since if held else None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from multicard.config import ParallelConfig
 from multicard.errors import ConfigError
@@ -47,7 +47,7 @@ class Settings:
         check: compare every collective's arguments between ranks before it runs. MULTICARD_CHECK=1 means the same.
         compare_inputs: ranks that work on one request compare what each was given before they use it.
             MULTICARD_COMPARE_INPUTS=0 leaves it out too.
-        log_dir: a folder that gets one file for each rank with all that it prints.
+        log_dir: a folder that gets one ``rank<n>.log`` for each rank with all that it prints.
         console: whose output this process prints, with the rank's number before each line: "rank0", "all", "none".
         env: environment variables of the ranks beside this process's own.
         log_mode: how log files are opened: "a" after a restart, which is when somebody wants to read them.
@@ -92,6 +92,12 @@ class Settings:
         threads = self.threads_per_rank
         if threads is not None and not is_whole(threads, least=1):
             raise ConfigError(f"threads_per_rank={threads!r}: a whole number of 1 or more, or None")
+
+    @property
+    def mesh(self) -> dict[str, Any]:
+        """What each rank gives to ``init_mesh``."""
+        names = ("config", "backend", "device", "timeout", "compare_inputs")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def ranks(self) -> range:

@@ -11,8 +11,6 @@ import contextlib
 import json
 import os
 import pathlib
-import queue
-import select
 import signal
 import socket
 import subprocess
@@ -20,24 +18,17 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from concurrent.futures import Future
+from multiprocessing import connection
+from typing import Any
 
-from multicard.ranks.pipes import above_standard, pipe, ready
+from multicard.ranks.pipes import above_standard, pipe
 
 PATIENCE = 10.0
 """Seconds that a server has to tell a dead rank's exit code, which it knows."""
 
 _ATTRIBUTES = ("Umask", "Uid", "Gid", "Groups", "SigBlk", "SigIgn", "NoNewPrivs", "Seccomp", "Cpus_all", "Mems_all")
 """What a process inherits, by the beginnings of its lines in /proc."""
-
-
-class Process(Protocol):
-    """What a rank's process is to its parent: a ``subprocess.Popen``, or a :class:`Forked`."""
-
-    pid: int
-    returncode: int | None
-
-    def wait(self) -> int: ...
 
 
 class CannotFork(Exception):
@@ -55,15 +46,14 @@ class ForkServer:
         self.env, self.surroundings = env, surroundings
         self.has_forked = False
         self._lock = threading.Lock()
-        with contextlib.ExitStack() as undo:
-            mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            self._control = socket.socket(fileno=above_standard(mine.detach(), undo))
-            command = [sys.executable, "-P", "-m", "multicard.ranks.forkserver", str(os.getpid())]
-            fd = above_standard(theirs.detach(), undo)
-            self._process = _start_in_thread([*command, str(fd), *modules], env, fd)
-            undo.pop_all()
-        os.close(fd)
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         weakref.finalize(self, self._control.close).atexit = False  # ranks may still have to end then
+        with contextlib.ExitStack() as undo:
+            fd = above_standard(theirs.detach(), undo)
+            started: Future[subprocess.Popen[bytes]] = Future()
+            life = (env, fd, modules, started)
+            threading.Thread(target=_live, args=life, name="multicard-forkserver", daemon=True).start()
+            self._process = started.result()
 
     @property
     def pid(self) -> int:
@@ -73,11 +63,6 @@ class ForkServer:
     def ended(self) -> bool:
         return self._process.returncode is not None
 
-    @property
-    def unfit(self) -> bool:
-        """Whether it found that it can't fork ranks, or died before it could."""
-        return self.ended and not self.has_forked
-
     def fork(self, env: Mapping[str, str], fds: Sequence[int], wait: Callable[[int], None]) -> Forked:
         """A rank. ``env`` is its own part of its environment; ``wait(fd)`` returns once the descriptor can be read.
 
@@ -86,22 +71,17 @@ class ForkServer:
             OSError: no more processes or descriptors.
             what ``wait`` raises.
         """
-        with contextlib.ExitStack() as undo:
-            status, theirs = pipe(undo)
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+            status, tell = pipe(ours, theirs)
             folder = os.open(_folder(), os.O_PATH | os.O_DIRECTORY)
-            undo.callback(os.close, folder)
-            self.ask({"env": dict(env)}, [theirs, *fds, folder])
-            undo.pop_all()
-        os.close(folder)
-        os.close(theirs)
-        try:
+            theirs.callback(os.close, folder)
+            self.ask({"env": dict(env)}, [tell, *fds, folder])
+            theirs.close()
             wait(status)
             reply = _read(status)
             if "error" in reply:
                 raise OSError(reply["errno"], reply["error"])
-        except BaseException:
-            os.close(status)
-            raise
+            ours.pop_all()
         self.has_forked = True
         return Forked(self, reply["pid"], status)
 
@@ -113,6 +93,17 @@ class ForkServer:
                 socket.send_fds(self._control, [json.dumps(request).encode()], list(fds), socket.MSG_NOSIGNAL)
             except (BrokenPipeError, ConnectionError) as error:
                 raise CannotFork from error
+
+
+def _live(env: Mapping[str, str], fd: int, modules: Sequence[str], started: Future[subprocess.Popen[bytes]]) -> None:
+    """The life of a server's thread. What the server would complain of, a rank that is started fresh says again."""
+    try:
+        process = _run("forkserver", env, [fd], subprocess.DEVNULL, subprocess.DEVNULL, *modules)
+    except BaseException as error:
+        started.set_exception(error)
+    else:
+        started.set_result(process)
+        process.wait()
 
 
 class Forked:
@@ -134,7 +125,7 @@ class Forked:
         if self.returncode is None:
             try:
                 self._server.ask({"bury": self.pid})
-                if not ready(self._status, select.POLLIN, PATIENCE):
+                if not connection.wait([self._status], PATIENCE):
                     raise CannotFork
                 self.returncode = _read(self._status)["code"]
             except CannotFork:  # then the kernel has killed it
@@ -156,36 +147,36 @@ def server(env: Mapping[str, str], modules: Sequence[str] = ()) -> ForkServer | 
     try:
         with _lock:
             found, now = _server, _surroundings()
-            if found is None or (found.env, found.surroundings) != (env, now) or (found.ended and not found.unfit):
+            if found is None or (found.env, found.surroundings) != (env, now) or (found.ended and found.has_forked):
                 found = _server = ForkServer(env, now, modules)
-            return None if found.unfit else found
+            return None if found.ended else found  # that it can't fork ranks, or died before it could
     except OSError:  # no /proc, or no more processes: a fresh start says so better
         return None
 
 
 def start(
     env: Mapping[str, str], fds: Sequence[int], server: ForkServer | None, wait: Callable[[int], None]
-) -> Process:
-    """A rank in a process group of its own, with the environment ``env``.
+) -> subprocess.Popen[bytes] | Forked:
+    """A rank with the environment ``env``, from ``server`` if that can fork it; raises as :meth:`ForkServer.fork` does.
 
-    Args:
-        fds: where it reads commands and writes reports, its standard output and error, the job's store.
-        server: forks it if it can.
-        wait: returns once a descriptor can be read, or raises.
-
-    Raises:
-        OSError: no more processes or descriptors.
+    ``fds`` are where it reads commands and writes reports, its standard output and error, and the job's store.
     """
     if server is not None and server.env.items() <= env.items():
         own = {name: value for name, value in env.items() if name not in server.env}
         with contextlib.suppress(CannotFork):
             return server.fork(own, fds, wait)
     commands, reports, stdout, stderr, store = fds
-    command = [sys.executable, "-P", "-m", "multicard.ranks.rank", *map(str, (os.getpid(), commands, reports, store))]
+    return _run("rank", env, (commands, reports, store), stdout, stderr)
+
+
+def _run(
+    module: str, env: Mapping[str, str], fds: Sequence[int], stdout: int, stderr: int, *args: str
+) -> subprocess.Popen[bytes]:
+    """A fresh process that runs one of these modules, which inherits ``fds`` and is told their numbers."""
     return subprocess.Popen(
-        command,
+        [sys.executable, "-P", "-m", f"multicard.ranks.{module}", *map(str, (os.getpid(), *fds, *args))],
         env=env,
-        pass_fds=(commands, reports, store),
+        pass_fds=fds,
         stdin=subprocess.DEVNULL,
         stdout=stdout,
         stderr=stderr,
@@ -208,35 +199,6 @@ def _surroundings() -> tuple[Any, ...]:
     status = pathlib.Path("/proc/thread-self/status").read_text().splitlines()
     limits, group = (pathlib.Path("/proc/self", name).read_text() for name in ("limits", "cgroup"))
     return [line for line in status if line.startswith(_ATTRIBUTES)], limits, group, os.nice(0)
-
-
-def _start_in_thread(command: Sequence[str], env: Mapping[str, str], fd: int) -> subprocess.Popen[bytes]:
-    """A process started by a thread of its own, which ends with it."""
-    started: queue.SimpleQueue[subprocess.Popen[bytes] | BaseException] = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            process = subprocess.Popen(
-                command,
-                env=env,
-                pass_fds=(fd,),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,  # a rank that is started fresh says the same again
-                cwd=_folder(),
-                process_group=0,
-            )
-        except BaseException as error:
-            started.put(error)
-            return
-        started.put(process)
-        process.wait()
-
-    threading.Thread(target=run, name="multicard-forkserver", daemon=True).start()
-    process = started.get()
-    if isinstance(process, BaseException):
-        raise process
-    return process
 
 
 def _read(status: int) -> dict[str, Any]:

@@ -7,7 +7,6 @@ isn't forked by a server to the thread that made it.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import queue
 import select
@@ -15,71 +14,56 @@ import selectors
 import threading
 import time
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
+from multiprocessing import connection
 
 from multicard.errors import CollectiveTimeout, RankError
-from multicard.ranks import wire
+from multicard.memory import memory_file
+from multicard.ranks import environment, wire
 from multicard.ranks.logs import Logs
 from multicard.ranks.patience import GRACE
-from multicard.ranks.pipes import ready
 from multicard.ranks.process import RankProcess
+from multicard.ranks.settings import Settings
 from multicard.ranks.starter import ForkServer
 
 
-@dataclasses.dataclass(frozen=True)
-class Event:
-    """Something that happened to a rank: a message from it, or its end (``message`` None)."""
-
-    rank: int
-    message: wire.Message | None = None
-    moment: float = dataclasses.field(default_factory=time.monotonic)
-
-
 class Supervisor:
-    """Starts a rank for each of ``environments`` (by rank), and puts what happens to them in ``events``.
+    """Starts this host's ranks, whose store is at ``port``, and puts what happens to them in ``events``.
 
     ``server`` forks them if it is there. A rank that ends without being told to takes the others with it, whatever the
     caller is busy with.
 
-    Args:
-        store: the descriptor of the file in which ranks find each other.
-
     Attributes:
-        events: messages and deaths, in the order in which they happened.
+        events: what happened to which rank when, in that order: a message from it, or its end (None).
         dead: exit codes of the ranks that have ended, negative for a signal, as in ``subprocess``.
     """
 
-    def __init__(
-        self,
-        environments: Mapping[int, dict[str, str]],
-        logs: Logs,
-        store: int,
-        server: ForkServer | None,
-        start_timeout: float,
-    ) -> None:
-        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    def __init__(self, settings: Settings, port: int, server: ForkServer | None) -> None:
+        self._logs = Logs(settings.ranks, settings.log_dir, settings.console, settings.log_mode)
+        self._server, self._start_timeout = server, settings.start_timeout
+        self._store = memory_file("multicard-store")
+        environments = {rank: environment.of_rank(settings, rank, port) for rank in settings.ranks}
+        self.events: queue.SimpleQueue[tuple[int, wire.Message | None, float]] = queue.SimpleQueue()
         self.dead: dict[int, int] = {}
         self.processes: dict[int, RankProcess] = {}
-        self._logs, self._store, self._server, self._start_timeout = logs, store, server, start_timeout
         self._deadline: float | None = None  # the moment of SIGKILL
         self._lock = threading.Lock()  # held to write to ranks and to close: a closed descriptor's number is reused
-        self._wake_read, self._wake_write = os.pipe()
-        self._started: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self._wake = os.eventfd(0)
+        started: Future[None] = Future()
         self._thread = threading.Thread(
-            target=self._run, args=(environments,), name="multicard-supervisor", daemon=True
+            target=self._run, args=(environments, started), name="multicard-supervisor", daemon=True
         )
         self._thread.start()
         try:
-            error = self._started.get()
-        except BaseException:  # Ctrl-C while ranks are being started
+            started.result()
+        except BaseException:  # also Ctrl-C while ranks are being started
             self.end(0.0)
             raise
-        if error is not None:
-            self._thread.join()
-            raise error
 
     def send(self, rank: int, message: wire.Message, patience: float) -> None:
         """Write ``message`` to the rank; given up once it is dead, or takes nothing for ``patience`` seconds."""
-        process = self.processes[rank]
+        process, writable = self.processes[rank], select.poll()
+        writable.register(process.commands, select.POLLOUT)
         deadline = time.monotonic() + patience
         for part in message.encode():
             view = memoryview(part)
@@ -94,7 +78,7 @@ class Supervisor:
                 elif time.monotonic() > deadline:
                     return
                 else:
-                    ready(process.commands, select.POLLOUT, 0.05)
+                    writable.poll(50)
 
     def end(self, grace: float = GRACE) -> None:
         """End all ranks: told so on their pipes, and SIGKILL after ``grace`` seconds. Returns when all are gone."""
@@ -103,7 +87,7 @@ class Supervisor:
             self._deadline = moment if self._deadline is None else min(moment, self._deadline)
             if self._thread.is_alive():
                 with contextlib.suppress(OSError):
-                    os.write(self._wake_write, b"x")
+                    os.eventfd_write(self._wake, 1)
         if threading.current_thread() is self._thread:
             return
         self._thread.join(max(0.0, moment - time.monotonic()) + 1.0)
@@ -113,14 +97,14 @@ class Supervisor:
 
     # what the supervising thread does
 
-    def _run(self, environments: Mapping[int, dict[str, str]]) -> None:
-        error = None
+    def _run(self, environments: Mapping[int, dict[str, str]], started: Future[None]) -> None:
         try:
             self._start(environments)
-        except BaseException as caught:
-            error = caught
+        except BaseException as error:
             self._deadline = time.monotonic()
-        self._started.put(error)
+            started.set_exception(error)
+        else:
+            started.set_result(None)
         try:
             self._supervise()
         finally:
@@ -132,24 +116,23 @@ class Supervisor:
             with self._lock:
                 for process in self.processes.values():
                     process.close()
-                os.close(self._wake_read)
                 os.close(self._store)
-                os.close(self._wake_write)
-                self._wake_write = -1
+                os.close(self._wake)
+                self._wake = -1
             self._logs.close()
 
     def _start(self, environments: Mapping[int, dict[str, str]]) -> None:
         deadline = time.monotonic() + self._start_timeout
 
         def wait(fd: int) -> None:
-            if not self._await(fd, deadline):
-                missing = [str(rank) for rank in environments if rank not in self.processes]
-                raise CollectiveTimeout(
-                    f"ranks {', '.join(missing)} did not start within {self._start_timeout:g} s: torch is still being "
-                    "imported",
-                    rank=int(missing[0]),
-                    collective="start",
-                )
+            """Until ``fd`` can be read."""
+            found = connection.wait([fd, self._wake], max(0.0, deadline - time.monotonic()))
+            if self._wake in found:
+                raise RankError("these ranks were ended while they were being started")
+            if not found:
+                missing = [rank for rank in environments if rank not in self.processes]
+                text = f"ranks {', '.join(map(str, missing))} did not start within {self._start_timeout:g} s"
+                raise CollectiveTimeout(f"{text}: torch is still being imported", rank=missing[0], collective="start")
 
         for rank, env in environments.items():
             try:
@@ -159,76 +142,52 @@ class Supervisor:
             except OSError as error:  # no more descriptors (ulimit -n) or processes (ulimit -u), say
                 raise RankError(f"rank {rank} can't be started: {error}", rank=rank) from error
 
-    def _await(self, fd: int, deadline: float) -> bool:
-        """Wait until ``fd`` can be read; False where that takes too long.
-
-        Raises:
-            RankError: :meth:`end` was called meanwhile.
-        """
-        poll = select.poll()
-        for each in (fd, self._wake_read):
-            poll.register(each, select.POLLIN)
-        found = dict(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
-        if self._wake_read in found:
-            raise RankError("these ranks were ended while they were being started")
-        return bool(found)
-
     def _supervise(self) -> None:
         with selectors.DefaultSelector() as selector:
-            selector.register(self._wake_read, selectors.EVENT_READ)
-            owners = {fd: process for process in self.processes.values() for fd in process.readable}
-            for fd in owners:
-                selector.register(fd, selectors.EVENT_READ)
-            exiting = False
+            selector.register(self._wake, selectors.EVENT_READ)
+            for process in self.processes.values():
+                for fd in process.readable:
+                    selector.register(fd, selectors.EVENT_READ, process)
+            told = False
             while len(self.dead) < len(self.processes):
                 timeout = None
                 if self._deadline is not None:
-                    if not exiting:
-                        exiting = self._tell_all_to_exit()
+                    for process in self.processes.values() if not told else ():
+                        process.write(b"".join(wire.Message("exit", 0).encode()))
+                    told = True
                     timeout = self._deadline - time.monotonic()
                     if timeout <= 0:
                         return
                 for key, _ in selector.select(timeout):
-                    if key.fd == self._wake_read:
-                        os.read(self._wake_read, 64)
-                        continue
-                    process = owners[key.fd]
-                    if key.fd == process.pidfd:
-                        _forget(selector, process.readable)
-                        self._bury(process)
-                    elif not self._listen(process, key.fd):
+                    if key.data is None:
+                        os.eventfd_read(self._wake)
+                    elif key.fd == key.data.pidfd:
+                        _forget(selector, key.data.readable)
+                        self._bury(key.data)
+                    elif not self._listen(key.data, key.fd):
                         _forget(selector, [key.fd])
 
-    def _tell_all_to_exit(self) -> bool:
-        for process in self.processes.values():
-            process.write(b"".join(wire.Message("exit", 0).encode()))
-        return True
-
-    def _listen(self, process: RankProcess, fd: int) -> bool:
+    def _listen(self, process: RankProcess, fd: int, last: bool = False) -> bool:
         """Read what is there; False at its end."""
         if fd == process.reports:
             messages, more = process.read_reports()
             for message in messages:
-                self.events.put(Event(process.rank, message))
-            return more
-        lines, more = process.read_output(fd)
-        self._print(process, fd, lines)
+                self.events.put((process.rank, message, time.monotonic()))
+        else:
+            lines, more = process.read_output(fd, last)
+            for line in lines:
+                self._logs.write(process.rank, fd == process.stderr, line)
         return more
-
-    def _print(self, process: RankProcess, fd: int, lines: Iterable[str]) -> None:
-        for line in lines:
-            self._logs.write(process.rank, fd == process.stderr, line)
 
     def _bury(self, process: RankProcess) -> None:
         """Wait for a rank that has ended; what it said last comes before its end."""
         process.kill()  # what it started, while its number can't be anybody else's
         for fd in (process.reports, process.stdout, process.stderr):
-            while ready(fd, select.POLLIN, 0) and self._listen(process, fd):
+            while connection.wait([fd], 0) and self._listen(process, fd):
                 pass
-        for fd in (process.stdout, process.stderr):
-            self._print(process, fd, process.last_line(fd))
+            self._listen(process, fd, last=True)
         self.dead[process.rank] = process.wait()
-        self.events.put(Event(process.rank))
+        self.events.put((process.rank, None, time.monotonic()))
         if self._deadline is None:
             self._deadline = time.monotonic() + GRACE
 

@@ -15,7 +15,7 @@ import pickle
 import struct
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
@@ -58,7 +58,7 @@ class Reader:
 
     def __init__(self) -> None:
         self._buffer = bytearray()
-        self._header: tuple[str, int, list[int]] | None = None
+        self._messages = self._parse()
 
     def read(self, fd: int) -> Iterator[Message]:
         """What one read of ``fd`` completes. Raises EOFError at the end, BlockingIOError if nothing is there."""
@@ -66,33 +66,22 @@ class Reader:
         if not chunk:
             raise EOFError("the other end of the pipe is closed")
         self._buffer += chunk
-        while (message := self._next()) is not None:
+        while (message := next(self._messages)) is not None:
             yield message
 
-    def _next(self) -> Message | None:
-        if self._header is None:
-            header = self._take_header()
-            if header is None:
-                return None
-            self._header = header
-        kind, call, sizes = self._header
-        if len(self._buffer) < sum(sizes):
-            return None
-        parts = [self._take(size) for size in sizes]
-        self._header = None
-        return Message(kind, call, tuple(parts))
+    def _parse(self) -> Iterator[Message | None]:
+        """Messages in order, and None wherever more bytes have to arrive first."""
+        while True:
+            (length,) = _LENGTH.unpack((yield from self._take(_LENGTH.size)))
+            kind, call, sizes = json.loads((yield from self._take(length)))
+            parts = []
+            for size in sizes:
+                parts.append((yield from self._take(size)))
+            yield Message(kind, call, tuple(parts))
 
-    def _take_header(self) -> tuple[str, int, list[int]] | None:
-        if len(self._buffer) < _LENGTH.size:
-            return None
-        (length,) = _LENGTH.unpack_from(self._buffer)
-        if len(self._buffer) < _LENGTH.size + length:
-            return None
-        self._take(_LENGTH.size)
-        kind, call, sizes = json.loads(self._take(length))
-        return kind, call, sizes
-
-    def _take(self, size: int) -> bytearray:
+    def _take(self, size: int) -> Generator[None, None, bytearray]:
+        while len(self._buffer) < size:
+            yield None
         if size == len(self._buffer):  # the usual case for a large value: hand it over instead of copying it
             taken, self._buffer = self._buffer, bytearray()
             return taken
