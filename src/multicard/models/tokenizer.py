@@ -25,7 +25,7 @@ Messages = Sequence[Mapping[str, Any]]
 class Tokenizer:
     """A checkpoint's ``tokenizer.json`` with its chat template, if it has one.
 
-    Chat templates are code from a download: they run in jinja2's sandbox.
+    Chat templates are downloaded code, so they run in jinja2's sandbox.
 
     Raises:
         CheckpointError: files that can't be read.
@@ -35,21 +35,21 @@ class Tokenizer:
         path = folder / "tokenizer.json"
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
+        except Exception as error:  # the library raises no narrower type
             raise CheckpointError(f"{path} can't be read: {error}") from None
         self._config = read_json(folder, "tokenizer_config.json", optional=True)
         self._template = _template(folder, self._config)
 
     @classmethod
     def from_folder(cls, folder: pathlib.Path) -> Tokenizer | None:
-        """The folder's tokenizer, or None where it has none."""
+        """The folder's tokenizer, or None if it has none."""
         return cls(folder) if (folder / "tokenizer.json").is_file() else None
 
     def encode(self, prompt: str | Messages, raw: bool = False) -> list[int]:
-        """Token ids of a prompt: through the chat template if there is one, unless it is to be gone on from ``raw``.
+        """Token ids of a prompt, through the chat template if there is one and the prompt isn't ``raw``.
 
         Raises:
-            ConfigError: messages without a template, or a template that refuses them.
+            ConfigError: messages without a template, or messages that the template refuses.
         """
         if isinstance(prompt, str) and (raw or self._template is None):
             return self._tokenizer.encode(prompt).ids
@@ -57,24 +57,24 @@ class Tokenizer:
         return self._tokenizer.encode(self._render(messages), add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens left out."""
+        """Text of token ids, without special tokens."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def pieces(self, ids: Iterable[int]) -> Iterator[str]:
-        """Text as its ids come, whole characters at a time; joined, the same as :meth:`decode`."""
+        """Text as its ids arrive, in whole characters; joined, the same as from :meth:`decode`."""
         stream, seen, written = DecodeStream(skip_special_tokens=True), [], ""
         for token in ids:
             seen.append(token)
             if piece := stream.step(self._tokenizer, token):
                 written += piece
                 yield piece
-        rest = self.decode(seen)[len(written) :]  # what waited for the rest of a character
+        rest = self.decode(seen)[len(written) :]  # bytes of an incomplete character
         if rest:
             yield rest
 
     def _render(self, messages: Messages) -> str:
         if self._template is None:
-            raise ConfigError("chat messages, and the checkpoint has no chat template: give the prompt as text")
+            raise ConfigError("the checkpoint has no chat template for chat messages: give the prompt as text")
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag]
         )
@@ -87,12 +87,12 @@ class Tokenizer:
             return template.render(messages=messages, add_generation_prompt=True, **tokens)
         except TemplateError as error:
             raise ConfigError(
-                f"the checkpoint's chat template refuses this prompt: {error}; raw=True goes on from it"
+                f"the checkpoint's chat template refuses this prompt: {error}; raw=True uses no template"
             ) from None
 
 
 class _GenerationTag(Extension):
-    """``{% generation %}`` marks what an assistant said, for training; here it is only its content."""
+    """``{% generation %}`` marks an assistant's text for training; here only the content is kept."""
 
     tags = {"generation"}  # noqa: RUF012  jinja2's interface
 

@@ -1,4 +1,4 @@
-"""A checkpoint's folder, its JSON files, and the dtype that its weights are asked for in."""
+"""A checkpoint's folder, its JSON files, and the requested dtype of its weights."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ FLOAT_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": 
 
 
 def folder_path(path: str | os.PathLike[str]) -> pathlib.Path:
-    """A checkpoint's folder, absolute: ranks may run elsewhere."""
+    """A checkpoint's folder as an absolute path: ranks may have another working folder."""
     return pathlib.Path(path).expanduser().absolute()
 
 
 def read_json(folder: pathlib.Path, name: str, optional: bool = False) -> dict[str, Any]:
-    """A JSON object out of a checkpoint folder; where ``optional``, an absent file is an empty one."""
+    """A JSON object from a file of a checkpoint folder; with ``optional``, an empty one if the file is missing."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint folder")
     path = folder / name
@@ -40,10 +40,10 @@ def read_json(folder: pathlib.Path, name: str, optional: bool = False) -> dict[s
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """ "auto" or None: the checkpoint's own (None). Raises ConfigError for what isn't a floating-point type we have."""
+    """The dtype of that name; None for "auto" or None (the checkpoint's). Raises ConfigError for any other value."""
     if dtype in (None, "auto"):
         return None
     name = str(dtype).removeprefix("torch.")
     if name not in FLOAT_TYPES:
-        raise ConfigError(f"dtype={name!r}: auto, {', '.join(FLOAT_TYPES)}")
+        raise ConfigError(f"dtype={name!r}: must be auto, {', '.join(FLOAT_TYPES)}")
     return FLOAT_TYPES[name]
