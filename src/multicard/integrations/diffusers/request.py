@@ -1,4 +1,4 @@
-"""Values that a pipeline would accept and turn into nonsense: refused by name before anything runs."""
+"""Checks for invalid values that a pipeline would accept, refused by name before anything runs."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ SCALES = frozenset(
         "eta",
     ]
 )
-"""Finite numbers; anything else (a list with one for each prompt, say) is left to the pipeline."""
+"""Finite numbers; other types (such as a list with one for each prompt) are left to the pipeline."""
 
 
 def check_request(arguments: Mapping[str, Any]) -> None:
     """Refuse counts and scales that no pipeline could use; None is the pipeline's default.
 
     Raises:
-        ConfigError: naming the argument, its value and the limit.
+        ConfigError: names the argument, its value and the limit.
     """
     for name, value in arguments.items():
         if name in COUNTS and value is not None and not is_whole(value, least=1):
