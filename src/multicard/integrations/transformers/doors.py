@@ -99,7 +99,7 @@ class ModelDoor:
         if head is not None and isinstance(logits, Tensor) and logits.shape[-1] != head.out_features:
             raise bypassed(
                 "transformers",
-                f"{logits.shape[-1]} logits came out for a vocabulary of {head.out_features}: the shards of its head's output "
+                f"{logits.shape[-1]} logits came out for a vocabulary of {head.out_features}: the head's shards "
                 "weren't gathered",
             )
 
