@@ -1,7 +1,7 @@
 """Ranks as child processes that answer calls: the caller gets every rank's answer, or the failure that came first.
 
-A call goes round one loop: take what has happened to ranks (:mod:`record`), look at the snapshot of it (:mod:`judge`),
-and do what that says: raise and end the ranks, or ask them what they are doing and wait on.
+A call is one loop: record what has happened to ranks (:mod:`record`), judge the snapshot (:mod:`judge`), and act on the
+verdict: raise and end the ranks, or ask them what they are doing and go on waiting.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Children:
     """A job's ranks, see :class:`multicard.ranks.crew.Crew`. Calls from several threads take turns.
 
     Args:
-        others: seconds that the other ranks have to finish a call in which one has failed.
+        others: seconds in which the other ranks may finish a call after one has failed.
     """
 
     def __init__(self, settings: Settings, others: float = Patience.others) -> None:
@@ -68,7 +68,7 @@ class Children:
         return self._record.broken is None and not self._supervisor.dead
 
     def start(self) -> float:
-        """Wait until all ranks have started; returns the moment by which they have to meet."""
+        """Wait until all ranks have started; returns the moment by which they must have met."""
         deadline = time.monotonic() + self.settings.start_timeout
         self.finish(self.begin("start", None, "start"), deadline)
         return deadline
@@ -93,13 +93,13 @@ class Children:
         self._later.append(("drop", key))
 
     def stream(self, fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
-        """Ranks work one item ahead of what has been yielded."""
+        """The items of the stream; ranks compute one item ahead."""
         call = self.begin("open", (fn, args, kwargs), _name(fn))
         self.finish(call)
         yield from self._items(call, _name(fn))
 
     def _items(self, call: int, label: str) -> Iterator[Any]:
-        """What the generator of a call that has been opened yields on rank 0."""
+        """The items that the generator of an opened call yields on rank 0."""
         try:
             self.step("next", call, label)
             while (answer := self.finish(call)[0]).kind != "end":
@@ -131,7 +131,7 @@ class Children:
             self._send_all(wire.Message(kind, call))
 
     def finish(self, number: int, deadline: float = math.inf) -> list[wire.Message]:
-        """Every rank's next answer to the call, by rank. Raises what it failed with."""
+        """Every rank's next answer to the call, by rank. If the call has failed, raises the failure's error."""
         with self._turn:
             try:
                 call = self._wait(number, deadline)
@@ -146,12 +146,12 @@ class Children:
         return [message for _, message in sorted(call.answers.items())]
 
     def meet_hosts(self) -> None:
-        """Wait until every host's ranks are done. Raises what went wrong elsewhere."""
+        """Wait until every host's ranks are done. Raises the failure of another host, if there is one."""
         if self._neighbours is not None and (elsewhere := self._neighbours.finish()) is not None:
             raise elsewhere.error
 
     def end(self, why: str | BaseException, grace: float = 0.0) -> None:
-        """In a process forked from the ranks' own nothing happens."""
+        """End the ranks; does nothing in a process forked from their owner."""
         if os.getpid() != self._owner:
             return
         self._record.broken = self._record.broken or _ended(why)
@@ -182,7 +182,7 @@ class Children:
     # waiting
 
     def _wait(self, number: int, deadline: float) -> Call:
-        """Until every rank has finished the call well, or it has a ``failure``."""
+        """Wait until every rank has finished the call without an error, or the call has a ``failure``."""
         call, interrupted = self._record.calls[number], interrupt.reached_main_thread()
         self._record.listen(0)
         while True:
@@ -200,7 +200,7 @@ class Children:
             self._record.forget_abandoned()
 
     def _judge(self, call: Call, deadline: float) -> Wait:
-        """Judge the call, and before it the others in which a rank has failed: they may be what it waits for."""
+        """Judge the call, but first any other in which a rank has failed: this one may be waiting for it."""
         until, ask, wake = math.inf, False, False
         others = [each for each in self._record.calls.values() if each.failures and each is not call]
         for each in [*others, call]:
@@ -219,7 +219,7 @@ class Children:
             self.end(found.error)
 
     def _where_it_began(self, first: Failure) -> Failure:
-        """This host's failure, which it tells the others, or the one on another host that it follows from."""
+        """This host's failure, which is reported to the others, or the failure on another host that caused it."""
         if self._neighbours is None:
             return first
         if first.kind != failure.OWN and (elsewhere := self._neighbours.await_failure(patience.STORE_CAUSE)):
@@ -229,7 +229,7 @@ class Children:
 
 
 def _ended(why: str | BaseException) -> RankError:
-    """What calls raise after the ranks' end; it names the rank and the signal where ``why`` does."""
+    """The error of calls after the ranks have ended; with the rank and signal of ``why``, if it has them."""
     cause = why if isinstance(why, RankError) else getattr(why, "__cause__", None)
     known = {name: getattr(cause, name, None) for name in ("rank", "signal", "stderr")}
     text = cause if isinstance(cause, RankError) else why

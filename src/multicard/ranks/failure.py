@@ -1,4 +1,4 @@
-"""Failures: how a rank describes its own to its parent, and how that tells the cause from its consequences."""
+"""Failures: how a rank describes one to its parent, and how the parent distinguishes cause and consequences."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOOP = ("ranks/rank.py", "ranks/forkserver.py", "<frozen runpy>")
 
 OWN, TIMEOUT, CONSEQUENCE = "own", "timeout", "consequence"
 WHOLE, PARTS = "whole", "parts"
-"""How an exception travels: by its own pickle, or as type, arguments and attributes."""
+"""How an exception is sent: by its own pickle, or as type, arguments and attributes."""
 
 _TIMED_OUT = re.compile(r"timed out waiting|timeout|Timed out", re.IGNORECASE)
 _PEER_GONE = re.compile(
@@ -34,15 +34,15 @@ _BACKEND = re.compile(r"\.(cc|cpp|hpp|h):\d+|\b(gloo|nccl|hccl|c10d|TCPStore)\b"
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """Why one rank did not finish a call well.
+    """Why one rank did not finish a call.
 
     Attributes:
-        rank: which.
-        kind: OWN (it raised or died), TIMEOUT (it waited for another), CONSEQUENCE (another's end reached it).
+        rank: the rank's number.
+        kind: OWN (it raised or died), TIMEOUT (it waited for another rank), CONSEQUENCE (of another rank's end).
         moment: when, by ``time.monotonic()``, which all processes of a host share.
-        error: what to raise for it.
-        collective: that it was in.
-        fatal: the ranks can't make further calls and have to be ended.
+        error: the error to raise.
+        collective: the collective that it was in.
+        fatal: the ranks can't serve further calls and must be ended.
     """
 
     rank: int
@@ -54,7 +54,7 @@ class Failure:
 
 
 def describe(error: BaseException, rank: int) -> dict[str, Any]:
-    """In the rank: what the parent needs to raise ``error`` again; itself where it pickles, its text where not."""
+    """In the rank: what the parent needs to raise ``error`` again: its pickle, or its text if it can't be pickled."""
     text = "".join(traceback.format_exception(_without_ours(error)))
     description = {
         "type": type(error).__name__,
@@ -74,16 +74,16 @@ def describe(error: BaseException, rank: int) -> dict[str, Any]:
 def _text(error: BaseException) -> str:
     try:
         return str(error)
-    except Exception as other:  # its own __str__ can do anything
+    except Exception as other:  # its __str__ may raise anything
         return f"(its __str__ raised {type(other).__name__})"
 
 
 def _packed(kind: str, value: Any, error: BaseException) -> tuple[str, bytes] | None:
-    """What the parent can make ``error`` of; None where that doesn't work."""
+    """A form from which the parent can rebuild ``error``; None if there is none."""
     try:
         packed = (kind, wire.dumps(value))
         return packed if type(_unpacked(*packed)) is type(error) else None
-    except Exception:  # it holds what can't be pickled, or its __reduce__ or __init__ objects
+    except Exception:  # it holds an object that can't be pickled, or its __reduce__ or __init__ fails
         return None
 
 
@@ -91,7 +91,7 @@ def _unpacked(kind: str, pickled: bytes) -> BaseException:
     value = pickle.loads(pickled)
     if kind == WHOLE:
         return value
-    made, args, state = value  # its __init__ takes other arguments than ``args``: made without calling it
+    made, args, state = value  # its __init__ takes arguments other than ``args``: rebuild it without calling __init__
     error: BaseException = made.__new__(made, *args)
     error.args = args
     vars(error).update(state)
@@ -99,7 +99,7 @@ def _unpacked(kind: str, pickled: bytes) -> BaseException:
 
 
 def _without_ours(error: BaseException) -> BaseException:
-    """The error without the frames of the rank's own loop, which lead to every call alike."""
+    """The error without the frames of the rank's own loop, which are the same for every call."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None and trace.tb_frame.f_code.co_filename.endswith(LOOP):
         trace = trace.tb_next
@@ -107,7 +107,7 @@ def _without_ours(error: BaseException) -> BaseException:
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """The error, what caused it, what caused that."""
+    """The error, its cause, the cause of that, and so on."""
     chain: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in chain:
@@ -135,7 +135,7 @@ def revive(rank: int, message: wire.Message) -> Failure:
     said = message.load()
     cause = RankError(f"rank {rank} raised {said['type']}: {said['message']}", rank=rank)
     error = _load(said["exception"])
-    if not isinstance(error, Exception):  # it couldn't be pickled, or is an exit, which isn't the caller's to make
+    if not isinstance(error, Exception):  # it couldn't be pickled, or is a SystemExit, which must not end the caller
         error = cause
     elif not isinstance(error, RankError):
         error.__cause__ = cause
@@ -157,7 +157,7 @@ def death(rank: int, returncode: int, tail: Iterable[str], out_of_memory: bool, 
         returncode: negative for a signal, as in ``subprocess``.
         tail: the last lines of its standard error.
         out_of_memory: whether the kernel has killed processes for memory since the ranks were started.
-        doing: what it was doing, as the end of a sentence.
+        doing: what the rank was doing, as the end of a sentence.
     """
     number = -returncode if returncode < 0 else None
     if number is None:
@@ -167,7 +167,7 @@ def death(rank: int, returncode: int, tail: Iterable[str], out_of_memory: bool, 
     if number == signal.SIGKILL and out_of_memory:
         what += ": the kernel ran out of memory; use more ranks, a smaller dtype or a shorter context"
     elif number == signal.SIGKILL:
-        what += ": if nobody sent it, likely out of memory"
+        what += ": unless someone sent it, likely out of memory"
     stderr = "\n".join(tail)
     error = RankError(what, rank=rank, signal=number, stderr=stderr)
     if stderr:
@@ -183,7 +183,7 @@ def _signal_name(number: int) -> str:
 
 
 def first_real(failures: Iterable[Failure]) -> Failure:
-    """The one to raise: the earliest that a rank had by itself, else the earliest timeout, else the earliest."""
+    """The failure to raise: the earliest of kind OWN, else the earliest TIMEOUT, else the earliest."""
     order = (OWN, TIMEOUT, CONSEQUENCE)
     return min(failures, key=lambda failure: (order.index(failure.kind), failure.moment))
 

@@ -1,10 +1,10 @@
 """The fork server: a child of the caller that has imported torch, runs nothing else, and forks ranks.
 
-``multicard.ranks.starter`` is the caller's side. ``multiprocessing`` has a fork server too, but that one listens on a
-socket in the file system, is shared with the caller's own code, and its children outlive a caller that is killed.
+``multicard.ranks.starter`` is the caller's side. ``multiprocessing`` has a fork server too, but it listens on a socket
+in the file system, is shared with the caller's own code, and its children outlive a caller that is killed.
 
-A rank may be forked here because nothing has happened yet that a fork breaks: no thread runs, no card is in use, no
-random number was drawn. Where that isn't so the server ends, and ranks are started as fresh processes instead.
+A rank may be forked here because the server has no state that a fork breaks: no thread runs, no card is in use, no
+random number was drawn. If this can't be guaranteed, the server ends, and ranks are started as fresh processes instead.
 """
 
 from __future__ import annotations
@@ -21,42 +21,41 @@ import sys
 from multicard.ranks import rank
 
 NEEDED = ("multicard.mesh", "multicard.backends.shm", "multicard.ranks.failure")
-"""What every rank imports."""
+"""The modules that every rank imports."""
 
 LONGEST_REQUEST = 1 << 16
 DESCRIPTORS = 6
-"""That come with a request: the pipes of status, commands, reports, output and errors, and the folder to work in."""
+"""Descriptors in a request: the pipes for status, commands, reports, output and errors, and the working folder."""
 
 
 def main() -> None:
     parent, control, *modules = sys.argv[1:]
     rank.die_with_parent(int(parent))
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # who ignores it can't wait for children
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a process that ignores it can't wait for children
     with socket.socket(fileno=int(control)) as channel:
         gc.disable()
         for module in [*NEEDED, *modules] if _is_for_cpus() else NEEDED:
             importlib.import_module(module)
         if not _may_fork():
             sys.exit("ranks can't be forked here")
-        gc.freeze()  # what is imported is never garbage; looking at it would copy its memory in every rank
+        gc.freeze()  # imported objects are never garbage; scanning them would copy their memory in every rank
         gc.enable()
         commands, reports = _serve(channel)
     rank.main(commands, reports)  # in a rank: the server never gets here
 
 
 def _is_for_cpus() -> bool:
-    """Whether this torch knows no cards. Other libraries look for them, and so open one, while they are imported."""
+    """Whether this torch supports no cards. Otherwise other libraries may look for cards, and open one, on import."""
     import torch
 
     return torch.accelerator.current_accelerator() is None
 
 
 def _may_fork() -> bool:
-    """Whether a rank that is forked here is as good as a fresh one.
+    """Whether a rank that is forked here is as good as a fresh process.
 
-    Libraries that start threads when they are imported and can be forked all the same (OpenBLAS) stop them before a
-    fork: what still runs after one forbids it. So does a card that is open, or may be: a plugin of torch is imported
-    with it.
+    Libraries that start threads on import but support forking (OpenBLAS) stop them before a fork. So a thread that
+    still runs after a fork forbids forking, and so does a card that is open or may be: torch imports its plugins.
     """
     if importlib.metadata.entry_points(group="torch.backends") or _opened() - {"/dev/null"}:
         return False
@@ -76,8 +75,8 @@ def _opened() -> set[str]:
 
 
 def _serve(channel: socket.socket) -> tuple[int, int]:
-    """Fork and bury ranks until the caller is gone. Returns in each new rank: its pipes of commands and reports."""
-    statuses: dict[int, int] = {}  # of ranks that haven't been waited for, by process id
+    """Fork ranks, and wait for ended ones, until the caller is gone. Returns in each new rank: its two pipes."""
+    statuses: dict[int, int] = {}  # ranks that haven't been waited for, by process id
     while True:
         text, fds, _, _ = socket.recv_fds(channel, LONGEST_REQUEST, DESCRIPTORS)
         if not text:
@@ -87,7 +86,7 @@ def _serve(channel: socket.socket) -> tuple[int, int]:
             status = statuses.pop(pid)
             _tell(status, code=os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
             os.close(status)
-        elif len(fds) < DESCRIPTORS:  # this process may have no more: the caller sees the closed status pipe
+        elif len(fds) < DESCRIPTORS:  # out of descriptors: the caller sees the closed status pipe
             _close(fds)
         elif not (pid := _fork(fds)):
             _close([fds[0], *statuses.values()])
@@ -97,7 +96,7 @@ def _serve(channel: socket.socket) -> tuple[int, int]:
 
 
 def _fork(fds: list[int]) -> int:
-    """The new rank's process id, 0 in the rank itself, -1 where there is none."""
+    """The new rank's process id; 0 in the rank itself; -1 if the fork failed."""
     server, (status, *theirs) = os.getpid(), fds
     try:
         pid = os.fork()
@@ -130,14 +129,14 @@ def _become_rank(
     os.fchdir(folder)
     _close([stdout, stderr, folder])
     os.environ.update(env)
-    torch.default_generator.seed()  # no two processes draw the same; Python's own generator takes care of that itself
+    torch.default_generator.seed()  # so that no two processes draw the same; Python reseeds its own generator
     if "numpy.random" in sys.modules:
         sys.modules["numpy.random"].seed()
     return commands, reports
 
 
 def _tell(status: int, **reply: object) -> bool:
-    """Whether the caller still wants to know."""
+    """Write to the caller; returns whether it still reads."""
     try:
         os.write(status, json.dumps(reply).encode())
     except BrokenPipeError:

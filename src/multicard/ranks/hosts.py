@@ -1,6 +1,6 @@
-"""How the parents of one job's ranks on several hosts learn from each other who failed, and when all are done.
+"""How the parents of one job's ranks on several hosts tell each other which rank failed, and when all are done.
 
-That goes through the job's store, as JSON, on a connection and a thread of its own: a cut link blocks nothing else.
+They use the job's store, with JSON, on a separate connection and thread, so that a broken link blocks nothing else.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Hosts:
 
     Attributes:
         count: how many; each runs the same number of ranks.
-        index: this one's number.
-        address: of host 0, where the store listens, on that address only.
-        port: there; 0, one that is free, can only be meant with one host.
+        index: this host's number.
+        address: of host 0; the store listens on this address only.
+        port: of the store; 0, any free port, is allowed only with one host.
         interface: the network interface for gloo; None: the one that leads to ``address``.
     """
 
@@ -39,30 +39,30 @@ class Hosts:
 
 
 class Neighbours:
-    """The other hosts' parents, as this one sees them.
+    """This host's view of the other hosts' parents.
 
     Args:
-        hosts: the job's.
-        port: the store's.
+        hosts: the job's hosts.
+        port: the store's port.
         start_timeout: seconds for the first answer from the store.
-        timeout: seconds without another after which the link counts as cut.
+        timeout: seconds without a further answer after which the link counts as broken.
     """
 
     def __init__(self, hosts: Hosts, port: int, start_timeout: float, timeout: float) -> None:
-        import torch.distributed  # noqa: F401  before ranks start: they are quick, and the watch has to be as early
+        import torch.distributed  # noqa: F401  before ranks start, which may fail soon
 
         self._hosts, self._port = hosts, port
         self._start_timeout = self._limit = start_timeout
         self._timeout = timeout
         self._heard = time.monotonic()
-        self._theirs: dict[str, Any] | None = None  # the failure that another host has written
-        self._ours: dict[str, Any] | None = None  # the one to write
+        self._theirs: dict[str, Any] | None = None  # another host's failure, read from the store
+        self._ours: dict[str, Any] | None = None  # this host's failure, to be written
         self._finished, self._all_done, self._left, self._wake = (threading.Event() for _ in range(4))
         threading.Thread(target=self._watch, name="multicard-hosts", daemon=True).start()
 
     @property
     def failure(self) -> Failure | None:
-        """What went wrong elsewhere, if anything."""
+        """The failure of another host, or of the link, if there is one."""
         now = time.monotonic()
         silent = now - self._heard
         if self._theirs is not None:
@@ -70,12 +70,12 @@ class Neighbours:
             error = RankError(f"{self._theirs['message']} (on host {self._theirs['host']})", rank=rank)
             return Failure(rank or 0, OWN, now, error)
         if silent > self._limit and not self._all_done.is_set():
-            error = RankError(f"no answer from {self._hosts.address}:{self._port} for {silent:.0f} s: is the link cut?")
+            error = RankError(f"no answer from {self._hosts.address}:{self._port} for {silent:.0f} s: is the link up?")
             return Failure(0, OWN, now, error)
         return None
 
     def tell(self, error: BaseException) -> None:
-        """Write this host's failure for the others; not waited for longer than ``patience.STORE_NEWS``."""
+        """Write this host's failure for the others; waits at most ``patience.STORE_NEWS``."""
         message = (str(error).strip() or type(error).__name__).splitlines()[0]
         self._ours = {"message": message, "rank": getattr(error, "rank", None), "host": self._hosts.index}
         self._wake.set()
@@ -84,14 +84,14 @@ class Neighbours:
             time.sleep(patience.STORE_NEWS)
 
     def await_failure(self, seconds: float) -> Failure | None:
-        """What went wrong elsewhere, once it is known or ``seconds`` have passed."""
+        """The failure of another host, once it is known; None if ``seconds`` have passed."""
         deadline = time.monotonic() + seconds
         while (found := self.failure) is None and time.monotonic() < deadline:
             time.sleep(patience.STORE / 10)
         return found
 
     def finish(self) -> Failure | None:
-        """Wait until every host is done; returns what went wrong elsewhere meanwhile."""
+        """Wait until every host is done; returns the failure of another host, if there is one."""
         self._finished.set()
         self._wake.set()
         while not self._all_done.wait(patience.STORE):
@@ -108,13 +108,13 @@ class Neighbours:
                 self._hosts.address, self._port, is_master=False, wait_for_workers=False, timeout=limit
             )
             self._exchange(store)
-        except Exception:  # the connection is gone, which ``failure`` notices by the silence
+        except Exception:  # the connection is lost; ``failure`` notices the silence
             if self._finished.is_set():  # host 0 closes the store when all are done
                 self._all_done.set()
         self._left.set()
 
     def _exchange(self, store: Any) -> None:
-        """Write what there is to write, and read what others wrote, until a host fails or all are done."""
+        """Write this host's failure and read the others', until a host fails or all are done."""
         said_done = False
         while not self._all_done.is_set():
             if self._finished.is_set() and not said_done:

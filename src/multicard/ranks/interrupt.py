@@ -1,4 +1,4 @@
-"""Ctrl-C while another thread than the main one waits for ranks: Python tells the main thread alone."""
+"""Ctrl-C while a thread other than the main one waits for ranks: Python interrupts only the main thread."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import threading
 def reached_main_thread() -> bool:
     """Whether Ctrl-C has interrupted the main thread, which may now wait for the thread that asks.
 
-    It does so in leaving a block that was interrupted (``with ThreadPoolExecutor()``, ``asyncio.run``), where the
-    KeyboardInterrupt is still active, or at the interpreter's exit, once that has printed it.
+    It waits when it leaves an interrupted block (``with ThreadPoolExecutor()``, ``asyncio.run``), where the
+    KeyboardInterrupt is still active, or at the interpreter's exit, after the exception was printed.
     """
     main = threading.main_thread()
     if main is threading.current_thread() or main.ident is None:
@@ -23,7 +23,7 @@ def reached_main_thread() -> bool:
 
 
 def _is_leaving(thread: int) -> bool:
-    """Whether the thread is the interpreter's exit, which waits for all other threads."""
+    """Whether the thread is in the interpreter's exit, waiting for all other threads."""
     frame = sys._current_frames().get(thread)
     while frame is not None:
         if frame.f_code is threading._shutdown.__code__:  # type: ignore[attr-defined]

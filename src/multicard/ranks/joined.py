@@ -17,7 +17,7 @@ from multicard.ranks.settings import Settings
 
 
 class Joined:
-    """A :class:`multicard.ranks.crew.Crew` inside a job: nothing is started, functions run right here.
+    """A :class:`multicard.ranks.crew.Crew` inside a job: nothing is started; functions run in this process.
 
     Values by rank are exchanged as JSON and tensors, since nothing is unpickled from a socket.
     """
@@ -40,7 +40,7 @@ class Joined:
         )
 
     def run(self, fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-        """``fn(mesh, ...)`` here, and then two all-gathers over the world for everybody's value."""
+        """Run ``fn(mesh, ...)`` here; then two all-gathers over the world exchange all ranks' values."""
         return gather_values(self._call(fn, args, kwargs), self._mesh)
 
     def keep(self, key: int, fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[float]:
@@ -54,11 +54,11 @@ class Joined:
         self._shelf.pop(key, None)
 
     def stream(self, fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
-        """What this rank's own generator yields."""
+        """The items of this rank's own generator."""
         return self._call(fn, args, kwargs)
 
     def end(self, why: str | BaseException, grace: float = 0.0) -> None:
-        """Nothing: they end with the job."""
+        """Does nothing: the ranks end with the job."""
 
     def _call(self, fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         args, kwargs = self._shelf.resolve(args, kwargs)
@@ -66,10 +66,10 @@ class Joined:
 
 
 def gather_values(value: Any, mesh: ParallelMesh) -> list[Any]:
-    """Everybody's ``value`` by rank, with tensors on the CPU. Two all-gathers over the world: of sizes, and of bytes.
+    """All ranks' ``value`` by rank, with tensors on the CPU. Two all-gathers over the world: of sizes, and of bytes.
 
     Raises:
-        UnsupportedError: it isn't made of None, bool, int, float, str, list, tuple, dict with str keys, and tensors.
+        UnsupportedError: it has other types than None, bool, int, float, str, list, tuple, dict with str keys, tensors.
     """
     tensors: list[torch.Tensor] = []
     text = json.dumps(_plain(value, tensors)).encode()
@@ -101,7 +101,7 @@ def _plain(value: Any, tensors: list[torch.Tensor]) -> Any:
 
 
 def _value(part: torch.Tensor, length: int) -> Any:
-    """What one rank's bytes stand for: ``length`` of JSON, then its tensors' data in the order of the JSON."""
+    """One rank's value from its bytes: ``length`` bytes of JSON, then its tensors' data in the order of the JSON."""
     rest = part[length:]
 
     def build(plain: Any) -> Any:

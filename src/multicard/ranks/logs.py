@@ -1,4 +1,4 @@
-"""What ranks print: whole lines only, rank 0's on the console with its number in front, everybody's in files."""
+"""Ranks' output, in whole lines: rank 0's on the console with its number in front, every rank's in files."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Logs:
 
     Args:
         ranks: those on this host.
-        directory: a folder that gets one ``rank<n>.log`` for every rank, standard output and error in one; or None.
-        console: whose lines the caller's own standard output and error show: "rank0", "all" or "none".
-        mode: "w" for new files, "a" to go on with those that are there.
+        directory: a folder for one ``rank<n>.log`` a rank, with standard output and error together; or None.
+        console: which ranks' lines appear on the caller's standard output and error: "rank0", "all" or "none".
+        mode: "w" for new files, "a" to append to existing ones.
 
     Raises:
-        ConfigError: an unknown ``console``, a ``directory`` that can't be written to.
+        ConfigError: an unknown ``console``, or a ``directory`` that can't be written to.
     """
 
     def __init__(
@@ -52,13 +52,13 @@ class Logs:
             self._files[rank] = file
 
     def write(self, rank: int, is_error: bool, line: str) -> None:
-        """One line that a rank has printed. What can't be written is lost: that is no reason to end the job."""
+        """Write one line of a rank. A line that can't be written is dropped: that is no reason to end the job."""
         with contextlib.suppress(Exception):  # the disk is full
             if rank in self._files:
                 self._files[rank].write(line + "\n")
         if self._console == "all" or (self._console == "rank0" and rank == 0):
             stream = sys.stderr if is_error else sys.stdout
-            with contextlib.suppress(Exception):  # the console is closed, or anything that somebody put in its place
+            with contextlib.suppress(Exception):  # the console is closed, or its replacement raises
                 stream.write(f"[{rank}] {line}\n")
                 stream.flush()
 

@@ -1,4 +1,4 @@
-"""Pipes whose ends stay clear of standard input, output and error, also where this process has closed those."""
+"""Pipes with descriptors other than those of standard input, output and error, even if these are closed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def pipe(undo: contextlib.ExitStack) -> tuple[int, int]:
 
 
 def above_standard(fd: int, undo: contextlib.ExitStack) -> int:
-    """``fd``, moved where it is one of the first three; ``undo`` closes it."""
+    """``fd``, moved if it is one of the first three; ``undo`` closes it."""
     if fd < FIRST_FREE:
         fd, low = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, FIRST_FREE), fd
         os.close(low)
@@ -26,7 +26,7 @@ def above_standard(fd: int, undo: contextlib.ExitStack) -> int:
 
 
 def ready(fd: int, event: int, timeout: float | None) -> bool:
-    """Whether ``event`` is there within ``timeout`` seconds, for descriptors beyond 1023 too, unlike ``select``."""
+    """Whether ``event`` occurs within ``timeout`` seconds; unlike ``select``, also for descriptors beyond 1023."""
     poll = select.poll()
     poll.register(fd, event)
     return bool(poll.poll(None if timeout is None else timeout * 1000))

@@ -1,7 +1,7 @@
-"""A rank: a fresh process that joins its job and then does what its parent's pipe says. ``multicard.launch`` runs it.
+"""A rank: a process that joins its job and then runs the commands from its parent's pipe, see ``multicard.launch``.
 
-Two threads: this one does the work, the other reads commands all the time. So the rank ends when its parent does,
-whatever it is busy with, and can tell what it is busy with.
+It has two threads: this one does the work, the other reads commands all the time. So the rank ends when its parent
+does, whatever it is doing, and can always report what it is doing.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Rank:
         }
 
     def listen(self) -> None:
-        """Read commands until their pipe closes, as it does when the parent dies: then so do we, and our children."""
+        """Read commands until their pipe closes, as it does when the parent dies; then end this rank and children."""
         from multicard.ranks import wire
 
         reader = wire.Reader()
@@ -63,7 +63,7 @@ class Rank:
         os.killpg(0, signal.SIGKILL)
 
     def serve(self) -> None:
-        """Run one command after the other until told to exit."""
+        """Run one command after the other until one says to exit."""
         from multicard.ranks import failure
 
         number = int(os.environ["RANK"])
@@ -77,7 +77,7 @@ class Rank:
                 self._report(kind, message.call, None if value is _END else value)
             except BaseException as error:
                 self._report("error", message.call, failure.describe(error, number))
-            del message  # what a call was given and gave is the caller's, not ours to hold on to
+            del message  # don't hold on to a call's arguments and value
             value = None
 
     def _report(self, kind: str, call: int, value: Any = None) -> None:
@@ -97,7 +97,7 @@ class Rank:
     # commands
 
     def _start(self, message: wire.Message) -> None:
-        import multicard.collectives  # noqa: F401  the seconds that this takes are spent before ranks wait for each other
+        import multicard.collectives  # noqa: F401  takes seconds, so it is done before ranks wait for each other
 
     def _join(self, message: wire.Message) -> None:
         import torch.distributed as dist
@@ -154,19 +154,19 @@ class Rank:
 
 
 _END = object()
-"""What a generator that has ended gives."""
+"""Stands for the end of a generator."""
 
 
 def die_with_parent(parent: int) -> None:
-    """SIGKILL from the kernel when the thread that started us ends: it reaches even a stopped rank."""
+    """Have the kernel send SIGKILL when the thread that started this rank ends: it reaches even a stopped rank."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before that
+    if os.getppid() != parent:  # the parent died before this call
         os._exit(1)
 
 
 def _own_environment() -> None:
-    """Take back what only served to find multicard."""
+    """Remove settings that only served to find multicard."""
     path = os.environ.pop("MULTICARD_PYTHONPATH", "")
     os.environ.pop("PYTHONPATH", None)
     if path:
@@ -174,7 +174,7 @@ def _own_environment() -> None:
 
 
 def main(commands: int, reports: int) -> None:
-    """Be a rank that reads commands from one pipe and writes reports to the other."""
+    """Run as a rank that reads commands from one pipe and writes reports to the other."""
     faulthandler.enable()
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # lines are shown, and kept, as they come
     _own_environment()

@@ -1,4 +1,4 @@
-"""What ranks have answered and reported, and which have died: filled from events, read as a snapshot."""
+"""A record of ranks' answers, reports and deaths: filled from events, read as a snapshot."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Call:
     """A call under way, named ``label`` in errors.
 
     Attributes:
-        answers: of the ranks that have finished it well.
-        failures: of those that have raised in it.
-        moments: when each of both did so.
-        failure: what it has been judged to have failed with.
-        abandoned: nobody waits for it.
+        answers: of the ranks that have finished it without an error.
+        failures: of the ranks that have raised in it.
+        moments: when each rank answered or failed.
+        failure: the judged failure of the call.
+        abandoned: no thread waits for it any more.
     """
 
     label: str
@@ -40,7 +40,7 @@ class Record:
     """One job's calls and ranks.
 
     Attributes:
-        calls: those under way, by number.
+        calls: the calls under way, by number.
         broken: why the ranks were ended, or None.
     """
 
@@ -66,14 +66,14 @@ class Record:
         return number
 
     def forget_abandoned(self) -> None:
-        """Drop the calls that nobody waits for, once all ranks have finished them and failures have been judged."""
+        """Drop abandoned calls once all ranks have finished them and failures have been judged."""
         for number, call in list(self.calls.items()):
             judged = call.failure is not None or not call.failures
             if call.abandoned and judged and len(call.moments) == len(self._supervisor.processes):
                 del self.calls[number]
 
     def listen(self, seconds: float) -> None:
-        """Take what has happened to ranks; wait so long for the first of it."""
+        """Record events of ranks; wait up to so many seconds for the first."""
         try:
             event = self._supervisor.events.get(timeout=max(0.0, seconds))
             while True:
@@ -94,7 +94,7 @@ class Record:
                 self._supervisor.send(rank, wire.Message("inspect", 0), patience.ASK)
 
     def snapshot(self, call: Call, deadline: float = math.inf) -> Snapshot:
-        """What is known now. Which ranks are stopped is no event, and too slow to look at each time."""
+        """The current state. Stopped ranks give no event, and checking them every time would be too slow."""
         now = time.monotonic()
         if now > self._looked + patience.LOOP / 2:
             self._look_for_stopped()
@@ -135,7 +135,7 @@ class Record:
                 call.answers[rank] = message
 
     def _hear(self, rank: int, report: Report) -> None:
-        if report.moment < self._opened:  # the answer to a question of an earlier call
+        if report.moment < self._opened:  # the answer to a question asked in an earlier call
             return
         last = self._reports.get(rank)
         if last is None or (last.collective, last.entered) != (report.collective, report.entered):
@@ -149,6 +149,6 @@ class Record:
             self._stopped = {each.rank: self._stopped.get(each.rank, self._looked) for each in living if each.stopped}
 
     def _forget_reports(self) -> None:
-        """A call begins: ranks count as having been asked, and nobody has waited in it yet."""
+        """A call begins: ranks count as asked, and none has waited in a collective of it yet."""
         self._opened = self._asked = self._looked = time.monotonic()
         self._reports, self._unchanged, self._stopped, self._woken = {}, {}, {}, False

@@ -1,7 +1,7 @@
-"""The processes of one job as their parent sees them: started, listened to, ended; none is left behind.
+"""Supervising the processes of one job: they are started, read from and ended; none is left behind.
 
-One thread a job does all of it. It also *starts* the ranks, because Linux ties the parent-death signal of a child that
-isn't forked by a server to the thread that made it.
+Each job has one thread for all of this. It also *starts* the ranks, because Linux ties the parent-death signal of a
+child that isn't forked by a server to the thread that made it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from multicard.ranks.starter import ForkServer
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """Something that happened to a rank: a message from it, or its end (``message`` None)."""
+    """An event of a rank: a message from it, or its end (``message`` None)."""
 
     rank: int
     message: wire.Message | None = None
@@ -35,10 +35,9 @@ class Event:
 
 
 class Supervisor:
-    """Starts a rank for each of ``environments`` (by rank), and puts what happens to them in ``events``.
+    """Starts a rank for each of ``environments`` (by rank), and puts their events in ``events``.
 
-    ``server`` forks them if it is there. A rank that ends without being told to takes the others with it, whatever the
-    caller is busy with.
+    ``server``, if given, forks them. If a rank ends unexpectedly, all others are ended, whatever the caller is doing.
 
     Attributes:
         events: messages and deaths, in the order in which they happened.
@@ -57,7 +56,7 @@ class Supervisor:
         self.processes: dict[int, RankProcess] = {}
         self._logs, self._server, self._start_timeout = logs, server, start_timeout
         self._deadline: float | None = None  # the moment of SIGKILL
-        self._lock = threading.Lock()  # held to write to ranks and to close: a closed descriptor's number is reused
+        self._lock = threading.Lock()  # held while writing to ranks and closing: a closed descriptor's number is reused
         self._wake_read, self._wake_write = os.pipe()
         self._started: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         self._thread = threading.Thread(
@@ -74,7 +73,7 @@ class Supervisor:
             raise error
 
     def send(self, rank: int, message: wire.Message, patience: float) -> None:
-        """Write ``message`` to the rank; given up once it is dead, or takes nothing for ``patience`` seconds."""
+        """Write ``message`` to the rank; stops if it is dead, or reads nothing for ``patience`` seconds."""
         process = self.processes[rank]
         deadline = time.monotonic() + patience
         for part in message.encode():
@@ -93,7 +92,7 @@ class Supervisor:
                     ready(process.commands, select.POLLOUT, 0.05)
 
     def end(self, grace: float = GRACE) -> None:
-        """End all ranks: told so on their pipes, and SIGKILL after ``grace`` seconds. Returns when all are gone."""
+        """End all ranks: by a command, and by SIGKILL after ``grace`` seconds. Returns when all are gone."""
         with self._lock:
             moment = time.monotonic() + grace
             self._deadline = moment if self._deadline is None else min(moment, self._deadline)
@@ -103,11 +102,11 @@ class Supervisor:
         if threading.current_thread() is self._thread:
             return
         self._thread.join(max(0.0, moment - time.monotonic()) + 1.0)
-        if self._thread.is_alive():  # it can't print: the console or the disk takes no more
+        if self._thread.is_alive():  # a blocked print: the console or the disk takes no more
             for process in self.processes.values():
                 process.kill()
 
-    # what the supervising thread does
+    # the supervising thread
 
     def _run(self, environments: Mapping[int, dict[str, str]]) -> None:
         error = None
@@ -151,11 +150,11 @@ class Supervisor:
                 self.processes[rank] = RankProcess(rank, env, self._server, wait)
             except CollectiveTimeout:  # an OSError too
                 raise
-            except OSError as error:  # no more descriptors (ulimit -n) or processes (ulimit -u), say
+            except OSError as error:  # for example no more descriptors (ulimit -n) or processes (ulimit -u)
                 raise RankError(f"rank {rank} can't be started: {error}", rank=rank) from error
 
     def _await(self, fd: int, deadline: float) -> bool:
-        """Wait until ``fd`` can be read; False where that takes too long.
+        """Wait until ``fd`` is readable; False if that takes too long.
 
         Raises:
             RankError: :meth:`end` was called meanwhile.
@@ -200,7 +199,7 @@ class Supervisor:
         return True
 
     def _listen(self, process: RankProcess, fd: int) -> bool:
-        """Read what is there; False at its end."""
+        """Read available data; False at the end of the pipe."""
         if fd == process.reports:
             messages, more = process.read_reports()
             for message in messages:
@@ -215,8 +214,8 @@ class Supervisor:
             self._logs.write(process.rank, fd == process.stderr, line)
 
     def _bury(self, process: RankProcess) -> None:
-        """Wait for a rank that has ended; what it said last comes before its end."""
-        process.kill()  # what it started, while its number can't be anybody else's
+        """Wait for a rank that has ended; its last messages come before the event of its end."""
+        process.kill()  # its children, while its process id can't be reused
         for fd in (process.reports, process.stdout, process.stderr):
             while ready(fd, select.POLLIN, 0) and self._listen(process, fd):
                 pass

@@ -61,7 +61,7 @@ class Group:
         """Map the group's memory. Runs once, before the first operation."""
         if self._closed:
             raise RankError("this process group is shut down", rank=self.ranks[self.rank])
-        with torch.inference_mode(False):  # the views made here are also used outside an inference mode of the first call
+        with torch.inference_mode(False):  # the views made here are also used outside an inference mode
             segment, peers = self._handshake.complete(self.timeout)
             sync = Sync(segment, self.rank, peers, self.ranks, self.timeout, progress_all)
             self._messages = Messages(segment, sync)
@@ -162,7 +162,7 @@ class Group:
 
     @guarded
     def reduce_scatter(self, out: Tensor, parts: Sequence[Tensor], op: str = "sum") -> None:
-        """``parts`` are contributions to every rank; ``out`` gets those to this one, combined. Sizes may differ by rank."""
+        """``parts`` are contributions by rank; ``out`` gets all ranks' to this one, combined. Sizes may differ."""
         sizes = self._check_parts("reduce_scatter", out, parts)
         reductions.check(op, out.dtype)
         with Flat(out) as flat:
@@ -250,7 +250,7 @@ class Group:
         check(*sends, *receives)
         for peer, tensors in ((to, sends), (source, receives)):
             if tensors and (peer == self.rank or not 0 <= peer < self.size):
-                raise UnsupportedError(f"group rank {self.rank} of {self.size} can't exchange messages with group rank {peer}")
+                raise UnsupportedError(f"group rank {self.rank} of {self.size} can't reach group rank {peer}")
         sync = self.sync or self._attach()
         if sync.error is not None:
             raise sync.again()
