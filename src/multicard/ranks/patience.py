@@ -34,7 +34,7 @@ class Patience:
     first_look: float = 0.02
 
 
-SCRIPT_OTHERS = 0.1  # ``others`` for ``multicard run``, which ends all ranks at the first failure: its cause may be reported last
+SCRIPT_OTHERS = 0.1  # ``others`` for ``multicard run``, where one failure ends all ranks; the cause may come last
 LOOP = 1.0  # between two checks of Ctrl-C, other hosts and stopped ranks, which give no event
 ASK = 0.1  # to write a question into a rank's pipe: it is short, so a full pipe means that the rank doesn't read
 GRACE = 0.3  # for ranks to end by themselves once one has died or the job is closed, so that they can report errors

@@ -1,12 +1,12 @@
 """Point-to-point messages: one channel of pieces for every ordered pair of ranks.
 
-A sender copies a message into free cells when it is sent, so that ``isend`` returns at once and the message is there
-before the receiver asks (up to DEPTH · CELL bytes; the rest follows whenever either side waits for anything). There is
-no background thread: a rank that waits moves its own messages along. The lowest free cell is taken, so short messages,
-and long ones whose receiver keeps up, stay in cache, and memory is only used to the depth that a program needs.
+A sender copies a message into free cells when it is sent, so ``isend`` returns at once and the message is available
+before the receive is called (up to DEPTH · CELL bytes; the rest follows whenever either side waits for anything). There
+is no background thread: a waiting rank moves its own messages. The lowest free cell is used, so short messages, and
+long ones with a receiver that keeps up, stay in cache, and memory is used only to the depth that a program needs.
 
-Messages between two ranks match in order for each tag, as in MPI; one that comes before its receive, while another tag
-is waited for, is kept aside.
+Messages between two ranks match in order for each tag, as in MPI. A message that arrives before its receive, while
+another tag is awaited, is stored separately.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from multicard.backends.shm.segment import CELL, DEPTH, ENTRY, POSTED, TABLE, TA
 from multicard.backends.shm.tensor import VIEWS, Flat, check_writable, plain
 
 BURST = 2
-"""Cells that one end moves in a row: where both ranks send and receive, what is sent is taken while it is in cache."""
+"""Cells that one end moves in a row: if both ranks send and receive, cells are then taken while they are in cache."""
 
 
 class Transfer:
-    """A message on its way: a tensor that is sent, or that receives.
+    """A message under way: a tensor to send, or to receive into.
 
-    One that fits a cell is copied as it is, whatever its strides; a longer one as bytes in one dimension.
+    A tensor that fits a cell is copied directly, whatever its strides; a longer one as bytes in one dimension.
     """
 
     __slots__ = ("_flat", "bytes", "complete", "done", "long", "nbytes", "peer", "receives", "tag", "tensor")

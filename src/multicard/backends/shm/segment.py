@@ -37,8 +37,8 @@ WINDOW = 1 << 20
 CELL = 1 << 18
 DEPTH = 32
 
-# a row: the flag, alone on its line; who holds the row, how it failed, whom it waits for, and what it calls in even and
-# in odd steps; then where in its window the part for each rank is, for even and odd steps
+# a row: the flag, alone on its line; the rank's process id, how it failed, which rank it waits for, and its calls in
+# even and odd steps; then the place of each rank's part in its window, for even and odd steps
 PID, FAILED, WAITING, CALL = (LINE // WORD + i for i in (0, 1, 2, 4))
 PARTS = 2 * LINE // WORD
 POSTED, TAKEN, TABLE = 0, LINE // WORD, 2 * LINE // WORD  # a channel's words

@@ -117,7 +117,7 @@ class PipelineFolder:
             raise CheckpointError(f"{self.path}: no such folder; download a pipeline first with `hf download NAME`")
         file = self.path / INDEX
         if not file.is_file():
-            raise CheckpointError(f"{self.path}: no {INDEX} there, so it isn't a diffusers pipeline")
+            raise CheckpointError(f"{self.path}: no {INDEX}, so it isn't a diffusers pipeline")
         return read_json(self.path, INDEX)
 
     def _check_class(self, name: Any) -> None:
@@ -146,7 +146,7 @@ class PipelineFolder:
             return
         if any(any(folder.glob(pattern)) for pattern in PICKLED):
             raise UnsupportedError(f"{folder} holds pickled weights only, which can run code: convert to safetensors")
-        raise CheckpointError(f"{folder}: no safetensors weights there")
+        raise CheckpointError(f"{folder}: no safetensors weights in it")
 
     def _check_variant(self, names: list[str]) -> None:
         """Check that each component has the requested variant or plain weights, and at least one has the variant."""

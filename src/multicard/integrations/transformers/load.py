@@ -42,7 +42,7 @@ def build(
     from transformers import AutoConfig, GenerationConfig
 
     if not (pathlib.Path(path) / "config.json").is_file():
-        raise CheckpointError(f"{path}: no config.json there; download a checkpoint first with `hf download NAME`")
+        raise CheckpointError(f"{path}: no config.json in it; download a checkpoint first with `hf download NAME`")
     try:
         config, unknown = AutoConfig.from_pretrained(
             path, local_files_only=True, trust_remote_code=False, return_unused_kwargs=True, **overrides
