@@ -248,7 +248,7 @@ def test_token_ids_may_be_arrays_and_nothing_else_is_taken_for_a_prompt(checkpoi
         assert [g.token_ids for g in llm.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3)] == [expected]
         assert llm.logits(torch.tensor([1, 2])).shape[0] == 2
         for wrong in ([True], [1.0], None, 5, b"x", [[1.5]]):
-            with pytest.raises(ConfigError, match="is no prompt"):
+            with pytest.raises(ConfigError, match="is not a prompt"):
                 llm.generate(wrong)
         with pytest.raises(ConfigError, match="takes a list of token ids"):
             llm.logits("hi")

@@ -145,7 +145,7 @@ def test_other_points_are_told(run_on):
         return str(caught.value)
 
     for message in run_on(at_points, ulysses=3, tp=1):
-        assert "ranks 0 and 1 are at different points: a forward, and a step" in message
+        assert "ranks 0 and 1 are at different points: a forward and a step" in message
 
 
 def test_replicas_may_differ(run_on):

@@ -1,7 +1,7 @@
 """Transformer inference on several cards at once.
 
-The public names are those of ``__init__.pyi``; each is imported when it is first used, so ``import multicard`` costs
-nothing and does nothing.
+``__init__.pyi`` lists the public names. Each is imported when it is first used, so ``import multicard`` is fast and has
+no side effects.
 """
 
 import lazy_loader

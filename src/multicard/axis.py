@@ -1,4 +1,4 @@
-"""One axis of the mesh: who a rank talks to."""
+"""One axis of the mesh: which ranks a rank communicates with."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""What ranks say to each other: a dozen short functions on an :class:`~multicard.axis.Axis`.
+"""Communication between ranks: a dozen short functions on an :class:`~multicard.axis.Axis`.
 
-On an axis of size 1 each is the identity. Sizes may differ between ranks: the caller passes everybody's (from
-``partition``), so none is spent on asking. Shared-memory groups are called directly, which saves a decode step's small
-messages half their time and takes uneven sizes as they are. Other groups go through torch.distributed's in-place calls
-(eager functional collectives cost ten times as much each); Dynamo rewrites those under ``torch.compile``.
+On an axis of size 1 each is the identity. Sizes may differ between ranks: the caller passes every rank's (from
+``partition``), so no collective is needed to learn them. Shared-memory groups are called directly, which halves the
+time of a decode step's small messages and needs no padding for uneven sizes. Other groups go through
+torch.distributed's in-place calls (eager functional collectives cost ten times as much each), which Dynamo rewrites
+under ``torch.compile``.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 HALF = (torch.float16, torch.bfloat16)
 
-# the name since torch 2.13, and before
+# its name since torch 2.13, and the older one
 _all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
@@ -36,7 +37,7 @@ def _shm(axis: Axis) -> Group | None:
 
 
 def all_reduce(x: Tensor, axis: Axis, op: str = "sum") -> Tensor:
-    """Everybody's ``x`` combined; the result may be ``x`` itself, overwritten. One all-reduce.
+    """Every rank's ``x`` combined; the result may be ``x`` itself, overwritten. One all-reduce.
 
     Half types are added in float32: by shm itself and by accelerators' backends, through a copy elsewhere (gloo).
     """
@@ -55,11 +56,11 @@ def all_reduce(x: Tensor, axis: Axis, op: str = "sum") -> Tensor:
 
 
 def all_gather(x: Tensor, axis: Axis, dim: int = 0, sizes: Sequence[int] | None = None) -> Tensor:
-    """Everybody's ``x``, concatenated in rank order along ``dim``. One all-gather.
+    """Every rank's ``x``, concatenated in rank order along ``dim``. One all-gather.
 
     Args:
-        x: equal on all ranks but for ``dim``.
-        sizes: every rank's length along ``dim``; None: all have this rank's.
+        x: of the same shape on all ranks, except along ``dim``.
+        sizes: every rank's length along ``dim``; None: all have this rank's length.
     """
     if axis.size == 1:
         return x
@@ -76,7 +77,7 @@ def all_gather(x: Tensor, axis: Axis, dim: int = 0, sizes: Sequence[int] | None 
 
 
 def _gather_flat(x: Tensor, counts: list[int], axis: Axis) -> Tensor:
-    """Every rank's elements, as many as ``counts`` says, one rank's after the other's."""
+    """Every rank's elements, ``counts`` of them, in rank order."""
     shm = _shm(axis)
     if shm is not None:
         out = x.new_empty(sum(counts))
@@ -86,7 +87,7 @@ def _gather_flat(x: Tensor, counts: list[int], axis: Axis) -> Tensor:
             shm.all_gather(out.split_with_sizes(counts), x)
         return out
     longest = max(counts)
-    if x.numel() < longest:  # other backends gather one size, and shares differ by a row at most
+    if x.numel() < longest:  # other backends gather one size, and sizes differ by one row at most
         x = torch.cat([x, x.new_zeros(longest - x.numel())])
     out = x.new_empty(axis.size * longest)
     if longest:
@@ -99,7 +100,7 @@ def _gather_flat(x: Tensor, counts: list[int], axis: Axis) -> Tensor:
 def all_to_all(
     x: Tensor, axis: Axis, send_sizes: Sequence[int] | None = None, receive_sizes: Sequence[int] | None = None
 ) -> Tensor:
-    """Slice j of this rank's rows goes to rank j; what arrives is concatenated in rank order. One all-to-all.
+    """Slice j of this rank's rows goes to rank j; received slices are concatenated in rank order. One all-to-all.
 
     Args:
         x: ``(rows, ...)``; slices are along dim 0.
@@ -122,7 +123,7 @@ def all_to_all(
 
 
 def broadcast(x: Tensor, axis: Axis, source: int = 0) -> Tensor:
-    """``x`` of the axis's rank ``source``, on every rank (written into ``x``, same shape everywhere). One broadcast."""
+    """The ``x`` of rank ``source`` of the axis, written into every rank's ``x`` (of the same shape). One broadcast."""
     if axis.size == 1:
         return x
     x = x.contiguous()
@@ -135,7 +136,7 @@ def broadcast(x: Tensor, axis: Axis, source: int = 0) -> Tensor:
 
 
 def barrier(axis: Axis) -> None:
-    """Wait until every rank of the axis is here."""
+    """Wait until every rank of the axis has called this."""
     if axis.size > 1:
         dist.barrier(group=axis.group)
 
@@ -143,8 +144,8 @@ def barrier(axis: Axis) -> None:
 class RingShift:
     """Tensors passed to the next rank of an axis while this one computes.
 
-    ``start`` posts the sends to rank+1 and the receives from rank-1 and returns at once; ``wait`` returns what arrived.
-    Point to point, one message a tensor each way. The tensors sent stay as they are until ``wait``.
+    ``start`` posts the sends to rank+1 and the receives from rank-1 and returns at once; ``wait`` returns the received
+    tensors. Each tensor is one point-to-point message each way. Sent tensors must not be changed before ``wait``.
     """
 
     def __init__(self, axis: Axis) -> None:
@@ -153,7 +154,7 @@ class RingShift:
         self._works: list[dist.Work] = []
 
     def start(self, tensors: Sequence[Tensor], shapes: Sequence[Sequence[int]] | None = None) -> None:
-        """Send ``tensors`` on; ``shapes`` are those of what rank-1 sends (None: the same as these)."""
+        """Send ``tensors`` to rank+1; ``shapes`` are those that rank-1 sends (None: the shapes of ``tensors``)."""
         shapes = [t.shape for t in tensors] if shapes is None else shapes
         if self.axis.size == 1:
             self._received = list(tensors)
@@ -172,7 +173,7 @@ class RingShift:
         self._works = dist.batch_isend_irecv(list(calls)) if sends or receives else []
 
     def wait(self) -> list[Tensor]:
-        """What rank-1 sent, in order."""
+        """The tensors from rank-1, in order."""
         for work in self._works:
             work.wait()
         self._works = []
@@ -183,5 +184,5 @@ def _check_sizes(name: str, mine: int, sizes: Sequence[int], axis: Axis) -> None
     if len(sizes) != axis.size or sizes[axis.rank] != mine:
         raise ConfigError(
             f"{name}: sizes={tuple(sizes)} on rank {axis.rank} of {axis.size}, which holds {mine}: "
-            "pass the length on every rank, in rank order"
+            "pass every rank's length, in rank order"
         )

@@ -9,21 +9,21 @@ from multicard.errors import ConfigError
 from multicard.values import did_you_mean, is_whole
 
 AXES = ("dp", "cfg", "ring", "ulysses", "tp")
-"""Mesh axes, outermost first: the axis that talks most has the closest ranks."""
+"""Mesh axes, outermost first: the axis that communicates most has the closest ranks."""
 
 
 @dataclasses.dataclass(frozen=True, init=False)
 class ParallelConfig:
     """The degree of every mesh axis.
 
-    ``rank = (((dp·CFG + cfg)·RING + ring)·ULYSSES + ulysses)·TP + tp``. TP is innermost because it talks twice a
-    layer and so wants the shortest links; data parallel is outermost because it never talks within a request.
+    ``rank = (((dp·CFG + cfg)·RING + ring)·ULYSSES + ulysses)·TP + tp``. TP is innermost because it communicates twice
+    a layer and so needs the fastest links; data parallel is outermost because it never communicates within a request.
 
     Args:
         dp: replicas of everything below, each serving its own requests.
         cfg: branches of classifier-free guidance.
-        ring: sequence parallel by keys and values that travel in a ring (arXiv 2310.01889).
-        ulysses: sequence parallel by exchanging sequence for heads (arXiv 2309.14509).
+        ring: sequence parallel by sending keys and values around a ring (arXiv 2310.01889).
+        ulysses: sequence parallel by exchanging a shard of the sequence for a shard of the heads (arXiv 2309.14509).
         tp: tensor parallel (arXiv 1909.08053).
 
     Raises:
@@ -46,7 +46,7 @@ class ParallelConfig:
 
     @property
     def world_size(self) -> int:
-        """Ranks in all: the product of the degrees."""
+        """Number of ranks: the product of the degrees."""
         return math.prod(self.degrees.values())
 
     @property

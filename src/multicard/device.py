@@ -14,7 +14,7 @@ DEVICES = ("cpu", "cuda", "npu", "xpu")
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """The device asked for, or the best one here. Raises ConfigError where it isn't available."""
+    """The requested device, or this machine's best one. Raises ConfigError if it isn't available."""
     if importlib.util.find_spec("torch_npu"):
         import torch_npu  # noqa: F401  registers the "npu" device
     if device == "auto":
@@ -26,12 +26,12 @@ def pick_device(device: str = "auto") -> torch.device:
     if kind not in DEVICES:
         raise ConfigError(f"device={device!r}: must be auto, {', '.join(DEVICES)}")
     if kind != "cpu" and not (hasattr(torch, kind) and getattr(torch, kind).is_available()):
-        raise ConfigError(f"device={device!r}: this machine has none that torch {torch.__version__} can use; try cpu")
+        raise ConfigError(f"device={device!r}: torch {torch.__version__} has no such device on this machine; try cpu")
     return torch.device(device)
 
 
 def rank_device(device: str = "auto") -> torch.device:
-    """This rank's own card: its local rank's, counted from 0."""
+    """This rank's own card: the one with the number of its local rank."""
     picked = pick_device(device)
     if picked.type == "cpu" or picked.index is not None:
         return picked

@@ -30,7 +30,7 @@ OURS = {
     "generator": "seed= gives every rank the same one",
     "return_dict": "the output's fields are attributes",
 }
-"""Arguments of pipelines that this one sets itself, and what to use instead."""
+"""Pipeline arguments that DiffusionPipeline sets itself, and what to use instead."""
 
 
 class DiffusionOutput(types.SimpleNamespace):
@@ -48,15 +48,15 @@ class DiffusionPipeline(Session):
         cfg: ranks over guidance branches.
         ring, ulysses: ranks that share image tokens.
         tp: ranks that share every layer of the denoiser.
-        dp: replicas, which share a list of prompts.
+        dp: replicas, over which a list of prompts is divided.
         dtype: "auto" (as diffusers loads it), "float32", "bfloat16", "float16".
-        variant: the part of weight files' names that tells several sets apart, "fp16" say.
+        variant: the part of the weight files' names that selects one of several sets, for example "fp16".
         trust_remote_code: whether Python files in the folder may run; as in diffusers.
-        progress: show each request's steps on standard error; None: on a terminal.
-        options: how ranks are started, as :func:`multicard.launch`'s.
+        progress: show each request's steps on standard error; None: only on a terminal.
+        options: how ranks are started, as for :func:`multicard.launch`.
 
     Raises:
-        ConfigError, UnsupportedError, CheckpointError: before a rank starts where the folder and the degrees tell.
+        ConfigError, UnsupportedError, CheckpointError: before a rank starts, if the folder and the degrees show it.
     """
 
     def __init__(
@@ -86,21 +86,22 @@ class DiffusionPipeline(Session):
         self._parameters: list[str] = self._run(_parameters)[0]
 
     def __call__(self, *args: Any, seed: int = 0, **kwargs: Any) -> DiffusionOutput:
-        """Run the pipeline: its own arguments, but ``seed`` instead of a generator.
+        """Run the pipeline with its own arguments, except that ``seed`` replaces a generator.
 
         Args:
-            args, kwargs: the pipeline's. A list of prompts is shared out over the replicas of dp; the pictures are the
-                same as with dp=1. Functions (``callback_on_step_end``) run on every rank, in a copy of their own: what
-                they return or change in the pipeline counts, rank 0 prints, and the caller's variables stay.
-            seed: the noise is that of ``generator=torch.Generator().manual_seed(seed)`` in one process, at all degrees.
+            args, kwargs: the pipeline's. A list of prompts is divided over the replicas of dp; the pictures are the
+                same as with dp=1. Functions (``callback_on_step_end``) are copied to every rank and run there: their
+                return values and changes to the pipeline take effect, only rank 0 prints, and the caller's variables
+                don't change.
+            seed: the noise is that of ``generator=torch.Generator().manual_seed(seed)`` in one process, at any degrees.
 
         Returns:
-            the output's fields, brought here from rank 0 (with dp, from each replica's first rank).
+            the output's fields, on the CPU, from rank 0 (with dp, from each replica's first rank).
 
         Raises:
-            ConfigError: an argument that the pipeline doesn't have, a seed that isn't one, no steps or no pixels.
-            UnsupportedError: with dp, a list of prompts for a pipeline whose noise can't be shared out.
-            the pipeline's own exception for values that it refuses, or a callback's; the ranks live on.
+            ConfigError: an argument that the pipeline doesn't have, an invalid seed, no steps or no pixels.
+            UnsupportedError: with dp, a list of prompts for a pipeline whose noise can't be divided over replicas.
+            the pipeline's own exception for values that it refuses, or a callback's; the ranks stay in use.
         """
         ranks = self._living()
         arguments = self._named(args, kwargs)
@@ -113,22 +114,22 @@ class DiffusionPipeline(Session):
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """Names of the arguments that a request may have, in the pipeline's order, beside ``seed``."""
+        """Names of the arguments that a request may have besides ``seed``, in the pipeline's order."""
         return tuple(name for name in self._parameters if name not in OURS)
 
     def _named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         names = self.parameters
         if len(args) > len(names):
-            raise ConfigError(f"{len(args)} arguments, and the pipeline takes {len(names)}: {', '.join(names)}")
+            raise ConfigError(f"{len(args)} arguments: the pipeline takes at most {len(names)}: {', '.join(names)}")
         named = dict(zip(names, args, strict=False))
         for name in kwargs:
             if name in OURS:
-                raise ConfigError(f"{name}: not here; {OURS[name]}")
+                raise ConfigError(f"{name}: not accepted here; {OURS[name]}")
             if name not in names:
                 hint = did_you_mean(name, names) or f": it takes {', '.join(names)}"
                 raise ConfigError(f"the pipeline has no argument {name!r}{hint}")
             if name in named:
-                raise ConfigError(f"{name} is given twice: by its place and by its name")
+                raise ConfigError(f"{name} is given twice: by position and by keyword")
         return named | dict(kwargs)
 
 

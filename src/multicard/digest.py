@@ -1,8 +1,8 @@
-"""A value as text and tensors, and both as numbers: equal on two ranks if and only if the value is.
+"""Hashes of arbitrary values: equal on two ranks if and only if the values are, up to hash collisions.
 
-In main memory the hash is XXH3. On a card tensors are hashed where they are, by multilinear hashing of their 32-bit
-words modulo 2^64 (Lemire and Kaser, arXiv 1202.4961): two different tensors of one shape are taken for the same with a
-probability of 2^-32.
+A value is decomposed into text and tensors. In main memory the hash is XXH3. Tensors on a card are hashed there, by
+multilinear hashing of their 32-bit words modulo 2^64 (Lemire and Kaser, arXiv 1202.4961): two different tensors of one
+shape have the same hash with a probability of 2^-32.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ NUMPY_HAS = frozenset(
 )
 
 WINDOW = 1 << 15
-"""Words that a card multiplies at once; the sums of longer tensors' windows are hashed in turn."""
+"""Words that a card multiplies at once. A longer tensor is hashed window by window, and then the sums are hashed."""
 
 
 @dataclasses.dataclass
 class Description:
-    """A value taken apart: all that isn't in a tensor as text, and the tensors in order."""
+    """A decomposed value: everything that isn't in a tensor as text, and the tensors in order."""
 
     parts: list[str] = dataclasses.field(default_factory=list)
     tensors: list[Tensor] = dataclasses.field(default_factory=list)
 
     def hash_here(self, *more: str) -> int:
-        """A signed 64-bit number, of the text, of ``more``, and of the tensors in main memory."""
+        """The hash of the text, of ``more``, and of the tensors in main memory: a signed 64-bit number."""
         hasher = xxhash.xxh3_64("\x1f".join((*more, *self.parts)).encode("utf-8", "surrogatepass"))
         for t in self.tensors:
             if t.is_cpu:
@@ -47,12 +47,12 @@ class Description:
         return number - (1 << 63)
 
     def hash_there(self) -> Tensor | None:
-        """A 0-dimensional int64 on their card, of the tensors that are on one; None without."""
+        """The hash of the tensors on a card: a 0-dimensional int64 there; None if there are none."""
         hashes = [hash_tensor(t) for t in self.tensors if not t.is_cpu]
         return hash_tensor(torch.stack(hashes)) if hashes else None
 
     def summary(self) -> str:
-        """For people: at most 90 characters, and a tensor's first numbers."""
+        """A description to read: at most 90 characters, with a tensor's first numbers."""
         words = " ".join(self.parts)
         for t in self.tensors[:1]:
             words += f" starting with {t.flatten()[:3].tolist()}"
@@ -60,14 +60,14 @@ class Description:
 
 
 def describe(value: Any) -> Description:
-    """``value`` taken apart. What isn't known counts by its class, a function by its name, a device by its kind."""
+    """``value`` decomposed: objects of unknown types by their class, functions by name, devices by type."""
     found = Description()
     _describe(value, found)
     return found
 
 
 def hash_tensor(t: Tensor) -> Tensor:
-    """A 0-dimensional int64 on the tensor's device, of its bytes in order; not of its shape or dtype."""
+    """The hash of a tensor's bytes in order, not of its shape or dtype: a 0-dimensional int64 on its device."""
     words = _words(t)
     while True:
         if len(words) > WINDOW and len(words) % WINDOW:
@@ -80,7 +80,7 @@ def hash_tensor(t: Tensor) -> Tensor:
 
 
 def _buffer(t: Tensor) -> Any:
-    """The memory of a tensor on the CPU, in the order of its numbers."""
+    """The memory of a tensor on the CPU, in the order of its elements."""
     t = t.detach().contiguous()
     return (t if t.dtype in NUMPY_HAS else _bytes(t)).numpy()
 
@@ -93,7 +93,7 @@ def _bytes(t: Tensor) -> Tensor:
 
 
 def _words(t: Tensor) -> Tensor:
-    """``(n,)`` int32: the bytes of ``t``, with zeros to a whole number of words."""
+    """``(n,)`` int32: the bytes of ``t``, padded with zeros to a whole number of words."""
     data = _bytes(t)
     if len(data) % 4 or data.storage_offset() % 4:
         data = torch.nn.functional.pad(data, (0, -len(data) % 4)).clone()
@@ -103,7 +103,7 @@ def _words(t: Tensor) -> Tensor:
 @functools.cache
 def _multipliers(device: torch.device) -> Tensor:
     numbers = np.random.Generator(np.random.PCG64(20261124)).integers(-(1 << 63), (1 << 63) - 1, WINDOW)
-    with torch.inference_mode(False):  # they outlive whatever mode their first user is in
+    with torch.inference_mode(False):  # cached, so also used outside the inference mode of the first call
         return torch.from_numpy(numbers).to(device)
 
 

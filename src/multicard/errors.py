@@ -3,10 +3,10 @@
 MulticardError
 ├── ConfigError (ValueError)               invalid input: a flag, a degree, a config's value
 ├── UnsupportedError (NotImplementedError) refused by name, with what to do instead
-├── CheckpointError (ValueError)           a checkpoint's files are missing, cut, damaged or of the wrong shape
-└── RankError (RuntimeError)               a rank failed, and which
+├── CheckpointError (ValueError)           a checkpoint's files are missing, truncated, damaged or of the wrong shape
+└── RankError (RuntimeError)               a rank failed; says which
     ├── CollectiveTimeout (TimeoutError)   a rank did not arrive at a collective in time
-    └── MismatchError                      ranks disagree about the collective they are in
+    └── MismatchError                      ranks disagree about a collective, or were given different inputs
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class CheckpointError(MulticardError, ValueError):
 class RankError(MulticardError, RuntimeError):
     """A rank failed.
 
-    Attributes (None where it doesn't apply):
+    Attributes (None if not applicable):
         rank: the rank that failed first.
         signal: the number of the signal that killed it.
         collective: the collective that ranks were in.
@@ -62,4 +62,4 @@ class CollectiveTimeout(RankError, TimeoutError):
 
 
 class MismatchError(RankError):
-    """Ranks entered different collectives, or the same one with different arguments."""
+    """Ranks entered different collectives, or one with different arguments, or were given different inputs."""

@@ -17,12 +17,12 @@ from multicard.errors import ConfigError, UnsupportedError
 from multicard.place import Place, checking, place
 from multicard.rendezvous import host_store, interface_to
 
-DEFAULT_TIMEOUT = 60.0  # seconds; where a script doesn't ask for another, `multicard run --timeout` says
+DEFAULT_TIMEOUT = 60.0  # seconds; `multicard run --timeout` replaces it unless a script asks for another
 ACCELERATOR_BACKENDS = {"cuda": "nccl", "npu": "hccl", "xpu": "xccl"}
 
 
 def pick_backend(backend: str, device: torch.device, one_host: bool = True) -> str:
-    """torch.distributed's backend string: what was asked for, or shm or gloo beside the card's own."""
+    """torch.distributed's backend string: the requested one, or shm or gloo, together with the card's own backend."""
     if backend == "auto":
         backend = os.environ.get("MULTICARD_BACKEND", "auto")
     if device.type != "cpu":
@@ -36,7 +36,7 @@ def pick_backend(backend: str, device: torch.device, one_host: bool = True) -> s
 
 
 def pick_timeout(timeout: float) -> float:
-    """What was asked for; where that is the default, what ``multicard run --timeout`` said."""
+    """The requested timeout; if that is the default, the one given to ``multicard run --timeout``."""
     return timeout if timeout != DEFAULT_TIMEOUT else float(os.environ.get("MULTICARD_TIMEOUT", timeout))
 
 
@@ -59,7 +59,7 @@ def join(world_size: int, *, backend: str = "auto", device: str = "auto", timeou
     actual = dist.get_world_size() if dist.is_initialized() else here.world_size if here else 1
     if actual != world_size:
         raise ConfigError(
-            f"the mesh needs {world_size} ranks and this job has {actual}: their product must be the world size"
+            f"the mesh needs {world_size} ranks and this job has {actual}: the degrees' product must be the world size"
         )
     if dist.is_initialized():
         return
@@ -75,7 +75,7 @@ def join(world_size: int, *, backend: str = "auto", device: str = "auto", timeou
 
 
 def _register(name: str) -> None:
-    """Import what registers the backend, if it is ours."""
+    """Import the module that registers the backend, if it is one of ours."""
     if "shm" in name:
         import multicard.backends.shm
     if "checked_gloo" in name:
@@ -88,7 +88,7 @@ def _register(name: str) -> None:
 
 
 def _confine(here: Place) -> None:
-    """Have gloo listen only on the interface that leads to the store, loopback on one host, unless told otherwise."""
+    """Make gloo listen only on the interface that leads to the store (loopback on one host), unless one is set."""
     if "GLOO_SOCKET_IFNAME" not in os.environ:
         os.environ["GLOO_SOCKET_IFNAME"] = interface_to("127.0.0.1" if here.one_host else here.address)
 

@@ -1,7 +1,7 @@
 """Start ranks on this host and run functions on them.
 
-The caller is never a rank: each rank is a child process, started fresh, that gets its functions by cloudpickle on a
-pipe. So closures, notebooks, threads and unguarded scripts work, and whatever happens to a rank, its caller learns it.
+The caller is never a rank: each rank is a new child process that receives its functions by cloudpickle through a pipe.
+So closures, notebooks, threads and unguarded scripts work, and the caller learns of whatever happens to a rank.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def launch(
 
     Raises:
         the first failing rank's own exception, with a note that names the rank, from :class:`RankError`.
-        RankError: a rank died (by a signal, say) or raised what can't be pickled.
+        RankError: a rank died (from a signal, for example) or raised an exception that can't be pickled.
         CollectiveTimeout: a rank did not arrive at a collective within ``timeout``.
         MismatchError: with ``check``, ranks disagreed about a collective.
     """
@@ -51,14 +51,14 @@ class Ranks:
     """Ranks kept alive between calls; a context manager.
 
     Inside a job (torchrun, ``multicard run``, srun) none are started: every rank of the job makes the same calls, and
-    functions run in it. There, values have to be tensors, numbers, strings, lists, tuples or dicts.
+    functions run in the job's ranks. There, values must be tensors, numbers, strings, lists, tuples or dicts.
 
-    A call that fails alike on every rank, a refused prompt say, leaves them as they were. A rank that dies, hangs or
-    fails alone ends them all: further calls raise at once, and :meth:`restart` starts new ones.
+    After a call that fails in the same way on every rank, as when all refuse a prompt, the ranks stay in use. If a rank
+    dies, hangs or fails alone, all are ended: further calls raise at once, and :meth:`restart` starts new ones.
 
     Args:
         config: the mesh; its ``world_size`` is the number of processes.
-        options: as :func:`launch`'s.
+        options: as for :func:`launch`.
 
     Raises:
         ConfigError: an option that doesn't exist, or a value outside its limits.
@@ -82,7 +82,7 @@ class Ranks:
 
     @property
     def told(self) -> bool:
-        """Whether a call has raised because the ranks ended. After a rank dies while idle, the next call does."""
+        """Whether a call has raised because the ranks ended. If a rank dies while idle, the next call raises."""
         return self._crew.told
 
     @property
@@ -106,9 +106,9 @@ class Ranks:
         Pass the Kept as an argument of ``run``, ``keep`` or ``stream``. :meth:`restart` makes the value again.
 
         Args:
-            fn: may be a generator function, which yields the share done, from 0 to 1, as often on every rank, and whose
-                value is what it returns.
-            progress: called with each share that rank 0 yields.
+            fn: may be a generator function that yields the fraction done, from 0 to 1, equally often on every rank; the
+                value is then its return value.
+            progress: called with each fraction that rank 0 yields.
         """
         kept = Kept(next(self._keys))
         self._make(kept, fn, args, kwargs, progress)
@@ -117,28 +117,28 @@ class Ranks:
         return kept
 
     def stream(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[Any]:
-        """Iterate over what rank 0's ``fn(mesh, *args, **kwargs)``, a generator function run on every rank, yields.
+        """Run the generator function ``fn(mesh, *args, **kwargs)`` on every rank; iterate over the items of rank 0.
 
-        Ranks work on one item ahead of the caller. Leaving the iterator early closes every rank's generator after the
-        same item. Other calls may come in between.
+        Ranks compute one item ahead of the caller. Closing the iterator early closes every rank's generator after the
+        same item. Other calls may be made in between.
         """
         return self._crew.stream(fn, args, kwargs)
 
     def restart(self, progress: Callable[[float], None] | None = None) -> None:
-        """End the ranks, start new ones, and make again what they kept; ``progress`` as for :meth:`keep`.
+        """End the ranks, start new ones, and make their kept values again; ``progress`` as for :meth:`keep`.
 
         Raises:
             UnsupportedError: inside a job, whose ranks are its launcher's.
         """
         if not isinstance(self._crew, Children):
-            raise UnsupportedError("restart() inside a job: its ranks are its launcher's; start the job again")
+            raise UnsupportedError("restart() inside a job: a launcher started its ranks; start the job again")
         self.close()
         self._settings = dataclasses.replace(self._settings, log_mode="a")
         self._crew = self._start()
         try:
             for kept, (fn, args, kwargs) in sorted(self._kept.items(), key=lambda item: item[0].key):
                 self._make(kept, fn, args, kwargs, progress)
-        except BaseException:  # ranks without what they kept would answer with errors of their own
+        except BaseException:  # without their kept values the ranks would fail in later calls
             self.close()
             raise
 

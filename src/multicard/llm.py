@@ -36,11 +36,11 @@ class Generation:
     """An answer.
 
     Attributes:
-        text: the new tokens' text, special tokens left out; None without a tokenizer.
-        token_ids: the new tokens, the one that ended it included.
+        text: the new tokens' text, without special tokens; None without a tokenizer.
+        token_ids: the new tokens, including the end token.
         prompt_tokens: how many tokens the prompt had.
-        timings: of the batch that it was part of, in seconds: "prefill" (to the first token), "decode" (the others),
-            and "tokens_per_second" of decoding, for each prompt.
+        timings: of the whole batch, in seconds: "prefill" (to the first token) and "decode" (the others), and
+            "tokens_per_second" of decoding, for each prompt.
     """
 
     text: str | None
@@ -52,7 +52,7 @@ class Generation:
 class LLM(Session):
     """A checkpoint's decoder on several ranks; a context manager.
 
-    Llama, Mistral, Qwen2 and Qwen3 run on our own decoder, others by ``transformers``; ``engine`` says which.
+    Llama, Mistral, Qwen2 and Qwen3 run on our own decoder, others through ``transformers``; ``engine`` says which.
 
     Each rank reads its own part of the checkpoint. Requests, failures, restarts and jobs: see
     :class:`~multicard.session.Session`.
@@ -61,15 +61,15 @@ class LLM(Session):
         path: a Hugging Face checkpoint folder with safetensors.
         tp: ranks that share every layer.
         ring, ulysses: ranks that share the sequence and its cache.
-        dp: replicas, which share a list of prompts.
+        dp: replicas, over which a list of prompts is divided.
         dtype: "auto" (the checkpoint's), "float32", "bfloat16", "float16".
         verify: compare the files with SHA256SUMS in their folder first.
-        progress: show a bar on standard error while loading; None: on a terminal.
-        options: how ranks are started, as :func:`multicard.launch`'s.
+        progress: show a bar on standard error while loading; None: only on a terminal.
+        options: how ranks are started, as for :func:`multicard.launch`.
 
     Raises:
-        ConfigError, UnsupportedError, CheckpointError: before a rank starts where the folder and the degrees tell;
-            ConfigError where a shard doesn't fit in memory, naming the degree that would.
+        ConfigError, UnsupportedError, CheckpointError: before a rank starts, if the folder and the degrees show it;
+            ConfigError if a shard doesn't fit in memory, naming a degree at which it would.
     """
 
     def __init__(
@@ -115,13 +115,13 @@ class LLM(Session):
         """Answer a prompt, or each of a list of them (of any lengths) as one batch.
 
         Args:
-            prompts: text, token ids or chat messages; or a list of such.
-            max_new_tokens: new tokens for each at most; the end of the model's context ends it too.
-            temperature: 0 takes the likeliest token (the lowest id of equal ones).
+            prompts: text, token ids or chat messages; or a list of these.
+            max_new_tokens: at most so many new tokens for each; an answer also ends at the end of the model's context.
+            temperature: 0 takes the likeliest token (of equally likely ones the lowest id).
             top_k, top_p, seed: see :class:`multicard.models.sampling.Sampling`. The same seed gives the same tokens at
                 every degree.
-            ignore_eos: go on after a token that ends an answer.
-            raw: no chat template: go on from the text.
+            ignore_eos: continue after an end token.
+            raw: use no chat template: continue the text itself.
 
         Returns:
             a :class:`Generation`, or a list of them for a list.
@@ -153,10 +153,10 @@ class LLM(Session):
         ignore_eos: bool = False,
         raw: bool = False,
     ) -> Iterator[str]:
-        """The same answer as :meth:`generate`'s, in pieces of text as they come; dropping the iterator ends it.
+        """The same answer as from :meth:`generate`, in pieces of text as they are generated; drop the iterator to stop.
 
         Raises:
-            ConfigError: at once, before the first piece, as :meth:`generate`; and without a tokenizer.
+            ConfigError: at the call, before the first piece, as for :meth:`generate`; also without a tokenizer.
         """
         if self.tokenizer is None:
             raise ConfigError(f"{self.path} has no tokenizer.json to stream text with: use generate")
@@ -176,7 +176,7 @@ class LLM(Session):
         if _is_ids(prompt):
             return list(prompt)
         if not isinstance(prompt, str) and not _is_chat(prompt):
-            raise ConfigError(f"{prompt!r} is no prompt: text, a list of token ids, or chat messages")
+            raise ConfigError(f"{prompt!r} is not a prompt: give text, a list of token ids, or chat messages")
         if self.tokenizer is None:
             raise ConfigError(f"{self.path} has no tokenizer.json: give the prompt as token ids")
         return self.tokenizer.encode(prompt, raw)
@@ -192,7 +192,7 @@ class LLM(Session):
 
 @dataclasses.dataclass
 class _Loaded:
-    """What a rank keeps. All ranks are given the same requests, those of dp too."""
+    """What a rank keeps. All ranks are given the same requests, also those of different replicas."""
 
     model: Any
     report: LoadReport
@@ -200,7 +200,7 @@ class _Loaded:
 
 
 def _check_folder(path: pathlib.Path, degrees: ParallelConfig) -> tuple[Any, str]:
-    """The decoder's config and whose decoder it is: ours or, for architectures that ours isn't, transformers'."""
+    """The decoder's config, and which library runs it: transformers runs architectures that our decoder lacks."""
     try:
         return check_folder(path, degrees), "multicard"
     except UnsupportedError as refusal:
@@ -215,7 +215,7 @@ def _check_folder(path: pathlib.Path, degrees: ParallelConfig) -> tuple[Any, str
 
 
 def _check_with_transformers(path: pathlib.Path, degrees: ParallelConfig) -> Any:
-    """Its warnings are held back: where it fails, the error says why."""
+    """The config of a model that transformers runs. Its warnings are hidden: if it fails, the error says why."""
     from transformers.utils import logging
 
     from multicard.integrations.transformers.llm import check_folder as check_transformers
@@ -254,7 +254,7 @@ def _generate(mesh: ParallelMesh, loaded: _Loaded, request: Request) -> tuple[li
 
 
 def _stream(mesh: ParallelMesh, loaded: _Loaded, request: Request) -> Iterator[int]:
-    # Every data-parallel replica computes it: the others have nothing else to do.
+    # Every data-parallel replica computes the stream: the others have nothing else to do.
     loaded.replicas.compare("LLM.stream", vars(request))
     for step in decoding.generate(loaded.model, request):
         yield step[0]  # type: ignore[misc]
@@ -266,7 +266,7 @@ def _logits(mesh: ParallelMesh, loaded: _Loaded, token_ids: list[int]) -> torch.
 
 
 def _plain(prompts: Any) -> Any:
-    """Tensors and arrays of token ids as lists of Python's ints."""
+    """Tensors and arrays of token ids as lists of Python ints."""
     if hasattr(prompts, "tolist"):
         return prompts.tolist()
     return [_plain(part) for part in prompts] if isinstance(prompts, list | tuple) else prompts
@@ -281,5 +281,5 @@ def _is_chat(prompt: Any) -> bool:
 
 
 def _is_list(prompts: Any) -> bool:
-    """Whether these are several prompts, and not one of text, token ids or messages."""
+    """Whether these are several prompts, rather than a single one of text, token ids or messages."""
     return isinstance(prompts, list) and not _is_ids(prompts) and not _is_chat(prompts)

@@ -1,4 +1,4 @@
-"""Which ranks talk to which: the mesh, made of axes. Numbers come from ``ParallelConfig``, groups live here."""
+"""Which ranks communicate: the mesh, made of axes. ``ParallelConfig`` has the numbers; the groups are made here."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class ParallelMesh:
         tp, ulysses, ring, cfg, dp: the axes.
         sequence: ring x ulysses as one axis; its rank is ``ring·ULYSSES + ulysses`` and names the slice held.
         world: all ranks as one axis.
-        device_mesh: the same as torch's own mesh, for code that wants one; None with one rank.
-        compares_inputs: whether ranks compare what they are given (see :mod:`multicard.replica`).
+        device_mesh: the same mesh as a torch ``DeviceMesh``, for code that takes one; None with one rank.
+        compares_inputs: whether ranks compare their inputs (see :mod:`multicard.replica`).
     """
 
     config: ParallelConfig
@@ -59,7 +59,7 @@ def single(device: str | torch.device = "cpu") -> ParallelMesh:
 
 _meshes: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[ParallelConfig, ParallelMesh]] = (
     weakref.WeakKeyDictionary()
-)  # a memo, not state: a process group can carry one set of sub-groups per config, and asking again must not make more
+)  # a cache, not state: a process group has one set of sub-groups per config, and a second call must not make more
 
 
 def init_mesh(
@@ -72,8 +72,8 @@ def init_mesh(
 ) -> ParallelMesh:
     """Join the job that this process is a rank of, and return its mesh; called again, the same mesh.
 
-    Runs inside a rank: under ``torchrun``, ``multicard run``, SLURM, or where ``torch.distributed`` is initialised
-    already. Outside any job it is refused, unless the config is one rank. Collective: every rank must call it.
+    Runs inside a rank: under ``torchrun``, ``multicard run``, SLURM, or once ``torch.distributed`` is initialised.
+    Outside any job it is refused, unless the config has one rank. Collective: every rank must call it.
 
     Args:
         config: the degrees; None means those given to ``multicard run``, or one rank outside any job.
@@ -81,11 +81,11 @@ def init_mesh(
             ``torch.distributed`` knows.
         device: "auto", "cpu", "cuda", "npu", "xpu".
         timeout: seconds that one collective may wait.
-        compare_inputs: whether the ranks that work on one request compare what each was given before they use it.
-            MULTICARD_COMPARE_INPUTS=0 leaves it out too.
+        compare_inputs: whether the ranks that work on one request compare their inputs before they use them.
+            MULTICARD_COMPARE_INPUTS=0 turns it off too.
 
     Raises:
-        ConfigError: no job to join, or one whose world size isn't the config's.
+        ConfigError: there is no job to join, or its world size isn't the config's.
     """
     config = config or config_from_environment() or ParallelConfig()
     if not dist.is_initialized() and not in_job():

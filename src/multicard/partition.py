@@ -1,6 +1,6 @@
-"""Which rows are mine: the only place that answers it. Pure functions on integers; a share is a ``range``.
+"""Which rows belong to which rank: decided only here, by pure functions on integers. A span is a ``range``.
 
-Every rank computes everybody's share from the same integers, so no collective is ever spent on asking for sizes.
+Every rank computes all ranks' spans from the same integers, so no collective is needed to learn sizes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ ORDERS = ("contiguous", "zigzag")
 
 
 def split(size: int, parts: int) -> tuple[range, ...]:
-    """``size`` rows in ``parts`` contiguous shares, the first ``size mod parts`` one longer; shares may be empty."""
+    """``size`` rows in ``parts`` contiguous spans, the first ``size mod parts`` one longer; spans may be empty."""
     if size < 0 or parts < 1:
         raise ConfigError(f"can't split {size} rows in {parts} parts: sizes are 0 or more, parts 1 or more")
     short, longer = size // parts, size % parts  # not divmod, which Dynamo doesn't trace
@@ -36,8 +36,8 @@ class HeadShard:
         query: this rank's query heads, global numbers.
         kv: the key/value heads that they attend to, global numbers. Neighbouring ranks may hold the same one.
         segments: ``(query heads, kv heads)`` in local numbers, each with the same number of query heads for every
-            key/value head, so that one grouped-query kernel call computes it. One segment where the rank's share is
-            uniform; at most three otherwise (a group's end, whole groups, a group's start).
+            key/value head, so that one grouped-query kernel call computes it. One segment if the rank's groups are
+            equal; at most three otherwise (the end of a group, whole groups, the start of a group).
     """
 
     query: range
@@ -79,7 +79,7 @@ def _head_shard(query: range, group: int) -> HeadShard:
 
 
 def split_sequence(seq_len: int, parts: int, order: str = "contiguous") -> tuple[tuple[range, ...], ...]:
-    """For every rank the spans of positions that it holds, in the order in which it holds them.
+    """Every rank's spans of positions, in the order in which it holds them.
 
     ``contiguous``: one span a rank. ``zigzag``: ``2·parts`` pieces by the same rule; rank i holds pieces i and
     ``2·parts-1-i``, which gives every rank the same causal work. Empty spans are left out.
@@ -101,7 +101,7 @@ def sequence_sizes(seq_len: int, parts: int, order: str = "contiguous") -> tuple
 
 
 def merge_spans(spans: Sequence[range]) -> tuple[range, ...]:
-    """Neighbouring spans joined, empty ones dropped, order kept: the fewest slices that read the same rows."""
+    """The fewest spans that read the same rows in the same order: adjacent ones joined, empty ones dropped."""
     merged: list[range] = []
     for span in spans:
         if not span:

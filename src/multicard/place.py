@@ -1,4 +1,4 @@
-"""Where a launcher (``multicard run``, torchrun, srun) put this process, and what else it said."""
+"""Where a launcher (``multicard run``, torchrun, srun) put this process, and the launcher's other settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Place:
 
     Attributes:
         rank, world_size: among all ranks.
-        local_rank, local_world_size: among this host's.
+        local_rank, local_world_size: among this host's ranks.
         address, port: of the job's store.
         hosts_store: rank 0 has to host the store: no launcher does.
         store: the descriptor of a file that is the store, which ranks of one host inherit from multicard.
@@ -61,7 +61,7 @@ def _torch_place() -> Place:
 
 
 def slurm_store() -> tuple[str, int]:
-    """Where a SLURM job's store is unless MASTER_ADDR and MASTER_PORT say: its first node, a port by its number."""
+    """A SLURM job's store: on its first node, at a port from the job id, unless MASTER_ADDR and MASTER_PORT are set."""
     first = re.match(r"[^,\[]+(\[\d+)?", os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1"))
     address = first.group().replace("[", "") if first else "127.0.0.1"
     port = 20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 10000
@@ -88,7 +88,7 @@ def in_job() -> bool:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that speaks: a job's rank 0, or no rank at all."""
+    """Whether this process is the one that prints: a job's rank 0, or a process outside any job."""
     here = place()
     return here is None or here.rank == 0
 
@@ -105,7 +105,7 @@ def checking() -> bool:
 
 
 def comparing() -> bool:
-    """Whether ranks compare what they are given: unless MULTICARD_COMPARE_INPUTS=0."""
+    """Whether ranks compare their inputs: unless MULTICARD_COMPARE_INPUTS=0."""
     return _switch("MULTICARD_COMPARE_INPUTS", "1")
 
 

@@ -1,4 +1,4 @@
-"""Progress bars on standard error: of loading, and of a pipeline's steps, which rank 0 shows and the caller copies."""
+"""Progress bars on standard error: for loading, and for a pipeline's steps, copied by the caller from rank 0."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from multicard.mesh import ParallelMesh
 
 @contextlib.contextmanager
 def loading_bar(wanted: bool | None, label: str) -> Iterator[Callable[[float], None]]:
-    """Gives a function that shows the share done, from 0 to 1; nothing is shown where that isn't ``wanted`` (None: on a
+    """Gives a function that shows the fraction done, from 0 to 1. Shows nothing unless ``wanted`` (None: only on a
     terminal)."""
     if not (sys.stderr.isatty() if wanted is None else wanted):
         yield lambda share: None
@@ -32,7 +32,7 @@ def loading_bar(wanted: bool | None, label: str) -> Iterator[Callable[[float], N
 
 @contextlib.contextmanager
 def steps_shown(pipe: Any, mesh: ParallelMesh, bar: str | bool) -> Iterator[None]:
-    """The pipeline's own progress bar on rank 0, written into the pipe ``bar``; True: on this rank's own terminal."""
+    """The pipeline's own progress bar on rank 0, written to the named pipe ``bar``; True: to this rank's terminal."""
     if mesh.rank or not bar:
         pipe.set_progress_bar_config(disable=True)
         yield
@@ -48,14 +48,14 @@ def steps_shown(pipe: Any, mesh: ParallelMesh, bar: str | bool) -> Iterator[None
 
 @contextlib.contextmanager
 def steps_bar(wanted: bool) -> Iterator[str | None]:
-    """A named pipe whose text is copied to standard error, with the terminal's width; None where it isn't wanted."""
+    """A named pipe, copied to standard error, and the terminal's width: ``path:columns``. None if not ``wanted``."""
     if not wanted:
         yield None
         return
     with tempfile.TemporaryDirectory(prefix="multicard-") as folder:
         path = os.path.join(folder, "steps")
         os.mkfifo(path)
-        reader = os.open(path, os.O_RDWR | os.O_NONBLOCK)  # a writer of our own: no end of file between two others
+        reader = os.open(path, os.O_RDWR | os.O_NONBLOCK)  # writable too: no end of file between two writers
         done = threading.Event()
         copier = threading.Thread(target=_copy, args=(reader, done), name="multicard-progress", daemon=True)
         copier.start()
@@ -68,7 +68,7 @@ def steps_bar(wanted: bool) -> Iterator[str | None]:
 
 
 def _copy(reader: int, done: threading.Event) -> None:
-    """What comes out of ``reader`` to standard error, until ``done`` and empty."""
+    """Copy text from ``reader`` to standard error until ``done`` is set and the pipe is empty."""
     while True:
         last = done.is_set()
         if select.select([reader], [], [], 0.0 if last else 0.05)[0]:

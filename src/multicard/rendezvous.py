@@ -25,7 +25,7 @@ def host_store(timeout: float, address: str, port: int) -> Any:
         listener = socket.create_server((address, port), backlog=512)
     except OSError as error:
         raise ConfigError(
-            f"can't listen on {address}:{port}: {error.strerror}; host 0 names an address of its own"
+            f"can't listen on {address}:{port}: {error.strerror}; on host 0 give one of its own addresses"
         ) from None
     with listener:
         return dist.TCPStore(
@@ -45,10 +45,10 @@ def free_port() -> int:
 
 
 def interface_to(address: str) -> str:
-    """The network interface on the way to ``address``: the only one that ranks need to listen on.
+    """The network interface that leads to ``address``: the only one that ranks need to listen on.
 
     Raises:
-        ConfigError: there is no way to it.
+        ConfigError: there is no route to it.
     """
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # connecting a datagram socket sends nothing
@@ -56,12 +56,12 @@ def interface_to(address: str) -> str:
             mine = probe.getsockname()[0]
     except OSError as error:
         raise ConfigError(
-            f"no way to {address}: {error.strerror or error}; name host 0 by an address of its own"
+            f"no route to {address}: {error.strerror or error}; give one of host 0's own addresses"
         ) from None
     for name, addresses in psutil.net_if_addrs().items():
         if any(_same(each.address, mine) for each in addresses if each.family == socket.AF_INET):
             return name
-    raise ConfigError(f"no network interface has {mine}, this machine's address towards {address}: name one")
+    raise ConfigError(f"no network interface has {mine}, this machine's address towards {address}: name an interface")
 
 
 def _same(one: str, other: str) -> bool:

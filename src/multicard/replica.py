@@ -1,8 +1,8 @@
-"""The ranks that work on one request, and what must be equal on all of them: compared exactly before it is used.
+"""The ranks that work on one request compare their inputs, exactly, before using them.
 
-Where they compare is called a *point*: a request's arrival, a model's forward, a scheduler's step. Each rank hashes all
-that it was given there, on the device that holds it, and one all-reduce of three numbers a rank on each axis
-tells every rank whether all have the same. Only where they differ are descriptions exchanged.
+They compare at *points*: a request's arrival, a model's forward, a scheduler's step. Each rank hashes all its inputs,
+each on its own device, and one all-reduce of three numbers a rank on each axis tells every rank whether all inputs are
+the same. Descriptions are exchanged only if they differ.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from multicard.errors import MismatchError, RankError
 from multicard.mesh import ParallelMesh
 
 PAGE = 4096
-"""Bytes for each rank's description of its inputs, exchanged only once ranks differ."""
+"""Bytes for each rank's description of its inputs, exchanged only if ranks differ."""
 
 
 class Status(enum.IntEnum):
@@ -39,11 +39,11 @@ class Status(enum.IntEnum):
 
 
 class Replica:
-    """The ranks of cfg × ring × ulysses × tp, as they compare what each was given.
+    """The ranks of cfg × ring × ulysses × tp, which compare their inputs.
 
     Args:
-        mesh: whose ranks.
-        whole_mesh: also over dp, for what all replicas are given alike.
+        mesh: this rank's mesh.
+        whole_mesh: also compare over dp, for inputs that all replicas must share.
     """
 
     def __init__(self, mesh: ParallelMesh, *, whole_mesh: bool = False) -> None:
@@ -56,13 +56,13 @@ class Replica:
         """Raise on every rank unless all are at ``point`` with equal ``inputs``. One small all-reduce an axis.
 
         Args:
-            point: where this is, in words.
-            inputs: by name: numbers, strings, tensors, arrays, pictures, generators, and containers of them. An
-                object of any other class counts by its class, a function by its name.
+            point: a description of this point, for the error.
+            inputs: by name: numbers, strings, tensors, arrays, pictures, generators, and containers of them. Objects
+                of any other class are compared by class, functions by name.
 
         Raises:
-            MismatchError: naming the inputs that differ, and what ranks have.
-            RankError: another rank raised instead of coming here.
+            MismatchError: names the inputs that differ, and their values on two ranks.
+            RankError: another rank raised before it reached this point.
         """
         if not self.compares or not self.axes or torch.compiler.is_compiling():
             return
@@ -78,7 +78,7 @@ class Replica:
                 raise self._disagreement(point, inputs)
 
     def same_noise(self) -> None:
-        """Give every rank the first one's default random generators. One broadcast of 5 KB an axis and device."""
+        """Copy the first rank's default random generator states to all. One broadcast of 5 KB an axis and device."""
         for device in {torch.device("cpu"), self.device}:
             module = torch if device.type == "cpu" else torch.get_device_module(device)
             state = module.get_rng_state()
@@ -100,7 +100,7 @@ class Replica:
         return tree_map_only(Tensor, share, tree)
 
     def _disagreement(self, point: str, inputs: Mapping[str, Any]) -> MismatchError:
-        """What every rank has, in words. One all-gather of a page an axis."""
+        """The error, with descriptions of every rank's inputs. One all-gather of ``PAGE`` bytes a rank an axis."""
         rank = dist.get_rank() if dist.is_initialized() else 0
         told = {name: _tell(value) for name, value in inputs.items()}
         pages = _page(rank, point, told).to(self.device)[None]
@@ -112,12 +112,12 @@ class Replica:
 def say(
     axis: Axis, device: torch.device, status: Status, number: int, on_device: Tensor | None = None
 ) -> list[list[int]]:
-    """Everybody's status and two numbers, by rank. One all-reduce of 24 bytes a rank, all others' places zero.
+    """Every rank's status and two numbers, by rank. One all-reduce of 24 bytes a rank, with zeros for other ranks.
 
-    It is as long wherever ranks say something: one that has raised is heard at whichever point the others are.
+    It has the same size at every point, so a rank that has raised can report it whichever point the others are at.
 
     Raises:
-        RankError: a rank says that it has raised; not on a rank that says so itself.
+        RankError: another rank reports that it has raised, and this one doesn't.
     """
     words = torch.tensor([[0, 0, 0]] * axis.rank + [[status, number, 0]] + [[0, 0, 0]] * (axis.size - axis.rank - 1))
     words = words.to(device)
@@ -136,14 +136,14 @@ def _is_fake(axis: Axis) -> bool:
 
 
 def _tell(value: Any) -> list[Any]:
-    """A value's hash and what it is, shortly."""
+    """A value's hash and its summary."""
     found = describe(value)
     there = found.hash_there()
     return [f"{found.hash_here()} {0 if there is None else int(there)}", found.summary()]
 
 
 def _page(rank: int, point: str, told: Mapping[str, Sequence[Any]]) -> Tensor:
-    """As JSON of ``PAGE`` bytes; where that is too little, without words, and at last without hashes."""
+    """A rank's inputs as JSON of ``PAGE`` bytes; if they don't fit, without summaries, and then without hashes."""
     for inputs in (told, {name: [digest, ""] for name, (digest, _) in told.items()}, {}):
         text = json.dumps({"rank": rank, "point": point[:500], "inputs": inputs}).encode()
         if len(text) <= PAGE:
@@ -156,7 +156,7 @@ def _explain(pages: Sequence[Mapping[str, Any]]) -> MismatchError:
     odd = next((page for page in pages if (page["point"], page["inputs"]) != (first["point"], first["inputs"])), first)
     if odd["point"] != first["point"]:
         return MismatchError(
-            f"ranks {first['rank']} and {odd['rank']} are at different points: {first['point']}, and {odd['point']}; "
+            f"ranks {first['rank']} and {odd['rank']} are at different points: {first['point']} and {odd['point']}; "
             "every rank must make the same calls with the same arguments",
             rank=odd["rank"],
         )

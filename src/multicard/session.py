@@ -1,4 +1,4 @@
-"""Ranks that have loaded something and answer requests with it: what ``LLM`` and ``DiffusionPipeline`` share."""
+"""Ranks that have loaded a model and serve requests: the common base of ``LLM`` and ``DiffusionPipeline``."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from multicard.launch import Ranks
 from multicard.ranks.settings import Options
 
 Bar = Callable[[], contextlib.AbstractContextManager[Callable[[float], None]]]
-"""A progress bar: entered while something is loaded, it gives a function that shows the share done, from 0 to 1."""
+"""A progress bar: a context manager for the time of loading; gives a function that shows the fraction done (0 to 1)."""
 
 
 class Session:
-    """Ranks are started and each loads its part; they wait for requests until :meth:`close`. A context manager.
+    """Starts ranks, each of which loads its part; they serve requests until :meth:`close`. A context manager.
 
-    A request that is refused leaves the ranks as they are. Should one die, the request under way or else the next one
-    raises :class:`~multicard.errors.RankError`, and the one after that starts them again. Inside a job (torchrun,
-    ``multicard run``) the job's own ranks are used, and every rank makes every call.
+    After a refused request the ranks stay in use. If a rank dies, the current request, or if there is none the next
+    one, raises :class:`~multicard.errors.RankError`, and the request after that starts new ranks. Inside a job
+    (torchrun, ``multicard run``) the job's own ranks are used, and every rank makes every call.
 
     Args:
         degrees: the mesh.
         options: how ranks are started.
-        load: ``load(mesh, *args)`` runs on every rank, and what it returns stays there. A generator function yields
-            the share done before it returns.
-        bar: shown while it loads.
+        load: ``load(mesh, *args)`` runs on every rank, and its value stays there. A generator function yields the
+            fraction done before it returns.
+        bar: shown while the ranks load.
     """
 
     def __init__(
@@ -67,18 +67,18 @@ class Session:
         self.close()
 
     def _after_loading(self) -> None:
-        """What a subclass asks of its ranks once they have loaded."""
+        """Called once the ranks have loaded, for subclasses."""
 
     def _run(self, fn: Callable[..., Any], *args: Any) -> list[Any]:
-        """``fn(mesh, what was loaded, *args)`` on every rank: values by rank."""
+        """``fn(mesh, loaded, *args)`` on every rank: values by rank."""
         return self._living().run(fn, self._loaded, *args)
 
     def _stream(self, fn: Callable[..., Any], *args: Any) -> Iterator[Any]:
-        """What rank 0's generator ``fn(mesh, what was loaded, *args)`` yields."""
+        """The items of rank 0's generator ``fn(mesh, loaded, *args)``."""
         return self._living().stream(fn, self._loaded, *args)
 
     def _living(self) -> Ranks:
-        """The ranks, restarted if they have ended and a request has raised because of it."""
+        """The ranks, restarted if they have ended and a request has raised for it."""
         if self._closed:
             raise ConfigError(f"this {type(self).__name__} is closed: make another")
         if not self._ranks.alive and self._ranks.told:

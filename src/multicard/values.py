@@ -1,4 +1,4 @@
-"""Values that callers give: is a number whole and within its limits, and what may a misspelt name have meant?"""
+"""Checks of callers' values: whole numbers within limits, and suggestions for misspelt names."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ def is_whole(value: Any, least: int | None = None, most: int | None = None) -> b
 
 
 def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """``; did you mean 'ulysses'?`` to end an error with; empty where nothing in ``known`` is alike."""
+    """``; did you mean 'ulysses'?`` as the end of an error; empty if nothing in ``known`` is similar."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return f"; did you mean {close[0]!r}?" if close else ""

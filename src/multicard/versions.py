@@ -1,6 +1,6 @@
-"""Other people's libraries: the versions that the tests ran with, and what is installed here.
+"""Other libraries: the versions that the tests ran with, and the versions installed here.
 
-pyproject.toml's lower bounds, ``multicard info`` and docs/versions.md follow this table; a test holds them together.
+pyproject.toml's lower bounds, ``multicard info`` and docs/versions.md follow this table; a test checks that they agree.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class Tested(NamedTuple):
     name: str
     lowest: str
     newest: str
-    promised: str = ""  # pyproject.toml's bound, where it is older than what could be tried
+    promised: str = ""  # pyproject.toml's bound, if it is older than the lowest version that could be tested
 
 
 TABLE = (
@@ -47,7 +47,7 @@ def installed(name: str) -> str | None:
 
 
 def describe(name: str) -> str:
-    """What is installed beside what was tested: ``transformers 5.24.0; tested: 5.21.0 to 5.24.0``."""
+    """The installed version and the tested ones: ``transformers 5.24.0; tested: 5.21.0 to 5.24.0``."""
     version = installed(name)
     here = f"{name} {version}" if version else f"{name} isn't installed"
     tested = BY_NAME.get(name)
@@ -57,7 +57,7 @@ def describe(name: str) -> str:
 
 
 def untested(name: str) -> str | None:
-    """How the installed version lies outside those tested (it still runs); None where it lies within."""
+    """How the installed version is outside the tested range (it still runs); None if it is within."""
     version, tested = installed(name), BY_NAME.get(name)
     if version is None or tested is None:
         return None

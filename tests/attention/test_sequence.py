@@ -52,4 +52,4 @@ def test_what_does_not_fit_is_refused(run_on):
         except mc.errors.ConfigError as error:
             return str(error)
 
-    assert all("pass the length on every rank" in text for text in run_on(message, ring=2))
+    assert all("pass every rank's length" in text for text in run_on(message, ring=2))

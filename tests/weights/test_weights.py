@@ -89,7 +89,7 @@ FAULTS = {
     "tensor missing": (lambda f: change_tensors(f, lambda t: t.pop(TENSOR)), f"no tensor '{TENSOR}'"),
     "tensor too many": (
         lambda f: change_tensors(f, lambda t: t.update({"model.layers.0.mlp.down_proj.bias": torch.zeros(48)})),
-        "no place for its tensor 'model.layers.0.mlp.down_proj.bias'",
+        "has no tensor 'model.layers.0.mlp.down_proj.bias'",
     ),
 }
 

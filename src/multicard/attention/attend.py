@@ -43,33 +43,33 @@ def attend(
     joint_key_mask: Tensor | None = None,
     schedule: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(q·kᵀ·scale + mask)·v over a sequence whose rows are spread over ``mesh.sequence``.
+    """softmax(q·kᵀ·scale + mask)·v over a sequence that is sharded over ``mesh.sequence``.
 
-    What the ranks return, gathered, equals attention over the whole sequence on one card. Rows with nothing to attend
-    to give zeros. For inference: a backward raises. Collective over ``mesh.sequence``: every rank calls it alike.
+    The ranks' outputs, gathered, equal attention over the whole sequence on one card. Rows with nothing to attend to
+    give zeros. For inference: a backward raises. Collective over ``mesh.sequence``: every rank makes the same call.
 
-    Collectives: Ulysses two all-to-alls (four where tensors are large); ring, point to point, one message a tensor and
-    step; one all-gather for each of ``key_mask``, ``kv_positions`` and ``joint`` where given.
+    Communication: for Ulysses two all-to-alls (four if tensors are large); for a ring one point-to-point message a
+    tensor and step; one all-gather for each given one of ``key_mask``, ``kv_positions`` and ``joint``.
 
     Args:
         q: ``(B, local rows, H, D)``. k: ``(B, local keys, Hkv, D)``. v: ``(B, local keys, Hkv, Dv)``. H a multiple of
             Hkv; any floating dtype, the same for all; any strides; lengths may be zero.
-        mesh: slice number ``mesh.sequence.rank`` of the sequence is here.
-        causal: a query sees the keys whose positions aren't above its own. By default positions count from the end:
-            the last query and the last key are at the same one.
+        mesh: this rank holds slice number ``mesh.sequence.rank`` of the sequence.
+        causal: a query sees the keys whose positions aren't above its own. By default the last query and the last key
+            have the same position.
         key_mask: ``(B, local keys)`` bool, True = may be attended to.
         mask: ``(B|1, H|1, local rows, kv_seq_len)``, bool (True = keep) or added to the scores; columns in natural
             order. Numbers below -1e37 drop a key as -inf does.
         scale: None means ``1/√D``.
         layout: "BSND", or "BNSD" with heads before rows; of q, k, v, joint and the results.
-        seq_len, kv_seq_len: of the whole. ``seq_len=None``: every rank holds the same number of rows.
+        seq_len, kv_seq_len: of the whole sequence. ``seq_len=None``: every rank holds the same number of rows.
             ``kv_seq_len=None``: ``seq_len`` if given; otherwise every rank holds the same number of keys.
         replicated_kv: every rank holds all keys and values (and ``key_mask``), in natural order.
         order: "contiguous" or "zigzag"; how the sequence was sharded.
-        q_positions, kv_positions: 1-D integers for the local rows and keys, instead of the default positions; read only
-            where causal. Given on every rank or on none.
+        q_positions, kv_positions: 1-D integers for the local rows and keys, instead of the default positions; used only
+            if ``causal``. Given on every rank or on none.
         joint: ``(q, k, v)`` of tokens that every rank holds, the same on each; not counted in lengths and masks.
-        joint_position: "front" or "rear": where they stand. Without causality attention doesn't depend on it.
+        joint_position: "front" or "rear" of the sequence. Without causality attention doesn't depend on it.
         joint_key_mask: ``(B, joint keys)`` bool.
         schedule: "auto", "ulysses", "ring" or "hybrid"; see :func:`choose_schedule`.
 
@@ -132,7 +132,7 @@ def _heads_last(x: Tensor) -> Tensor:
 
 
 def _joint_work(mesh: ParallelMesh, sharding: Sharding) -> tuple[Axis, range]:
-    """Whose ranks share the work on the joint queries, and which keys of its block are this rank's share."""
+    """The axis that shares the work on the joint queries, and the keys of this rank's block that are its share."""
     if sharding.replicated_kv:
         keys = sum(map(len, sharding.keys[0]))
         return mesh.sequence, partition.split(keys, mesh.sequence.size)[mesh.sequence.rank]

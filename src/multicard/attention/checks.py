@@ -1,4 +1,4 @@
-"""What ``attend`` refuses, before anything runs or any rank is spoken to."""
+"""The checks of ``attend``'s arguments, before any computation or communication."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ConfigError(f"q, k and v are {q.dtype}: must be a floating dtype")
     if k.shape[0] != q.shape[0] or v.shape[:3] != k.shape[:3] or k.shape[3] != q.shape[3]:
         raise ConfigError(
-            f"q, k, v of shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} don't fit: one batch, k and v "
-            "alike but for head_dim, q and k of one head_dim"
+            f"q, k, v of shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} don't fit: one batch, "
+            "k and v with the same rows and heads, q and k with the same head_dim"
         )
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise UnsupportedError(
@@ -48,12 +48,12 @@ def whole_lengths(
     order: str,
     replicated_kv: bool,
 ) -> tuple[int, int]:
-    """``seq_len`` and ``kv_seq_len``, worked out where they weren't given and checked against what this rank holds."""
+    """``seq_len`` and ``kv_seq_len``, computed if not given, and checked against this rank's rows and keys."""
     ranks = mesh.sequence.size
     if replicated_kv:
         kv_seq_len = k.shape[1] if kv_seq_len is None else kv_seq_len
         if kv_seq_len != k.shape[1]:
-            raise ConfigError(f"replicated_kv with kv_seq_len={kv_seq_len}, but k holds {k.shape[1]} keys: give all")
+            raise ConfigError(f"replicated_kv with kv_seq_len={kv_seq_len}, but k has {k.shape[1]} keys: give all keys")
     elif kv_seq_len is None:
         kv_seq_len = k.shape[1] * ranks if seq_len is None else seq_len
     seq_len = q.shape[1] * ranks if seq_len is None else seq_len
@@ -68,7 +68,7 @@ def _check_share(name: str, length: int, held: int, mesh: ParallelMesh, order: s
     if held != expected:
         raise ConfigError(
             f"{name}={length} in {order} order gives sequence rank {mesh.sequence.rank} of {mesh.sequence.size} "
-            f"{expected} positions, and it holds {held}: shard with mc.shard_sequence, or give {name} as it is"
+            f"{expected} positions, and it holds {held}: shard with mc.shard_sequence, or give the actual {name}"
         )
 
 
@@ -123,7 +123,7 @@ def check_joint(
 
 
 def check_mask(name: str, mask: Tensor, q: Tensor, keys: int, words: str, shared_rows: bool = True) -> None:
-    """``(B|1, H|1, rows, keys)``, with ``shared_rows`` also one row for all; bool or floating."""
+    """Check a mask: ``(B|1, H|1, rows, keys)``, with ``shared_rows`` also one row for all; bool or floating."""
     batch, rows, heads, _ = q.shape
     wanted = ((1, batch), (1, heads), (1, rows) if shared_rows else (rows,), (keys,))
     if mask.ndim != 4 or any(n not in allowed for n, allowed in zip(mask.shape, wanted, strict=True)):

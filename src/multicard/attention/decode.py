@@ -1,4 +1,4 @@
-"""Decoding over a key/value cache whose positions are spread over ranks."""
+"""Decoding over a key/value cache that is sharded over ranks by position."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def attend_decode(
     mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention of a few new tokens over a cache of which each rank of ``axis`` holds a part.
+    """Attention of a few new tokens over a cache that is sharded over the ranks of ``axis``.
 
     Each rank attends to its own part; outputs and log-sum-exps are gathered and merged in rank order (one all-gather of
     ``B·T·H·(Dv + 1)`` float32 a rank), so the result has the same bits on every rank. Works with any number of heads
@@ -34,14 +34,14 @@ def attend_decode(
 
     Args:
         q: ``(B, T, H, D)``, the same on every rank of the axis.
-        k, v: ``(B, n, Hkv, D)`` and ``(B, n, Hkv, Dv)``, this rank's part; n any, zero included.
-        kv_lengths: ``(B,)`` integers: only so many of this rank's keys are in use; None: all.
+        k, v: ``(B, n, Hkv, D)`` and ``(B, n, Hkv, Dv)``, this rank's part; n may be anything, also zero.
+        kv_lengths: ``(B,)`` integers: how many of this rank's keys are in use; None: all.
         key_mask: ``(B, n)`` bool, True = may be attended to.
-        mask: ``(B|1, H|1, T|1, n)`` bool or additive, for what differs between the new tokens (causality among them).
+        mask: ``(B|1, H|1, T|1, n)`` bool or additive, for masks that differ between the new tokens (as causality does).
         scale: None means ``1/√D``.
 
     Returns:
-        ``(B, T, H, Dv)`` in q's dtype. Rows with nothing to attend to anywhere give zeros.
+        ``(B, T, H, Dv)`` in q's dtype. Rows with nothing to attend to on any rank give zeros.
 
     Raises:
         ConfigError: shapes or dtypes that don't fit together.

@@ -1,4 +1,4 @@
-"""``attention_forward``: attention on one card, by MindIE-SD's call."""
+"""``attention_forward``: attention on one card, with MindIE-SD's signature."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def attention_forward(
     op_type: str = "fused_attn_score",
     layout: str = "BNSD",
 ) -> Tensor:
-    """softmax(q·kᵀ·scale + attn_mask)·v on one card, as ``mindiesd.attention_forward`` is called.
+    """softmax(q·kᵀ·scale + attn_mask)·v on one card, with the signature of ``mindiesd.attention_forward``.
 
-    ``opt_mode``, ``op_type`` and ``layout`` choose among Ascend's operators there; here the kernel is chosen by what it
-    supports, so they are checked and otherwise have no effect.
+    In MindIE-SD ``opt_mode``, ``op_type`` and ``layout`` choose an Ascend operator. Here the first kernel that supports
+    the call is used, so these three are checked but have no effect.
 
     Args:
-        q: ``(B, Sq, H, D)``; with ``head_first`` ``(B, H, Sq, D)``; k and v alike, H a multiple of their heads.
+        q: ``(B, Sq, H, D)``; with ``head_first`` ``(B, H, Sq, D)``; k and v likewise, H a multiple of their heads.
         attn_mask: ``(B|1, H|1, Sq|1, Sk)``; bool (True = keep) or added to the scores.
         scale: None means ``1/√D``.
         fused: False computes by the formula, in plain torch.

@@ -1,7 +1,8 @@
-"""Joining partial results: attention over two sets of keys from attention over each, by their log-sum-exps.
+"""Merging partial outputs: attention over two sets of keys from attention over each, by their log-sum-exps.
 
-With ``lse = log Σ exp(score)``, the whole is the mean of the parts weighted by ``exp(lse)`` (arXiv 2310.01889). It is
-done in float32, and a row that saw no key (LSE -inf) weighs nothing: rows that saw none at all give zeros.
+With ``lse = log Σ exp(score)``, the whole output is the mean of the partial ones, weighted by ``exp(lse)`` (arXiv
+2310.01889). It is computed in float32. A row that saw no key (LSE -inf) has no weight; a row that saw none in any part
+gives zeros.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ WHOLE = slice(None)
 
 
 class Accumulator:
-    """What the query rows have seen so far, in float32 once there is more than one part.
+    """The merged output of the query rows so far, in float32 once there is more than one part.
 
     Args:
         rows, heads: how many query rows and heads there are.
@@ -28,9 +29,9 @@ class Accumulator:
         self._lse: Tensor | None = None
 
     def add(self, out: Tensor, lse: Tensor, rows: slice = WHOLE, heads: slice = WHOLE) -> None:
-        """Take in ``out`` ``(B, rows, heads, Dv)`` and ``lse`` ``(B, rows, heads)``, for these rows and heads.
+        """Merge in ``out`` ``(B, rows, heads, Dv)`` and ``lse`` ``(B, rows, heads)``, for these rows and heads.
 
-        A first part that covers everything is kept as it is, and written over later.
+        A first part that covers everything is kept without a copy, and overwritten later.
         """
         if self._out is None and out.shape[1:3] == (self.rows, self.heads):
             self._out, self._lse = out, lse
@@ -48,7 +49,7 @@ class Accumulator:
         return self._out, self._lse
 
     def result(self, like: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:
-        """``(out, lse)``: ``out`` ``(B, rows, heads, value_dim)`` in the dtype of ``like``, zeros if nothing came."""
+        """``(out, lse)``: ``out`` ``(B, rows, heads, value_dim)`` in the dtype of ``like``; zeros without parts."""
         out, lse = self._start(like[..., :1].expand(*like.shape[:3], value_dim))
         return out.to(like.dtype), lse
 
@@ -64,7 +65,7 @@ def merge_(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> No
 
 
 def merge_all(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge parts stacked along dim 0, in that order: the same bits wherever the same parts are merged.
+    """Merge parts that are stacked along dim 0, in order, so that every rank gets the same bits from the same parts.
 
     Args:
         outs: ``(parts, ..., Dv)`` float32. lses: ``(parts, ...)`` float32.

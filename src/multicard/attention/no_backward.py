@@ -1,4 +1,4 @@
-"""For inference: results of parameters that require gradients are computed without them, and a backward says so."""
+"""For inference: inputs that require gradients are computed without recording any, and a backward raises an error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ R = TypeVar("R")
 
 
 class _NoBackward(torch.autograd.Function):
-    """The identity, tied to an input so that a backward arrives here instead of stopping short in silence."""
+    """The identity, recorded with an input, so that a backward raises here instead of silently ending early."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, tied_to: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ class _NoBackward(torch.autograd.Function):
 
 
 def inference_only(call: Callable[P, R]) -> Callable[P, R]:
-    """``call(q, k, v, ...)`` without recording gradients; where one of these requires them, a backward raises."""
+    """``call(q, k, v, ...)`` without recording gradients; if q, k or v requires them, a backward raises."""
 
     @functools.wraps(call)
     def inference(*args: P.args, **kwargs: P.kwargs) -> R:

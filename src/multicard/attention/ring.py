@@ -1,4 +1,4 @@
-"""Ring attention (arXiv 2310.01889): queries stay, keys and values travel. With one rank it is plain attention."""
+"""Ring attention (arXiv 2310.01889): queries stay; keys and values are sent around. With one rank, plain attention."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ def ring_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of this rank's queries over the keys of all ranks of ``axis``.
 
-    Keys and values go from rank to rank + 1, ``axis.size - 1`` times, the next block in flight while this one is
-    computed; at most two blocks besides the caller's own are held. Joint keys are attended to once, with the rank's own
-    block; joint queries are computed against that block only, gathered (one all-gather) and merged in rank order.
+    Keys and values are sent from rank to rank + 1, ``axis.size - 1`` times; the next block is in flight while the
+    current one is computed, so there are at most two blocks besides the caller's. Joint keys are computed once, with
+    the rank's own block; joint queries are computed against that block only, gathered (one all-gather) and merged in
+    rank order.
 
     Args:
         q: ``(B, rows, H, D)``. k, v: this rank's block, ``(B, keys, Hkv, D)`` and ``(B, keys, Hkv, Dv)``.
-        visible: what the rows see of the block of every rank of the axis.
+        visible: which keys of the axis's ranks' blocks the rows see.
 
     Returns:
         ``(B, rows, H, Dv)``, and the joint queries' ``(B, Sj, H, Dv)`` or None.

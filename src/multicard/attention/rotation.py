@@ -1,4 +1,4 @@
-"""The loop of ring attention: a block of keys and values is attended to while the next one travels."""
+"""The loop of ring attention: compute attention to a block of keys and values while the next one is being received."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from multicard.axis import Axis
 
 @dataclasses.dataclass(frozen=True)
 class Joint:
-    """Tokens that every rank holds, beside the sequence.
+    """Tokens that every rank holds, in addition to the sequence.
 
     Attributes:
         q, k, v: ``(B, Sj, heads, D)``.
         key_mask: ``(B, Sj)`` bool or None.
-        front: whether they stand before the sequence.
+        front: whether they come before the sequence.
         axis: its ranks share the work on the joint queries.
-        keys: which keys of this rank's block are its share of that work.
+        keys: the keys of this rank's block for which it computes the joint queries.
     """
 
     q: Tensor
@@ -46,7 +46,7 @@ def around(
     scale: float,
     joint: Joint | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """What :func:`~multicard.attention.ring.ring_attention` returns, step by step; one message a step each way."""
+    """Computes :func:`~multicard.attention.ring.ring_attention` step by step; one message a step each way."""
     total, joint_part = Accumulator(q.shape[1], q.shape[2]), None
     shift = collectives.RingShift(axis)
     for step in range(axis.size):
@@ -82,7 +82,7 @@ def _attend(
     rows: slice = slice(None),
     causal: bool = False,
 ) -> None:
-    """One kernel call for every segment of heads, each added to ``total``."""
+    """One kernel call for every segment of heads, each merged into ``total``."""
     for heads, kv_heads in segments:
         mine, read = slice(heads.start, heads.stop), slice(kv_heads.start, kv_heads.stop)
         seen = mask if mask is None or mask.shape[1] == 1 else mask[:, mine]
@@ -95,7 +95,7 @@ def _attend(
 def _joint_queries(
     joint: Joint, k: Tensor, v: Tensor, mask: Tensor | None, segments: Segments, scale: float
 ) -> Accumulator:
-    """The joint queries over this rank's share of the keys, the axis's first rank's share having the joint keys too."""
+    """The joint queries over this rank's share of the keys; on the axis's first rank also over the joint keys."""
     share = slice(joint.keys.start, joint.keys.stop)
     k, v, mask = k[:, share], v[:, share], mask if mask is None else mask[..., share]
     if joint.axis.rank == 0:

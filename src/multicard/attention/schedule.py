@@ -1,4 +1,4 @@
-"""Which schedule to use: Ulysses, ring or hybrid, decided from sizes alone, and the reason in words."""
+"""Which schedule to use: Ulysses, ring or hybrid, decided from sizes alone, and the reason for it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from multicard.mesh import ParallelMesh
 
 SCHEDULES = ("auto", "ulysses", "ring", "hybrid")
 WORTH_LEAVING = 0.95
-"""Another schedule than the mesh's own is chosen where its slowest rank does less than this share of the work."""
+"""Another schedule replaces the mesh's own if its slowest rank has less than this fraction of the work."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,14 +20,14 @@ class Schedule:
 
     Attributes:
         name: "local", "ulysses", "ring" or "hybrid".
-        why: the reason, for people.
+        why: the reason, as text.
     """
 
     name: str
     why: str
 
     def axes(self, mesh: ParallelMesh) -> tuple[Axis, Axis]:
-        """The ring and the Ulysses axis to use. Sequence rank s has place ``divmod(s, ulysses.size)`` on them."""
+        """The ring and the Ulysses axis to use. Sequence rank s has ranks ``divmod(s, ulysses.size)`` on them."""
         ring, ulysses = Axis("ring", 0, 1), Axis("ulysses", 0, 1)
         if self.name == "ring":
             return mesh.sequence, ulysses
@@ -51,14 +51,14 @@ def choose_schedule(
 ) -> Schedule:
     """How :func:`attend` will compute a call of these sizes on this mesh, and why; the same on every rank.
 
-    "auto" takes the mesh's own axes, unless heads or rows divide so badly over them that another schedule's slowest
-    rank does at least a twentieth less; with a mask whose rows are sharded it takes the ring, which leaves them where
-    they are.
+    "auto" uses the mesh's own axes, unless heads or rows divide so unevenly over them that another schedule gives the
+    slowest rank at least a twentieth less work. With a mask whose rows are sharded it uses the ring, which doesn't move
+    them.
 
     Args:
         heads, kv_heads: on this rank. seq_len, kv_seq_len: of the whole sequence.
         masked: a ``mask`` (not a ``key_mask``) is given.
-        schedule: anything but "auto" is obeyed.
+        schedule: "auto", or the schedule to use.
 
     Raises:
         ConfigError: an unknown schedule.
@@ -88,7 +88,7 @@ def choose_schedule(
 def _slowest(
     name: str, mesh: ParallelMesh, heads: int, kv_heads: int, seq_len: int, keys: int, causal: bool, order: str
 ) -> float:
-    """The slowest rank's work over an even share."""
+    """The slowest rank's work, relative to an even split."""
     ring, ulysses = Schedule(name, "").axes(mesh)
     most_heads = max(len(share.query) for share in partition.split_heads(heads, kv_heads, ulysses.size))
     slices = partition.split_sequence(seq_len, mesh.sequence.size, order)

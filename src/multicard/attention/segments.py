@@ -1,4 +1,4 @@
-"""Heads that don't read their key/value heads evenly, as a few grouped-query calls that are even each."""
+"""Query heads that aren't spread evenly over key/value heads, as a few grouped-query calls, each of them even."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def by_segment(
     *,
     kv_dim: int = 2,
 ) -> Tensor:
-    """``attend(q, k, v)`` of each segment's heads, put together along the heads of q.
+    """``attend(q, k, v)`` of each segment's heads, concatenated along the heads of q.
 
     Args:
-        q: ``(B, tokens, heads, ...)``, and so is what ``attend`` returns.
+        q: ``(B, tokens, heads, ...)``, like the result of ``attend``.
         k, v: their heads are in dimension ``kv_dim``.
     """
     if len(segments) == 1:

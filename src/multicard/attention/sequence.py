@@ -1,4 +1,4 @@
-"""Slices of a sequence: who holds which positions, and how slices become the whole again."""
+"""Sharding a sequence and gathering it again."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from multicard.mesh import ParallelMesh
 
 
 def shard_sequence(x: Tensor, mesh: ParallelMesh, dim: int = 1, order: str = "contiguous") -> Tensor:
-    """This rank's slice of ``x``, which every rank holds whole. No collective; a view where the slice is one piece.
+    """This rank's slice of ``x``, which every rank holds whole. No collective; a view if the slice is contiguous.
 
     Args:
-        x: the same on all ranks; its length along ``dim`` is any, below the number of ranks included.
+        x: the same on all ranks; of any length along ``dim``, even less than the number of ranks.
         order: "contiguous", or "zigzag", which gives every rank the same work under a causal mask.
 
     Raises:
@@ -27,7 +27,7 @@ def shard_sequence(x: Tensor, mesh: ParallelMesh, dim: int = 1, order: str = "co
 
 
 def gather_sequence(x: Tensor, mesh: ParallelMesh, seq_len: int, dim: int = 1, order: str = "contiguous") -> Tensor:
-    """The whole that :func:`shard_sequence` cut ``x`` from, on every rank. One all-gather over ``mesh.sequence``.
+    """The inverse of :func:`shard_sequence`: the whole tensor on every rank. One all-gather over ``mesh.sequence``.
 
     Args:
         x: this rank's slice. seq_len: the whole's length along ``dim``.
@@ -42,7 +42,7 @@ def gather_sequence(x: Tensor, mesh: ParallelMesh, seq_len: int, dim: int = 1, o
 
 
 def take_spans(x: Tensor, spans: Sequence[range], dim: int) -> Tensor:
-    """The rows of ``x`` in these spans, in that order; a view where they are one piece."""
+    """The rows of ``x`` in these spans, in that order; a view if they are contiguous."""
     spans = partition.merge_spans(spans)
     if len(spans) == 1:
         return x.narrow(dim, spans[0].start, len(spans[0]))
@@ -51,7 +51,7 @@ def take_spans(x: Tensor, spans: Sequence[range], dim: int) -> Tensor:
 
 
 def to_natural_order(x: Tensor, spans: Sequence[range], dim: int) -> Tensor:
-    """Rows that hold the positions ``spans``, in that order, sorted by position."""
+    """Sort rows by position; ``spans`` are the rows' positions in the given order."""
     if is_sorted(spans):
         return x
     parts = x.split([len(span) for span in spans], dim)
@@ -72,7 +72,7 @@ def is_sorted(spans: Sequence[range]) -> bool:
 
 
 def flatten(by_rank: Iterable[Sequence[range]]) -> tuple[range, ...]:
-    """Several ranks' spans one after another."""
+    """Several ranks' spans, concatenated."""
     return tuple(span for spans in by_rank for span in spans)
 
 

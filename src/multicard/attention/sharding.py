@@ -1,4 +1,4 @@
-"""Who holds which rows and keys during one call, whatever the schedule: integers only."""
+"""Which rank holds which rows and keys during one call, for every schedule: integers only."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Spans = tuple[range, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Sharding:
-    """The slices of one attention call, in natural numbers.
+    """The slices of one attention call, by their place in the whole sequence.
 
-    A Ulysses group holds its members' slices together, so what goes around the ring are the blocks of whole groups.
-    Before the exchange a group's rows come in rank order; from then on they are sorted.
+    A Ulysses group holds its members' slices together, so the blocks of whole groups are sent around the ring. Before
+    the exchange a group's rows are in rank order; after it they are sorted.
 
     Attributes:
         ring, ulysses: the axes in use; either may be of size 1.
-        rows, keys: by sequence rank the spans it holds.
+        rows, keys: the spans of each sequence rank.
         rank: this rank's number in the sequence axis.
         replicated_kv: every rank holds all keys: one block, no ring.
     """
@@ -62,7 +62,7 @@ class Sharding:
 
     @property
     def blocks(self) -> tuple[Spans, ...]:
-        """For every ring rank the keys of its group, sorted."""
+        """The keys of every ring rank's group, sorted."""
         if self.replicated_kv:
             return (self.keys[0],)
         groups = (flatten(self.keys[rank] for rank in self._group(i)) for i in range(self.ring.size))

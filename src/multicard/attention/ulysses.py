@@ -1,8 +1,8 @@
-"""Ulysses (arXiv 2309.14509): exchange sequence for heads, attend to the whole sequence with some of the heads, back.
+"""Ulysses (arXiv 2309.14509): each rank gets the whole sequence for some of the heads, attends, and exchanges back.
 
-With a ring outside it is the hybrid: the group's block of the sequence, with some of the heads, goes around the ring.
-Heads and lengths need not divide: every rank computes everybody's splits. A key/value head goes to the ranks whose
-query heads read it and to no other.
+With a ring outside it is the hybrid schedule: the group's block of the sequence, for some of the heads, is sent around
+the ring. Heads and lengths need not divide evenly: every rank computes all ranks' splits. A key/value head is sent only
+to the ranks whose query heads read it.
 """
 
 from __future__ import annotations
@@ -22,17 +22,19 @@ from multicard.attention.visibility import Visibility
 from multicard.axis import Axis
 
 PACKED_BYTES = 1 << 18
-"""Tensors that are smaller together travel in one message, which costs one more copy."""
+"""Tensors that are smaller than this together are sent as one message, which costs one more copy."""
 
 
 def group_attention(
     q: Tensor, k: Tensor, v: Tensor, *, sharding: Sharding, visible: Visibility, scale: float, joint: Joint | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of this rank's rows over all keys: Ulysses within the group, ring between groups, either of one rank.
+    """Attention of this rank's rows over all keys: Ulysses within the group, ring between groups.
+
+    Either axis may have size 1.
 
     Args:
         q, k, v: this rank's slices, all heads.
-        visible: of this rank's own rows; its blocks are those of the ring.
+        visible: for this rank's own rows; its blocks are those of the ring.
 
     Returns:
         ``(B, rows, H, Dv)``, and the joint queries' ``(B, Sj, H, Dv)`` or None.
@@ -70,7 +72,7 @@ def _joint_heads(joint: Joint, share: partition.HeadShard) -> Joint:
 
 
 def _visible_to_group(visible: Visibility, sharding: Sharding, queries: Sequence[range]) -> Visibility:
-    """What all rows of the group see, with this rank's heads: one exchange for a mask, one for positions, if given."""
+    """What the group's rows see, for this rank's heads: one exchange for a mask, one for positions, if given."""
     axis, rows, mask, positions = sharding.ulysses, sharding.group_row_sizes, visible.mask, visible.q_positions
     if mask is not None:
         if mask.shape[1] == 1:
@@ -89,7 +91,7 @@ class Operand:
 
     Attributes:
         x: ``(B, this rank's rows, heads, D)``.
-        heads: which heads each rank is to have; ranks may share some.
+        heads: which heads each rank gets; several ranks may get the same.
         rows: how many rows each rank holds.
     """
 
@@ -98,7 +100,7 @@ class Operand:
     rows: Sequence[int]
 
     def shape(self, source: int, to: int) -> tuple[int, int, int, int]:
-        """What goes from one rank to another: ``(rows, B, heads, D)``, so that what arrives joins along dim 0."""
+        """The tensor for one rank: ``(rows, B, heads, D)``, so that received ones are concatenated along dim 0."""
         return self.rows[source], self.x.shape[0], len(self.heads[to]), self.x.shape[3]
 
     def numel(self, source: int, to: int) -> int:
@@ -109,7 +111,7 @@ class Operand:
 def to_heads(operands: Sequence[Operand], axis: Axis) -> list[Tensor]:
     """From slices of the sequence with all heads to the whole sequence with some heads.
 
-    One all-to-all a tensor, or one for all of them where they are small (they are of one dtype).
+    One all-to-all a tensor, or one for all if they are small (they have one dtype).
 
     Returns:
         for every operand ``(B, all rows, this rank's heads, D)``, rows in rank order.
@@ -144,7 +146,7 @@ def to_sequence(x: Tensor, heads: Sequence[range], rows: Sequence[int], axis: Ax
     """The way back: ``(B, all rows, this rank's heads, D)`` to ``(B, this rank's rows, all heads, D)``. One all-to-all.
 
     Args:
-        heads: which heads each rank has, no head twice. rows: how many rows each rank is to have.
+        heads: which heads each rank has, no head twice. rows: how many rows each rank gets.
     """
     batch, dim, mine = x.shape[0], x.shape[3], rows[axis.rank]
     send = [n * batch * x.shape[2] * dim for n in rows]

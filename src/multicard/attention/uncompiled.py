@@ -1,7 +1,7 @@
-"""The ring's loop as ``torch.compile`` takes it: one graph break, for all of its messages.
+"""The ring's loop under ``torch.compile``: one graph break for all its messages.
 
-Marking it imports Dynamo, which takes a second of processor time. So only code that is being traced imports this
-module, and not every rank that starts.
+Marking it imports Dynamo, which takes a second of processor time. So this module is imported only while code is being
+traced, not on every rank that starts.
 """
 
 import torch

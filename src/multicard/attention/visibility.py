@@ -1,8 +1,8 @@
-"""Which keys the query rows see, block by block: the one place that knows about causality and masks.
+"""Which keys the query rows see, block by block: the only place that handles causality and masks.
 
-Causality is decided on integers. Where positions rise, the keys that a row sees are those before some point, and the
-points form a staircase: it is cut into rectangles that are seen whole and squares that are causal, so kernels need no
-mask, and what is empty is never computed. Positions of other kinds become an explicit mask.
+Causality is decided on integers. If positions increase, each row sees the keys before some point, and these points form
+a staircase. It is cut into full rectangles and causal squares, so kernels need no mask, and empty parts are never
+computed. Positions in any other order become an explicit mask.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from multicard.attention.kernels.base import DEAD
 from multicard.attention.sequence import is_sorted, take_spans
 
 MOST_RUNS = 16
-"""Positions in more runs than this are cheaper as a mask than as pieces."""
+"""If positions have more runs than this, a mask is cheaper than pieces."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Piece:
 
 
 def staircase(q_spans: tuple[range, ...], k_spans: tuple[range, ...]) -> tuple[Piece, ...]:
-    """The pieces of a causal block: query positions ``q_spans`` see the key positions that aren't above them.
+    """The pieces of a causal block: a query sees the keys whose positions aren't above its own.
 
-    Both are runs of consecutive positions in rising order, as the rows and keys lie in memory.
+    ``q_spans`` and ``k_spans`` are runs of consecutive, increasing positions, in the order of rows and keys in memory.
     """
     pieces: list[Piece] = []
     row = 0
@@ -55,7 +55,7 @@ def staircase(q_spans: tuple[range, ...], k_spans: tuple[range, ...]) -> tuple[P
 
 
 Step = tuple[int, int, bool]
-"""So many rows, the keys that all of them see, and whether row i of them sees i + 1 keys more."""
+"""A number of rows, the keys that all of them see, and whether row i also sees the next i + 1 keys."""
 
 
 def _steps(q_spans: tuple[range, ...], k_spans: tuple[range, ...]) -> Iterator[Step]:
@@ -85,7 +85,7 @@ def _coalesced(steps: Iterable[Step]) -> list[Step]:
 
 
 def runs(positions: Tensor) -> tuple[range, ...] | None:
-    """1-D positions as runs of consecutive numbers, or None where they don't rise or make too many runs."""
+    """1-D positions as runs of consecutive numbers, or None if they don't increase or have too many runs."""
     if positions.numel() == 0:
         return ()
     positions = positions.detach().cpu()
@@ -98,12 +98,12 @@ def runs(positions: Tensor) -> tuple[range, ...] | None:
 
 @dataclasses.dataclass(frozen=True)
 class Visibility:
-    """What this rank's query rows see of every block of keys. A block is what one rank of the ring holds.
+    """Which keys of every block this rank's query rows see. A block is the keys of one rank of the ring.
 
     Attributes:
-        blocks: for every block the spans of keys in it, natural numbers, in the order in which they lie.
+        blocks: for every block its spans of keys, by their place in the whole sequence, in the order in memory.
         causal: compare positions.
-        q_positions: of the query rows: runs, or a tensor ``(rows,)``. Read only where causal.
+        q_positions: of the query rows: runs, or a tensor ``(rows,)``. Used only if ``causal``.
         kv_positions: of all keys in natural order ``(keys,)``; None: a key's number is its position.
         mask: ``(B|1, H|1, rows, keys)``, columns in natural order; bool or additive.
         key_mask: ``(B, keys)`` bool, in natural order.
@@ -117,7 +117,7 @@ class Visibility:
     key_mask: Tensor | None = None
 
     def pieces(self, block: int, rows: int) -> list[tuple[Piece, Tensor | None]]:
-        """What to compute of a block, each piece with its mask ``(B|1, H|1, rows|1, keys)``; empty ones left out."""
+        """The pieces of a block to compute, each with its mask ``(B|1, H|1, rows|1, keys)``, without empty ones."""
         keys = sum(map(len, self.blocks[block]))
         if not rows or not keys:
             return []
@@ -131,7 +131,7 @@ class Visibility:
         return _worth_it([(piece, _cut(mask, piece)) for piece in staircase(*spans)])
 
     def columns(self, block: int, with_mask: bool = True) -> Tensor | None:
-        """The block's columns of ``mask`` and ``key_mask`` together; without ``mask`` the same for every row."""
+        """The block's columns of ``mask`` and ``key_mask`` combined; one row for all if there is no ``mask``."""
         spans = self.blocks[block]
         mask = take_spans(self.mask, spans, 3) if self.mask is not None and with_mask else None
         keep = None if self.key_mask is None else take_spans(self.key_mask, spans, 1)[:, None, None, :]
@@ -161,7 +161,7 @@ def as_tensor(positions: tuple[range, ...] | Tensor) -> Tensor:
 
 
 def both(mask: Tensor | None, keep: Tensor | None) -> Tensor | None:
-    """A mask and a bool mask, either of them None, by AND."""
+    """A mask AND a bool mask; either may be None."""
     if mask is None or keep is None:
         return keep if mask is None else mask
     return mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, -torch.inf)
@@ -175,7 +175,7 @@ def _cut(mask: Tensor | None, piece: Piece) -> Tensor | None:
 
 
 def _worth_it(pieces: list[tuple[Piece, Tensor | None]]) -> list[tuple[Piece, Tensor | None]]:
-    """Without the pieces that their mask empties. Looked at on the CPU only: elsewhere looking waits for the device."""
+    """Drop pieces whose mask leaves nothing. Only on the CPU: elsewhere this would be a host read."""
     if torch.compiler.is_compiling():
         return pieces
     return [(piece, mask) for piece, mask in pieces if mask is None or mask.device.type != "cpu" or _keeps_any(mask)]

@@ -1,1 +1,1 @@
-"""Backends of our own under ``torch.distributed``: nothing is imported until one is asked for."""
+"""multicard's own backends of ``torch.distributed``; each is imported only when it is used."""

@@ -1,7 +1,6 @@
-"""The check: before a collective moves data, its ranks compare what each of them calls, from where, with which splits.
+"""The check of collectives: before data moves, ranks compare what each of them calls, from where, with which splits.
 
-What is compared goes through one all-gather of a record per rank, by whatever the group has for that: its own windows
-in shm, gloo in gloo.
+Each rank's record goes through one all-gather of the group's own: exchange windows in shm, gloo's in gloo.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ from multicard.backends.calls import CALL_WORDS, CALLS, SAME_SHAPE, SYMMETRIC, C
 from multicard.errors import MismatchError
 
 TEXT = 512
-"""Bytes of a record for the call site and the shape; what is cut off is the start."""
+"""Bytes of a record for the call site and the shape; longer text loses its start."""
 
 
 class Agreement:
-    """What the ranks of one group compare.
+    """Compares the calls of one group's ranks.
 
     Args:
         ranks: every rank's global rank, for messages.
@@ -33,7 +32,7 @@ class Agreement:
         self.axis, self._ranks, self._size = "", tuple(ranks), len(ranks)
         self._record = struct.Struct(f"={CALL_WORDS + 1}q{2 * self._size}q{TEXT}s")
         self._mine, self._all = bytearray(self._record.size), bytearray(self._record.size * self._size)
-        with torch.inference_mode(False):  # they outlive whatever mode the group is made in
+        with torch.inference_mode(False):  # also used outside an inference mode in which the group may be made
             self._row = torch.frombuffer(self._mine, dtype=torch.uint8)
             self._rows = torch.frombuffer(self._all, dtype=torch.uint8).view(self._size, -1)
 
@@ -46,15 +45,15 @@ class Agreement:
         sent: Sequence[int],
         received: Sequence[int],
     ) -> MismatchError | None:
-        """Compare this call with everybody's; the error to raise if they differ, on every rank. One all-gather.
+        """Compare all ranks' calls; every rank gets the error to raise if they differ. One all-gather.
 
-        An operation with a root may be called from different lines, as root and others often do.
+        An operation with a root may be called from different lines, as the root and the others often do.
 
         Args:
-            all_gather: fills the rows of its first argument, ``(ranks, bytes)``, with everybody's second.
+            all_gather: fills the rows of its first argument, ``(ranks, bytes)``, with every rank's second.
             number: of the call in this group, for messages.
-            call: what must be the same on all ranks.
-            x: this rank's tensor; its shape is compared where the operation asks for one shape.
+            call: the part of the call that must be the same on all ranks.
+            x: this rank's tensor; its shape is compared if the operation needs the same shape on all ranks.
             sent: elements for each rank; what rank i sends to j must be what j receives from i. Empty: none.
             received: elements from each rank.
         """

@@ -1,4 +1,4 @@
-"""What a collective call is, in numbers that ranks can compare, and back in words."""
+"""A collective call as numbers that ranks can compare, and as text for errors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OPS = tuple(COMBINE)
 OP_CODES = {name: code for code, name in enumerate(OPS)}
 
 Call = tuple[int, int, int, int]
-"""A collective in numbers, which all its ranks give alike: operation, dtype, elements, root or sizes with reduction."""
+"""A collective as numbers, the same on all its ranks: operation, dtype, elements, root or sizes with reduction."""
 CALL_WORDS = 4
 
 NOT_THE_CALLER = ("<eval_with_key>", "torchinductor_", "typing_extensions.py")  # generated code, deprecated names
@@ -34,17 +34,17 @@ _TORCH = os.path.dirname(torch.__file__)
 
 
 def to_call(name: str, x: Tensor | None, numel: int, detail: int, op: str) -> Call:
-    """``numel`` and ``detail`` (root, or what :func:`size_code` gives) are the same on all ranks."""
+    """``numel`` and ``detail`` (root, or the value of :func:`size_code`) must be the same on all ranks."""
     return CODES[name], 0 if x is None else DTYPE_CODES[x.dtype], numel, detail * len(OPS) + OP_CODES[op]
 
 
 def size_code(sizes: Sequence[int]) -> int:
-    """A number for the sizes of parts by rank: the size itself where all are equal."""
+    """A number for the sizes of parts by rank: the size itself if all are equal."""
     return sizes[0] if min(sizes) == max(sizes) else hash(tuple(sizes)) & 0xFFFFFFFF
 
 
 def describe(call: Sequence[int]) -> str:
-    """A call in words: ``all_reduce(4096 × torch.bfloat16, sum)``."""
+    """A call as text: ``all_reduce(4096 × torch.bfloat16, sum)``."""
     code, dtype, numel, detail = call
     name = CALLS[code]
     if name in ("none", "barrier"):

@@ -1,7 +1,7 @@
-"""Backend "checked_gloo", registered on import: gloo, whose ranks first agree on what they are about to do.
+"""Backend "checked_gloo", registered on import: gloo with a check before each collective.
 
-gloo itself moves bytes of whatever sizes and types meet: different dtypes, reductions or orders give garbage in
-silence, and different lengths abort the process. The shm backend has the same check built in.
+gloo itself moves bytes without comparing sizes and types: different dtypes, reductions or orders give garbage without
+an error, and different lengths abort the process. The shm backend has the same check built in.
 """
 
 from multicard.backends.gloo import GlooGroup
@@ -9,7 +9,7 @@ from multicard.backends.process_group import ProcessGroup, register
 
 
 class CheckedGloo(ProcessGroup):
-    """A :class:`~multicard.backends.gloo.GlooGroup` as ``torch.distributed`` knows it."""
+    """A :class:`~multicard.backends.gloo.GlooGroup` as a process group of ``torch.distributed``."""
 
     backend = "checked_gloo"
 

@@ -1,4 +1,4 @@
-"""gloo, with the check before each call: the calls of :class:`multicard.backends.shm.group.Group`."""
+"""gloo with the check before each call; the methods are those of :class:`multicard.backends.shm.group.Group`."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from multicard.backends.work import Work
 from multicard.errors import MismatchError, UnsupportedError
 
 HEADER = 64
-"""Bytes that go ahead of a message and say what it is."""
+"""Bytes of the header that describes a message and is sent before it."""
 
 
 @dataclasses.dataclass
 class Message:
-    """A point-to-point message under way: what is waited for, one after the other, until it has arrived or left."""
+    """A point-to-point message under way: works to wait for, in order, until it has been received or sent."""
 
     peer: int
     steps: Sequence[dist.Work | concurrent.futures.Future]
@@ -37,14 +37,14 @@ class Message:
 
 
 class GlooGroup:
-    """One rank's end of a gloo group whose ranks compare what they call before any data moves.
+    """One rank's end of a gloo group; ranks compare their calls before any data moves.
 
-    Collectives return when they are complete. What is refused, and which errors peers cause, is gloo's own; on top of
-    them every operation may raise MismatchError, on every rank, and a receive may.
+    Collectives return when they are complete. Refusals and errors from peers are gloo's own. In addition, every
+    collective may raise MismatchError, on every rank, and a receive may raise it.
 
     Args:
-        store: where the group's ranks find one another.
-        rank: this one's rank within the group.
+        store: in which the group's ranks find one another.
+        rank: this process's rank within the group.
         ranks: every rank's global rank, for messages.
         timeout: how long one wait may last.
     """
@@ -78,7 +78,7 @@ class GlooGroup:
     # ---- collectives
 
     def barrier(self) -> None:
-        self._enter("barrier")  # the comparison is one
+        self._enter("barrier")  # the comparison itself is a barrier
 
     def all_reduce(self, x: Tensor, op: str = "sum") -> None:
         options = _options(dist.AllreduceOptions(), op=op)
@@ -123,18 +123,18 @@ class GlooGroup:
         return Work((out,))
 
     def _elements(self, x: Tensor, rows: Sequence[int]) -> list[int]:
-        """The sizes of ``x``'s slices along dim 0 by rank; no rows given: equal ones."""
+        """The sizes of ``x``'s slices along dim 0 by rank; equal ones if no rows are given."""
         width = x[:1].numel()
         return [width * n for n in rows] or [x.numel() // self.size] * self.size
 
-    # ---- point-to-point messages: a header goes ahead of each
+    # ---- point-to-point messages: a header is sent before each
 
     def send(self, tensors: Sequence[Tensor], to: int, tag: int = 0) -> Work:
         works = [self._gloo.send([part], to, tag) for x in tensors for part in (_header(x), x)]
         return Work(tensors, self, [Message(to, works)])
 
     def recv(self, tensors: Sequence[Tensor], source: int, tag: int = 0) -> Work:
-        """Start receiving, in a thread for each peer: so receives from it stay in order, and this returns at once."""
+        """Start receiving, in one thread a peer, so that receives from it stay in order and this returns at once."""
         if source not in self._receivers:
             self._receivers[source] = concurrent.futures.ThreadPoolExecutor(1, "multicard-receive")
         _, where = sites()
@@ -160,7 +160,7 @@ class GlooGroup:
             message.finish()
 
     def progress(self) -> None:
-        """Nothing to do: gloo's threads move messages."""
+        """Does nothing: gloo's threads move messages."""
 
     # ---- life
 
@@ -182,7 +182,7 @@ def _options(options: Any, root: int | None = None, op: str = "") -> Any:
 
 
 def _header(x: Tensor) -> Tensor:
-    """What a message is, as bytes."""
+    """A description of a message, as bytes."""
     return torch.frombuffer(bytearray(f"{x.numel()} × {x.dtype}".encode().ljust(HEADER, b"\0")), dtype=torch.uint8)
 
 

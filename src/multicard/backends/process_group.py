@@ -1,4 +1,4 @@
-"""A group of ours behind ``torch.distributed``'s calls: c10d's lists and options in, plain tensors and names out."""
+"""A group of ours as a process group of ``torch.distributed``: c10d's lists and options become tensors and names."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
     from multicard.backends.gloo import GlooGroup
     from multicard.backends.shm.group import Group
 
-# torch's stubs spell every way to call each method; here are those that torch.distributed and its C++ side use
+# torch's stubs list every way to call each method; here are those that torch.distributed and its C++ side use
 # mypy: disable-error-code="override, assignment"
 
 
 class ProcessGroup(dist.ProcessGroup):
     """A process group for CPU tensors.
 
-    Every method is there under each name that c10d has had for it.
+    Every method has all the names that c10d has used for it.
 
     Attributes:
-        backend: what it is registered as.
+        backend: the name under which it is registered.
     """
 
     backend: ClassVar[str]
-    counts_collectives_alone = True  # a sequence number is the same on all ranks, whatever messages they have sent
+    counts_collectives_alone = True  # sequence numbers are the same on all ranks, whatever messages they have sent
     supports_coalescing = False  # batch_isend_irecv then starts one message at a time, which never blocks
 
     def __init__(self, group: Group | GlooGroup) -> None:
@@ -190,7 +190,7 @@ class ProcessGroup(dist.ProcessGroup):
     rank, size = getRank, getSize
 
     def _set_sequence_number_for_group(self) -> None:
-        """c10d calls this once a group is made; the count starts at 0 by itself."""
+        """Called by c10d once a group is made; does nothing, since the count starts at 0."""
 
     def _get_sequence_number_for_group(self) -> int:
         return self._group.calls
@@ -213,7 +213,7 @@ class ProcessGroup(dist.ProcessGroup):
 
 
 def register(kind: type[ProcessGroup], make: Callable[[Any, int, Sequence[int], datetime.timedelta], Any]) -> None:
-    """Give ``torch.distributed`` a backend: a ``kind`` around ``make(store, rank, ranks, timeout)``."""
+    """Register a backend with ``torch.distributed``: a ``kind`` around ``make(store, rank, ranks, timeout)``."""
 
     def create(options: Any, _: object) -> ProcessGroup:
         ranks = tuple(options.global_ranks_in_group) or tuple(range(options.group_size))

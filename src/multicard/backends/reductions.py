@@ -1,4 +1,4 @@
-"""Adding up the ranks' contributions, in rank order, so that the result has the same bits wherever it is computed."""
+"""Combining the ranks' contributions in rank order, so that the result has the same bits on every rank."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: to
 
 
 def op_name(op: dist.ReduceOp) -> str:
-    """The reduction's name. Raises UnsupportedError for one that isn't here."""
+    """The reduction's name. Raises UnsupportedError for an unknown one."""
     kind: Any = op.op  # type: ignore[attr-defined]
     name = NAMES.get(kind)
     if name is None:
@@ -50,7 +50,7 @@ def op_name(op: dist.ReduceOp) -> str:
 
 @functools.cache
 def check(name: str, dtype: torch.dtype) -> None:
-    """Refuse what has no meaning or no kernel in torch, on every rank alike and before any data moves."""
+    """Refuse combinations without a meaning or a torch kernel, on every rank and before any data moves."""
     meaningless = (
         (name == "avg" and not (dtype.is_floating_point or dtype.is_complex))
         or (name in ("min", "max") and (dtype.is_complex or dtype in SIGNED))

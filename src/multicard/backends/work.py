@@ -22,21 +22,21 @@ class Message(Protocol):
 
 
 class Driver(Protocol):
-    """What moves a group's messages along."""
+    """Moves a group's messages."""
 
     def drive(self, messages: Sequence[Any]) -> None:
         """Wait until these messages have arrived."""
 
     def progress(self) -> object:
-        """Move messages along, as far as that goes without waiting."""
+        """Move messages as far as possible without waiting."""
 
 
 class Work(dist.Work):
     """An operation's handle. Collectives are complete when they return; messages are when ``wait`` returns.
 
     Args:
-        tensors: what a future of this gives.
-        driver, messages: what moves messages along, and those that must arrive first.
+        tensors: the value of a future of this work.
+        driver, messages: the mover of messages, and the messages that must arrive first.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Work(dist.Work):
         return list(self._tensors)
 
     def get_future(self) -> torch.futures.Future:
-        """A future that is complete: no thread moves messages in the background, so this waits for them."""
+        """A completed future: no thread moves messages in the background, so this waits for them."""
         self.wait()
         future: torch.futures.Future = torch.futures.Future()
         future.set_result(self._tensors)

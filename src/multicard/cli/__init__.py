@@ -1,7 +1,7 @@
 """The command line: ``multicard`` or ``python -m multicard``.
 
-One module a command, each a thin function over what Python code calls too; it is registered below. What starts ranks
-takes the shared options of :mod:`multicard.cli.options`. Exit code 2 is bad input, 1 a failed run, 130 Ctrl-C; each
+Each command is a module with a thin function over the Python interface, registered below. Commands that start ranks
+take the shared options of :mod:`multicard.cli.options`. Exit code 2 is invalid input, 1 a failed run, 130 Ctrl-C, each
 with one line on standard error. With ``--json`` standard output holds one JSON object and nothing else.
 """
 
@@ -47,7 +47,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     except errors.MulticardError as error:
         _fail(str(error), 1, error)
     except Exception as error:
-        usage = getattr(error, "format_message", None)  # typer's own: a flag that doesn't exist, a value that isn't one
+        usage = getattr(error, "format_message", None)  # raised by typer: an unknown flag, an invalid value
         if usage is not None:
             _fail(f"{usage()} See `multicard --help`.", 2)
         _fail(_describe(error), 1, error)
@@ -82,7 +82,7 @@ def _describe(error: Exception) -> str:
 
 
 def _fail(message: str, code: int, error: Exception | None = None) -> NoReturn:
-    """One line; all that is known of ``error`` too where MULTICARD_TRACEBACK is set."""
+    """Print one line; if MULTICARD_TRACEBACK is set, also the traceback and notes of ``error``."""
     if error is not None and os.environ.get("MULTICARD_TRACEBACK", "0") != "0":
         raise error
     line = message.strip().splitlines()[0] if message.strip() else "failed"

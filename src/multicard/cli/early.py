@@ -1,4 +1,4 @@
-"""What a command that starts ranks does before its own imports, which take seconds."""
+"""Early work of a command that starts ranks, before its own imports, which take seconds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from multicard.errors import ConfigError
 
 
 def prepare(*modules: str, **degrees: int) -> None:
-    """Have the ranks' ``modules`` imported while this process imports its own. Bad degrees are refused later."""
+    """Import the ranks' ``modules`` while this process imports its own. Invalid degrees are refused later."""
     from multicard.ranks import environment, starter
     from multicard.ranks.settings import Settings
 

@@ -1,4 +1,4 @@
-"""``multicard generate``: a checkpoint answers prompts."""
+"""``multicard generate``: answers prompts with a checkpoint."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="New tokens for each prompt at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Only the k likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Only the likeliest tokens that add up to p.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Only the likeliest tokens with probability p in total.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same answer at every degree.")] = 0,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an answer's end.")] = False,
-    raw: Annotated[bool, typer.Option("--raw", help="No chat template: go on from the text.")] = False,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Continue after an end token.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Use no chat template: continue the text itself.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Compare the files with SHA256SUMS first.")] = False,
     dtype: options.Dtype = "auto",
     ranks: dict[str, Any],
@@ -87,7 +87,7 @@ def _text(argument: str) -> str:
 
 
 def _described(llm: Any, answers: list[Any]) -> dict[str, Any]:
-    """One answer's fields at the top; several as a list of them."""
+    """The fields of one answer, or of several as a list."""
     each = [
         {"text": answer.text, "token_ids": answer.token_ids, "prompt_tokens": answer.prompt_tokens}
         for answer in answers

@@ -1,4 +1,4 @@
-"""``multicard image``: a diffusers pipeline draws."""
+"""``multicard image``: draws with a diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ from multicard.cli import early, options
 from multicard.errors import ConfigError, UnsupportedError
 from multicard.extras import need
 
-Prompts = Annotated[list[str] | None, typer.Argument(help="What to draw; several are one batch.", show_default=False)]
+Prompts = Annotated[
+    list[str] | None, typer.Argument(help="What to draw; several prompts are one batch.", show_default=False)
+]
 Negative = Annotated[str | None, typer.Option("--negative-prompt", help="What not to draw.")]
-Labels = Annotated[list[int] | None, typer.Option("--class-label", help="A class's number; several are one batch.")]
+Labels = Annotated[
+    list[int] | None,
+    typer.Option("--class-label", help="Number of a class to draw; may be repeated: several are one batch."),
+]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", help="NAME=VALUE, any further argument of the pipeline; VALUE as JSON.")
+    list[str] | None, typer.Option("--set", help="NAME=VALUE: any other argument of the pipeline; VALUE is JSON.")
 ]
 
 
@@ -33,12 +38,18 @@ def image(
     guidance_scale: Annotated[float | None, typer.Option(help="Default: the pipeline's.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; default: the pipeline's.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; default: the pipeline's.")] = None,
-    num_frames: Annotated[int | None, typer.Option(help="Of a video; default: the pipeline's.")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Frames of a video; default: the pipeline's.")] = None,
     set_: Set = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same picture at every degree.")] = 0,
-    output: Annotated[str, typer.Option("--output", "-o", help="The file; several are numbered.")] = "image.png",
-    variant: Annotated[str | None, typer.Option(help="Which of several weight files: fp16, say.")] = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the folder's own code.")] = False,
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="The file to write; several pictures get numbered files.")
+    ] = "image.png",
+    variant: Annotated[
+        str | None, typer.Option(help="Which of several sets of weight files to load, for example fp16.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Allow Python code in the folder to run.")
+    ] = False,
     dtype: options.Dtype = "auto",
     ranks: dict[str, Any],
     as_json: options.Json = False,
@@ -94,12 +105,12 @@ def _target(output: str) -> pathlib.Path:
     path = pathlib.Path(output)
     kinds = Image.registered_extensions()
     if kinds.get(path.suffix.lower()) not in Image.SAVE:
-        raise ConfigError(f"--output {output}: pictures are written as .png, .jpg, .webp or .gif, say")
+        raise ConfigError(f"--output {output}: unknown file type; use for example .png, .jpg, .webp or .gif")
     return path
 
 
 def _settings(given: list[str]) -> dict[str, Any]:
-    """Arguments out of NAME=VALUE; a VALUE that isn't JSON is text."""
+    """Arguments from NAME=VALUE; a VALUE that isn't JSON is text."""
     found = {}
     for setting in given:
         name, equals, value = setting.partition("=")
@@ -113,12 +124,12 @@ def _settings(given: list[str]) -> dict[str, Any]:
 
 
 def _save(found: Any, target: pathlib.Path) -> list[str]:
-    """Pictures, or videos as lists of pictures, each into a file; the files' names."""
+    """Write pictures, or videos as lists of pictures, to a file each; returns the files' names."""
     pictures = getattr(found, "images", None)
     pictures = pictures if pictures is not None else getattr(found, "frames", None)
     if not isinstance(pictures, list) or not pictures:
         raise UnsupportedError(
-            f"the pipeline gave {', '.join(vars(found))} and no pictures to save: call mc.DiffusionPipeline from Python"
+            f"the pipeline gave {', '.join(vars(found))} but no pictures to save: call mc.DiffusionPipeline from Python"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     files = []

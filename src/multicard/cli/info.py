@@ -1,4 +1,4 @@
-"""``multicard info``: what this machine has to run on."""
+"""``multicard info``: this machine's devices, backends and versions."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _backends() -> dict[str, Any]:
 
     shm = importlib.util.find_spec("multicard.backends.shm") is not None
     return {
-        "shm": "ours, CPU ranks of one host" if shm else "not here",
+        "shm": "multicard's own, for CPU ranks on one host" if shm else "not here",
         "gloo": _yes(dist.is_gloo_available()),
         "nccl": _yes(dist.is_nccl_available()),
         "xccl": _yes(getattr(dist, "is_xccl_available", bool)()),

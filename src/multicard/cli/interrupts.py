@@ -11,10 +11,10 @@ INTERRUPTED = 130
 
 
 class Interrupts:
-    """Ctrl-C and SIGTERM both raise KeyboardInterrupt, once: ranks and files are cleaned up after.
+    """Make Ctrl-C and SIGTERM raise KeyboardInterrupt, once; ranks and files are then cleaned up.
 
-    Some imports swallow exceptions of every kind: where the process lives on for ``PATIENCE`` seconds it is ended. Its
-    ranks end with it.
+    Some imports swallow all exceptions: if the process still runs after ``PATIENCE`` seconds, it is ended, and its
+    ranks with it.
     """
 
     NUMBERS = (signal.SIGINT, signal.SIGTERM)
@@ -26,7 +26,7 @@ class Interrupts:
         self._before = {number: signal.signal(number, self._interrupt) for number in self.NUMBERS}
 
     def restore(self) -> None:
-        """Give the signals back."""
+        """Restore the signal handlers."""
         self._done.set()
         self._pressed.set()
         for number, handler in self._before.items():

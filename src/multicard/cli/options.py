@@ -1,4 +1,4 @@
-"""Options that commands share, so that each is spelled, described and checked in one place."""
+"""Options that several commands share; each is defined here once."""
 
 from __future__ import annotations
 

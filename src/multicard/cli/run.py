@@ -1,4 +1,4 @@
-"""``multicard run``: a script on every rank of a mesh, like torchrun, with our supervision."""
+"""``multicard run``: runs a script on every rank of a mesh, like torchrun, but supervised."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ from multicard.cli import options
 from multicard.config import ParallelConfig
 from multicard.errors import ConfigError
 
-CONTEXT = {"allow_interspersed_args": False}  # what follows the script is the script's
+CONTEXT = {"allow_interspersed_args": False}  # arguments after the script are the script's
 
-Nodes = Annotated[int, typer.Option("--nnodes", envvar="SLURM_STEP_NUM_NODES", help="Hosts; run this on each.")]
+Nodes = Annotated[
+    int, typer.Option("--nnodes", envvar="SLURM_STEP_NUM_NODES", help="Number of hosts; run the same command on each.")
+]
 NodeRank = Annotated[int, typer.Option("--node-rank", envvar="SLURM_NODEID", help="This host's number, from 0.")]
 Address = Annotated[
-    str | None, typer.Option("--master-addr", envvar="MASTER_ADDR", help="Host 0, by the address that others reach.")
+    str | None,
+    typer.Option("--master-addr", envvar="MASTER_ADDR", help="Address of host 0 that the other hosts can reach."),
 ]
-Port = Annotated[int | None, typer.Option("--master-port", envvar="MASTER_PORT", help="A port that is free there.")]
+Port = Annotated[int | None, typer.Option("--master-port", envvar="MASTER_PORT", help="A free port on host 0.")]
 Interface = Annotated[
     str | None, typer.Option("--interface", help="Network interface for gloo; default: the one that leads to host 0.")
 ]
-Console = Annotated[str, typer.Option("--console", help="Whose output to print here: rank0, all or none.")]
+Console = Annotated[str, typer.Option("--console", help="Which ranks' output to print here: rank0, all or none.")]
 
 
 @options.starts_ranks("tp", "ulysses", "ring", "cfg", "dp")

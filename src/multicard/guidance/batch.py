@@ -1,4 +1,4 @@
-"""Rows of a batch: which arguments carry it, taking some of them, and putting outputs together again."""
+"""Rows of a batch: which arguments carry the batch, taking some rows, and joining outputs again."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from multicard.errors import MulticardError
 
 
 class NotSplittableError(MulticardError):
-    """A shape doesn't fit the plan: the call is made whole. Never leaves this package."""
+    """A shape doesn't fit the plan, so the call is made with the whole batch. Caught within this package."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchPlan:
-    """Which arguments carry the batch, by name: data, not a guess from sizes.
+    """Which arguments carry the batch: a table by name, not a guess from sizes.
 
     Attributes:
-        sample: arguments that say how many rows there are; the first of them that a call has counts.
-        dims: by argument name, the dim that holds the batch, in tensors and in lists of tensors. Keys of dict arguments
-            are looked up alike. An argument that isn't named goes to every rank whole.
+        sample: arguments that determine the number of rows; the first that a call has counts.
+        dims: by argument name, the batch dim of tensors and of lists of tensors. Keys of dict arguments are looked up
+            in the same way. Arguments that aren't named go to every rank whole.
         items: arguments that are lists with one element a row.
     """
 
@@ -33,7 +33,7 @@ class BatchPlan:
     items: frozenset[str] = frozenset()
 
     def rows(self, kwargs: Mapping[str, Any]) -> int:
-        """Rows in the batch of this call; 1 where nothing says."""
+        """Rows in the batch of this call; 1 if no argument determines it."""
         for name in self.sample:
             value = kwargs.get(name)
             if isinstance(value, Tensor) and value.dim():
@@ -43,7 +43,7 @@ class BatchPlan:
         return 1
 
     def take(self, kwargs: Mapping[str, Any], rows: range, batch: int) -> dict[str, Any]:
-        """The arguments of the call on ``rows`` of its ``batch`` alone.
+        """The arguments of the call with only ``rows`` of its ``batch``.
 
         Raises:
             NotSplittableError: an argument that should carry the batch has another number of rows.
@@ -65,7 +65,7 @@ class BatchPlan:
 
 
 def take_output(output: Any, rows: range, batch: int) -> Any:
-    """What a call on ``rows`` of its ``batch`` would have returned: dim 0 of tensors, elements of lists of that length.
+    """The output of a call with only ``rows`` of its ``batch``: dim 0 of tensors, elements of lists of that length.
 
     Raises:
         NotSplittableError: a tensor's dim 0 isn't a multiple of ``batch``.
@@ -86,7 +86,7 @@ def take_output(output: Any, rows: range, batch: int) -> Any:
 
 
 def merge_outputs(parts: Sequence[Any], batch: int) -> Any:
-    """The inverse of :func:`take_output`: outputs of consecutive rows, as one call on all of the ``batch`` returns."""
+    """The inverse of :func:`take_output`: one output for the whole ``batch`` from outputs of consecutive rows."""
 
     def merge(*values: Any) -> Any:
         first = values[0]
@@ -100,7 +100,7 @@ def merge_outputs(parts: Sequence[Any], batch: int) -> Any:
 
 
 def _take_rows(t: Tensor, dim: int, rows: range, batch: int) -> Tensor:
-    """``rows`` of ``t``, where a row of the batch may be several of the tensor's (frames), and 1 stands for all."""
+    """``rows`` of ``t``. A row of the batch may be several rows of the tensor (frames); a size of 1 serves all rows."""
     size = t.shape[dim]
     if size == 1:
         return t

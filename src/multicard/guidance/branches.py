@@ -1,13 +1,13 @@
 """The branches of classifier-free guidance (arXiv 2207.12598) on several ranks, whatever the pipeline does with them.
 
 A pipeline calls its denoiser once or several times between two calls of ``scheduler.step``: once with all branches in
-one batch, once a branch, or a mixture. The first such step is computed by every rank, and remembered: which calls, of
-what shapes. From then on the rows of all its calls are dealt out evenly, a rank that doesn't compute a call gets lazy
-tensors for its output, and at the step's last call one exchange fills them in.
+one batch, once a branch, or a mixture. Every rank computes the first such step and records its calls and their shapes.
+From then on the rows of all calls are divided evenly over ranks; a rank that doesn't compute a call gets lazy tensors
+as its output, and at the step's last call one exchange fills them in.
 
-Nothing here trusts the memory. A lazy tensor that is read early is computed by the rank that reads it, a step that
-goes differently is computed by every rank and remembered in turn, and splitting a call's batch is tried against the
-whole before it is relied upon. What ranks decide depends only on what is the same on all of them.
+The result doesn't depend on the record being right. A lazy tensor that is read early is computed by the rank that reads
+it; a step that differs from the record is computed and recorded by every rank; and before a call's batch is split, the
+split call is compared with the whole one. Ranks decide only by facts that are the same on all of them.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from multicard.guidance.trial import passes, random_state
 from multicard.replica import Status
 
 CHANGES = 2
-"""After so many calls that changed a denoiser it is taken to keep state, not to fill caches for a new shape."""
+"""After so many state-changing calls a denoiser is assumed to keep state, not just to fill caches for a new shape."""
 
 
 class Denoiser(Protocol):
-    """What must be known of a denoiser."""
+    """The interface of a denoiser."""
 
     @property
     def name(self) -> str: ...
@@ -46,15 +46,15 @@ class Denoiser(Protocol):
         """Call it."""
 
     def state(self) -> object:
-        """A snapshot of its state beside its parameters: equal before and after a call without side effects."""
+        """A snapshot of its state besides parameters: equal before and after a call without side effects."""
 
     def freeze(self) -> Callable[[Mapping[str, Any]], Any]:
-        """``run`` under the hooks that it has now, whichever it has when that is called."""
+        """``run`` with the denoiser's current hooks, even if others are in place when it is called."""
 
 
 @dataclasses.dataclass(eq=False)
 class Made:
-    """A call of the current step. ``trial`` is kept where a split may have to be tried: arguments and whole output."""
+    """A call of the current step. ``trial`` has arguments and whole output if a split may have to be tried."""
 
     kind: Kind
     promise: Promise | None = None
@@ -62,11 +62,11 @@ class Made:
 
 
 class Branches:
-    """Gives the calls of a pipeline's denoisers to the ranks of an axis.
+    """Divides the calls of a pipeline's denoisers over the ranks of an axis.
 
-    ``call`` stands for every call of a denoiser, ``end_step`` for every ``scheduler.step``, ``finish`` for the
-    pipeline's end. Collectives: a small all-reduce and an all-gather a step (a header, the outputs); in a step that is
-    new, the header alone and an all-reduce.
+    ``call`` replaces every call of a denoiser; ``end_step`` is called at every ``scheduler.step``, ``finish`` at the
+    pipeline's end. Collectives: a small all-reduce (the header) and an all-gather (the outputs) a step; in a new step
+    the header and one more all-reduce.
 
     Args:
         axis: the cfg axis.
@@ -77,15 +77,15 @@ class Branches:
     def __init__(self, axis: Axis, plan: BatchPlan, *, step_per_call: bool = False) -> None:
         self.axis, self.plan, self.step_per_call = axis, plan, step_per_call
         self._steps: dict[Hashable, Step] = {}  # by the key of the first call
-        self._may_split: dict[Hashable, bool] = {}  # by the key of the call, as tried
-        self._changes: Counter[Hashable] = Counter()  # by the key of the call: in how many calls it changed state
+        self._may_split: dict[Hashable, bool] = {}  # by the key of the call: the result of its trial
+        self._changes: Counter[Hashable] = Counter()  # by the key of the call: how many of its calls changed state
         self._remembered = 0
         self._running = False
         self._begin()
 
     def _begin(self) -> None:
         self._made: list[Made] = []
-        self._step: Step | None = None  # the remembered step that this one follows so far
+        self._step: Step | None = None  # the recorded step that this one has followed so far
         self._packed: list[Tensor] = []
         self._status = Status.OK
         self._drifts = False
@@ -98,7 +98,7 @@ class Branches:
             RankError: another rank's denoiser raised.
             MismatchError: ranks are in different steps.
         """
-        if self._running:  # a denoiser inside a denoiser, or one wrapped twice
+        if self._running:  # a denoiser inside a denoiser, or wrapped twice
             return denoiser.run(kwargs)
         kwargs = unwrap(kwargs)
         key = signature(denoiser.name, kwargs)
@@ -115,10 +115,10 @@ class Branches:
         return output
 
     def end_step(self) -> bool:
-        """A step has ended: whatever is still open is computed here; a step that was new is remembered.
+        """End a step: open calls are computed here; a new step is recorded.
 
         Returns:
-            whether ranks' numbers may differ by rounding: one computed a whole batch that others put together of parts.
+            whether ranks' numbers may differ by rounding: one computed a whole batch that others joined from parts.
         """
         made, step, drifts = self._made, self._step, self._drifts
         if not made:
@@ -133,7 +133,7 @@ class Branches:
         return drifts
 
     def finish(self, failed: bool = False) -> None:
-        """The pipeline has ended; after a failure nothing is waited for."""
+        """The pipeline has ended; after a failure, don't wait for other ranks."""
         if failed:
             self._begin()
         else:
@@ -142,7 +142,7 @@ class Branches:
     # One call
 
     def _compute(self, run: Callable[[Mapping[str, Any]], Any], kwargs: Mapping[str, Any]) -> Any:
-        """Run a denoiser; if it raises, tell the others, who wait at the next exchange."""
+        """Run a denoiser; if it raises, tell the other ranks, which wait at the next exchange."""
         self._running = True
         try:
             return run(kwargs)
@@ -206,7 +206,7 @@ class Branches:
         return agree(self.axis, self._device, status, facts, early)
 
     def _exchange(self, step: Step) -> list[Any]:
-        """The outputs of all calls of the step; those that nobody has read here are filled in."""
+        """The outputs of all calls of the step; fills in those that this rank hasn't read."""
         if not any(step.exchanged(i) for i in range(len(step.kinds))):
             return [None] * len(step.kinds)
         early = any(made.promise is not None and made.promise.kept for made in self._made)

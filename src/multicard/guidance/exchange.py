@@ -1,4 +1,4 @@
-"""What the ranks of the cfg axis tell each other once a step: that they agree, then the outputs that each computed."""
+"""What the ranks of the cfg axis exchange once a step: first their status, then the outputs that each computed."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from multicard.replica import Status, say
 
 
 class Agreed(NamedTuple):
-    """What ranks have said: an output has ``changed`` its shape somewhere, or was read ``early``."""
+    """The ranks' statuses combined: on some rank an output has ``changed`` its shape, or was read ``early``."""
 
     changed: bool
     early: bool
 
 
 def agree(axis: Axis, device: torch.device, status: Status, facts: Sequence[int], early: bool = False) -> Agreed:
-    """Everybody's status, once all are known to be in the same step. One small all-reduce.
+    """All ranks' statuses, after a check that all are in the same step. One small all-reduce.
 
     Args:
-        facts: numbers that must be the same on every rank for the next exchange to be possible.
+        facts: numbers that must be the same on every rank for the next exchange.
         early: this rank has read an output before the exchange.
 
     Raises:
@@ -46,7 +46,7 @@ def agree(axis: Axis, device: torch.device, status: Status, facts: Sequence[int]
 
 
 def pack(leaves: Sequence[Tensor]) -> Tensor:
-    """The bytes of ``leaves``, one after the other."""
+    """The bytes of ``leaves``, concatenated."""
     return torch.cat([leaf.detach().contiguous().reshape(-1).view(torch.uint8) for leaf in leaves])
 
 
@@ -57,14 +57,14 @@ def unpack(buffer: Tensor, templates: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _read(part: Tensor, template: Tensor) -> Tensor:
-    plain = part.clone().view(template.dtype).view(template.shape)  # a part may start anywhere, a copy is aligned
+    plain = part.clone().view(template.dtype).view(template.shape)  # a part may start at any byte; a copy is aligned
     if template.is_contiguous():
         return plain
-    return torch.empty_like(template, device=part.device).copy_(plain)  # sums depend on the order in memory
+    return torch.empty_like(template, device=part.device).copy_(plain)  # rounding depends on the order in memory
 
 
 def size_of(templates: Sequence[Tensor]) -> int:
-    """Bytes that :func:`pack` makes of them."""
+    """The number of bytes that :func:`pack` gives for them."""
     return sum(t.numel() * t.element_size() for t in templates)
 
 

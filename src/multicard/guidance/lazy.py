@@ -1,9 +1,10 @@
-# ruff: noqa: SIM905  lists of names are easier to read and to compare as words
-"""Tensors whose value isn't here yet: shape, dtype and device are known, the storage comes when somebody reads.
+# ruff: noqa: SIM905  lists of names are easier to read and compare as one string
+"""Tensors without values yet: shape, dtype and device are known; the values are computed when they are read.
 
-A :class:`LazyTensor` stands for one output of a :class:`Promise`. Views, casts and elementwise arithmetic on it are put
-off too; everything else (a print, ``numpy``, a kernel that needs the numbers, an in-place write) makes the promise
-compute, on this rank alone. So a program that only passes the tensor on never notices, and one that reads it is right.
+A :class:`LazyTensor` is one output of a :class:`Promise`. Views, casts and elementwise arithmetic on it are deferred
+too; any other use (a print, ``numpy``, a kernel that needs the numbers, an in-place write) makes the promise compute,
+on this rank alone. So a program that only passes the tensor on works unchanged, and one that reads it gets the right
+numbers.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ PUT_OFF = frozenset(
     "expand split split_with_sizes chunk unbind alias detach to _to_copy clone contiguous type_as "
     "add sub rsub mul div neg".split()
 )
-"""aten operations that can wait: pure, and the shape of the result follows from the shapes of the operands."""
+"""aten operations that can be deferred: pure, and the shapes of the operands determine that of the result."""
 
 METADATA = frozenset(
     "shape dtype device layout ndim requires_grad is_leaf is_cuda is_cpu is_sparse is_quantized is_meta is_nested "
@@ -35,7 +36,7 @@ PYTHON_NAMES = frozenset(
 
 
 class Promise:
-    """Tensors whose values come later, in a fixed order: from outside, or from ``compute`` on the first read."""
+    """Tensors, in a fixed order, that get values later: from the exchange, or from ``compute`` when first read."""
 
     def __init__(self, compute: Callable[[], Sequence[Tensor]]) -> None:
         self._compute: Callable[[], Sequence[Tensor]] | None = compute
@@ -47,16 +48,16 @@ class Promise:
         return self._values is not None
 
     def keep(self, values: Sequence[Tensor]) -> None:
-        """Fill in the values, unless somebody has read them already: they may have been changed in place since."""
+        """Fill in the values, unless they were already read: then they may have been changed in place since."""
         if self.kept:
             return
         self._values, self._compute = values, None
         waiting, self._dependents = self._dependents, []
-        for promise in waiting:  # now, before an in-place write to these values could change what they are made of
+        for promise in waiting:  # now, before an in-place write to these values could change their operands
             promise.settle()
 
     def settle(self) -> None:
-        """Compute, if all that it is made of is there."""
+        """Compute if all operands have values."""
         if not self.kept and all(operand.kept for operand in getattr(self, "operands", ())):
             self.values()
 
@@ -69,7 +70,7 @@ class Promise:
 
 
 class Operation(Promise):
-    """An operation that was put off, on promises and on copies of the tensors that were there."""
+    """A deferred operation on promises and on copies of real tensors."""
 
     def __init__(self, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
         self.operands: list[Promise] = []
@@ -95,12 +96,12 @@ class LazyTensor(Tensor):
         return self
 
     def value(self) -> Tensor:
-        """The tensor itself; computes it if need be."""
+        """The real tensor, computed if necessary."""
         return self.promise.values()[self.position]
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # numpy, tolist, save, deepcopy, data_ptr and their kin never reach the dispatcher: whatever isn't known reads
+        # unknown functions read the value: numpy, tolist, save, deepcopy, data_ptr never reach the dispatcher
         name = getattr(func, "__name__", "")
         if name == "__get__":
             name = getattr(func.__self__, "__name__", "")
@@ -122,15 +123,15 @@ class LazyTensor(Tensor):
 def promise_like(
     templates: Sequence[Tensor], device: torch.device, compute: Callable[[], Sequence[Tensor]]
 ) -> tuple[Promise, list[Tensor]]:
-    """A promise of tensors on ``device``, of the templates' shapes and dtypes, and lazy tensors that stand for them."""
+    """A promise of tensors on ``device`` with the templates' shapes and dtypes, and its lazy tensors."""
     promise = Promise(compute)
     return promise, [LazyTensor(t, device, promise, i) for i, t in enumerate(templates)]
 
 
 def unwrap(tree: Any) -> Any:
-    """``tree`` with real tensors for lazy ones; reads them. Without lazy ones it is ``tree`` itself."""
+    """``tree`` with lazy tensors replaced by real ones, which are computed; ``tree`` itself if it has none."""
     if not tree_any(lambda x: isinstance(x, LazyTensor), tree):
-        return tree  # not all containers can be built again from their parts
+        return tree  # not all containers can be rebuilt from their elements
     return tree_map_only(LazyTensor, LazyTensor.value, tree)
 
 

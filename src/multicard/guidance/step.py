@@ -1,4 +1,4 @@
-"""A denoising step as it is remembered: its calls of denoisers, and which rank computes which of their rows."""
+"""A recorded denoising step: its calls of denoisers, and which rank computes which of their rows."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from multicard.partition import split
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Kind:
-    """What one call is like.
+    """The properties of one call.
 
     Attributes:
-        key: its signature: two calls of the same have arguments and outputs of the same shapes.
+        key: its signature: calls with the same one have arguments and outputs of the same shapes.
         rows: rows of its batch.
         output: its output, with meta tensors.
         pure: it has no side effects, so a rank may skip it.
@@ -34,14 +34,14 @@ class Kind:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Step:
-    """The calls of a step, and the rows of each that every rank computes. ``number`` counts the steps remembered."""
+    """The calls of a step, and the rows of each that every rank computes. ``number`` counts recorded steps."""
 
     kinds: tuple[Kind, ...]
     shares: tuple[tuple[range, ...], ...]
     number: int
 
     def exchanged(self, call: int) -> bool:
-        """Whether the output of that call travels: no rank computes it whole for itself alone."""
+        """Whether the output of that call is exchanged: not every rank computes it."""
         return not all(len(share) == self.kinds[call].rows for share in self.shares[call])
 
     def torn(self, call: int) -> bool:
@@ -49,7 +49,7 @@ class Step:
         return is_torn(self.shares[call], self.kinds[call].rows)
 
     def sent(self, rank: int) -> list[tuple[int, list[Tensor]]]:
-        """What ``rank`` sends: calls, and templates of the tensors of their outputs."""
+        """What ``rank`` sends: its calls, and templates of the tensors of their outputs."""
         mine = [(i, shares[rank]) for i, shares in enumerate(self.shares) if shares[rank] and self.exchanged(i)]
         return [(i, tensors_of(part_of(self.kinds[i], share))) for i, share in mine]
 
@@ -60,15 +60,15 @@ def is_torn(parts: Sequence[range], rows: int) -> bool:
 
 
 def part_of(kind: Kind, share: range) -> Any:
-    """What of the output's templates a call on ``share`` of the rows returns."""
+    """Templates of the output of a call on ``share`` of the rows."""
     return kind.output if len(share) == kind.rows else take_output(kind.output, share, kind.rows)
 
 
 def deal(kinds: Sequence[Kind], may_split: Mapping[Hashable, bool], ranks: int) -> tuple[tuple[range, ...], ...]:
-    """For every call the rows that each rank computes: even shares of the rows of all calls, in order.
+    """The rows of every call that each rank computes: an even split of the rows of all calls, in order.
 
-    A call that can't be split goes to the rank that its middle row falls to. A call that isn't pure, and a single one
-    that can't be split, is computed by every rank.
+    A call that can't be split goes to the rank that gets its middle row. Calls that aren't pure are computed by every
+    rank, and so is a single call that can't be split.
     """
     pure = [kind for kind in kinds if kind.pure]
     turns = split(sum(kind.rows for kind in pure), ranks)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 TRANSPARENT = (Tensor, bool, int, float, str, type(None), torch.dtype, torch.device)
-"""Arguments that a call can't change. A call with others (caches, generators) is made on every rank."""
+"""Types of arguments that a call can't change. A call with any other (caches, generators) is made on every rank."""
 
 
 def tensors_of(tree: Any) -> list[Tensor]:
@@ -19,7 +19,7 @@ def tensors_of(tree: Any) -> list[Tensor]:
 
 
 def signature(name: str, kwargs: Mapping[str, Any]) -> Hashable:
-    """Shapes, dtypes and structure, without the values of numbers: timesteps change, shapes don't follow them."""
+    """Shapes, dtypes and structure, without the values of numbers: timesteps change but don't affect shapes."""
     leaves, spec = tree_flatten(dict(kwargs))
     return (name, spec, *(_describe(leaf) for leaf in leaves))
 
@@ -30,17 +30,17 @@ def is_transparent(kwargs: Mapping[str, Any]) -> bool:
 
 
 def clone(tree: Any) -> Any:
-    """``tree`` with tensors of its own."""
+    """``tree`` with copies of its tensors."""
     return tree_map_only(Tensor, Tensor.clone, tree)
 
 
 def template(t: Tensor) -> Tensor:
-    """``t`` without its values: on the meta device, with the same layout in memory."""
+    """``t`` without values: on the meta device, with the same layout in memory."""
     return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
 
 
 def fill(tree: Any, tensors: Sequence[Tensor]) -> Any:
-    """The tree ``tree`` with these tensors, in order, for its own."""
+    """``tree`` with its tensors replaced by these, in order."""
     values = iter(tensors)
     return tree_map_only(Tensor, lambda _: next(values), tree)
 

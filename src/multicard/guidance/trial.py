@@ -1,4 +1,4 @@
-"""Whether a denoiser's batch may be split: a share of it is computed by itself and held against the whole."""
+"""Whether a denoiser's batch may be split: some of its rows are computed separately and compared with the whole."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from multicard.guidance.batch import BatchPlan, take_output
 from multicard.guidance.trees import same_shapes, tensors_of
 
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
-"""How far a split batch may be from the whole, relative to the largest value: kernels differ with the batch."""
+"""How far a split batch may be from the whole, relative to the largest value: kernels round by batch size."""
 
 Run = Callable[[Mapping[str, Any]], Any]
 
@@ -20,9 +20,9 @@ Run = Callable[[Mapping[str, Any]], Any]
 def passes(
     run: Run, kwargs: Mapping[str, Any], output: Any, *, plan: BatchPlan, share: range, rows: int, device: torch.device
 ) -> bool:
-    """Whether ``share`` of the call's ``rows``, by itself, gives what the whole ``output`` has there.
+    """Whether a call with only ``share`` of the ``rows`` gives the same as the whole ``output`` for these rows.
 
-    Random numbers that the trial draws are put back.
+    Random generator states are restored after the trial.
     """
     if not 0 < len(share) < rows:
         return True
@@ -30,7 +30,7 @@ def passes(
     try:
         part = tensors_of(run(plan.take(kwargs, share, rows)))
         wanted = tensors_of(take_output(output, share, rows))
-    except Exception:  # the whole batch ran, so the error comes from the split
+    except Exception:  # the whole batch ran, so the split caused the error
         return False
     finally:
         _set_random_state(device, noise)
@@ -45,7 +45,7 @@ def _close(part: Tensor, whole: Tensor) -> bool:
 
 
 def random_state(device: torch.device) -> Tensor:
-    """Of the default generator of ``device``."""
+    """The state of the default generator of ``device``."""
     return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
 
 

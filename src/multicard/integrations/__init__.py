@@ -1,1 +1,1 @@
-"""Other people's models, split in place by plan."""
+"""Models of other libraries, split in place by plan."""

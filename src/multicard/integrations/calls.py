@@ -10,12 +10,12 @@ from typing import Any
 
 @functools.cache
 def parameters(method: Callable[..., Any]) -> tuple[str, ...]:
-    """The names of what a class's method takes, in order."""
+    """The names of a method's parameters, without ``self``, in order."""
     return tuple(inspect.signature(method).parameters)[1:]
 
 
 def named(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """All that are given."""
+    """All given arguments, by name."""
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
@@ -25,7 +25,7 @@ def changed(
     kwargs: Mapping[str, Any],
     changes: Mapping[str, Callable[[Any], Any]],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A call's arguments, changed by name and in the order of ``changes`` where they are given."""
+    """A call's arguments, with each given one that ``changes`` names changed by its function, in that order."""
     given, others = list(args), dict(kwargs)
     for name, change in changes.items():
         if name in others:

@@ -1,4 +1,4 @@
-"""Which attention heads each rank computes, and its features of every projection to and from them."""
+"""Which attention heads each rank computes, and its features of the projections to and from these heads."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from multicard.layers.shard import Shares, concatenated
 from multicard.partition import HeadShard
 
 IDLE = HeadShard(range(1), range(1), ((range(1), range(1)),))
-"""What a rank without a head computes: head 0, of which nothing reaches the output (its output rows are zeros)."""
+"""The heads of a rank without a head of its own: it computes head 0, with zeros as that head's output weights."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
-    """The heads of one attention module and everybody's share of them.
+    """The heads of one attention module and every rank's share of them.
 
     Attributes:
         query, kv: how many there are.
-        shards: by rank; a rank with ``idle`` set computes head 0 for nothing, as modules can't take zero heads.
+        shards: by rank; a rank with ``idle`` set computes head 0 without effect, as modules can't take zero heads.
         rank: this rank.
     """
 
@@ -31,7 +31,7 @@ class Heads:
 
     @classmethod
     def split(cls, query: int, kv: int, axis: Axis, *, whole_groups: bool = False) -> Heads:
-        """Query heads evenly over ``axis``; with ``whole_groups`` the key/value heads, each with all that read it."""
+        """Split query heads evenly; with ``whole_groups`` key/value heads, each with all query heads that read it."""
         shards = _whole_groups(query, kv, axis.size) if whole_groups else partition.split_heads(query, kv, axis.size)
         return cls(query, kv, shards, axis.rank)
 
@@ -44,25 +44,25 @@ class Heads:
         return not self.shards[self.rank].query
 
     def query_shares(self, width: int) -> Shares:
-        """Everybody's spans of ``width`` query features; idle ranks compute head 0."""
+        """Every rank's spans of ``width`` query features; idle ranks compute head 0."""
         return _spans([shard.query or IDLE.query for shard in self.shards], width // self.query)
 
     def output_shares(self, width: int) -> Shares:
-        """The same for what goes into the output projection: none for idle ranks."""
+        """Every rank's spans of the output projection's input features; none for idle ranks."""
         return _spans([shard.query for shard in self.shards], width // self.query)
 
     def kv_shares(self, width: int) -> Shares:
-        """Everybody's spans of ``width`` key or value features."""
+        """Every rank's spans of ``width`` key or value features."""
         return _spans([shard.kv or IDLE.kv for shard in self.shards], width // self.kv)
 
     def fused_shares(self, width: int) -> Shares:
-        """Everybody's spans of [Q | K | V]."""
+        """Every rank's spans of [Q | K | V]."""
         dim = width // (self.query + 2 * self.kv)
         query, kv = self.query * dim, self.kv * dim
         return concatenated([(self.query_shares(query), query), *[(self.kv_shares(kv), kv)] * 2])
 
     def group_shares(self, width: int) -> Shares:
-        """Everybody's spans of a projection that has, for every key/value head, [its query heads, K, V]."""
+        """Every rank's spans of a projection that has, for every key/value head, [its query heads, K, V]."""
         group = self.query // self.kv
         dim = width // (self.query + 2 * self.kv)
         shares = []
@@ -78,15 +78,15 @@ class Heads:
         return tuple(shares)
 
     def shares(self, style: str, width: int, path: str) -> Shares:
-        """Everybody's output features of the projection at ``path``, by the plan's style for it.
+        """Every rank's output features of the projection at ``path``, by the plan's style for it.
 
         Raises:
-            UnsupportedError: the heads don't divide its width.
+            UnsupportedError: its width isn't a multiple of the number of heads.
         """
         count = {"query": self.query, "key_value": self.kv}.get(style, self.query + 2 * self.kv)
         if width % count:
             raise UnsupportedError(
-                f"{path} has {width} features, which {self.query} heads over {self.kv} key/value heads don't divide: "
+                f"{path} has {width} features, not a multiple of {self.query} heads over {self.kv} key/value heads: "
                 "multicard doesn't know this layout; pass plan= without it"
             )
         by_style = {

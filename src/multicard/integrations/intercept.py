@@ -1,7 +1,7 @@
 """Intercepting a method of another library's class for chosen instances; other instances are unaffected.
 
-So objects keep their class, which pipelines compare, a copy of one is intercepted like the original, and whatever is
-put around ``forward`` later (offloading, hooks, compilation) stays inside. Nothing that takes hooks off takes this off.
+So objects keep their class, which pipelines compare; a copy is intercepted like the original; and wrappers that are put
+around ``forward`` later (offloading, hooks, compilation) stay inside. Code that removes hooks doesn't remove this.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ Plain = Callable[..., Any]
 
 
 def intercept(instance: Any, name: str, door: Any, answer: str) -> None:
-    """Let ``door.answer(instance, plain, args, kwargs)`` answer ``instance.name``, which was ``plain`` before."""
+    """Make ``instance.name(...)`` call ``door.answer(instance, plain, args, kwargs)``; ``plain`` is the old method."""
     instance.__dict__[DOOR] = door
     intercept_class(type(instance), name, answer)
 
 
 def intercept_class(cls: type, name: str, answer: str) -> None:
-    """The same for all instances of a class that have a door; those without do as before."""
+    """The same for all instances of a class that have a door; instances without one aren't affected."""
     method = getattr(cls, name)
     if hasattr(method, PLAIN):
         return

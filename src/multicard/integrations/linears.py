@@ -1,4 +1,4 @@
-"""Which modules are linear layers, whatever library they come from, and their column- and row-parallel forms."""
+"""Which modules of any library are linear layers, and their column- and row-parallel forms."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ SAME_PRODUCT = ("FalconLinear",)
 
 
 def check_linear(module: nn.Module, path: str) -> tuple[int, int]:
-    """``(in_features, out_features)`` of ``module``, which stands at ``path``.
+    """``(in_features, out_features)`` of ``module`` at ``path``.
 
     Raises:
-        UnsupportedError: it doesn't multiply as a plain linear layer does (an adapter, a quantised layer).
+        UnsupportedError: it doesn't multiply like a plain linear layer (an adapter, a quantised layer).
     """
     if _is_conv1d(module):
         features_in, features_out = module.get_parameter("weight").shape
@@ -34,7 +34,7 @@ def check_linear(module: nn.Module, path: str) -> tuple[int, int]:
 
 
 def features(module: nn.Module) -> tuple[int, int]:
-    """The same of any module: zeros where it isn't a linear layer."""
+    """The same for any module: zeros if it isn't a linear layer."""
     if _is_conv1d(module):
         return check_linear(module, "")
     return getattr(module, "in_features", 0), getattr(module, "out_features", 0)

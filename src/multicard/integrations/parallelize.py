@@ -1,4 +1,4 @@
-"""``mc.parallelize``: the one door to the adapters."""
+"""``mc.parallelize``: the entry to the adapters."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from multicard.mesh import ParallelMesh
 Target = TypeVar("Target")
 
 ADAPTERS = ("diffusers", "transformers")
-"""Libraries that an adapter of the same name knows, in the order in which a class's bases are looked up."""
+"""Libraries with an adapter of the same name; a model belongs to the first that defines one of its base classes."""
 
 
 def parallelize(model: Target, mesh: ParallelMesh, plan: Mapping[str, Any] | None = None) -> Target:
     """Split a model or a pipeline of another library over ``mesh``, in place, and return it.
 
-    Collective: every rank must call it, on the same model. Afterwards it is used as before.
+    Collective: every rank must call it, on the same model. Afterwards the model is used as before.
 
     Args:
-        model: a ``transformers`` model, a ``diffusers`` model or pipeline; with a mesh of dp and cfg alone any
-            ``nn.Module`` that is called as a denoiser.
-        mesh: which axes have more than one rank says what is split.
-        plan: how, instead of the model's own plan or ours; the adapters' pages say what it looks like.
+        model: a ``transformers`` model, a ``diffusers`` model or pipeline; or, with a mesh of dp and cfg alone, any
+            ``nn.Module`` that is called like a denoiser.
+        mesh: its axes with more than one rank determine what is split.
+        plan: replaces the model's own plan or ours; the pages about the two libraries describe its format.
 
     Raises:
         ConfigError: the plan doesn't fit the model.
-        UnsupportedError: it can't be split exactly this way; the message says what is missing.
+        UnsupportedError: the model can't be split exactly in this way; the message says why.
     """
     for library in ADAPTERS:
         if any(base.__module__.partition(".")[0] == library for base in type(model).__mro__):

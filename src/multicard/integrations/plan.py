@@ -1,4 +1,4 @@
-"""A plan: which style splits which module of a model. Data only; the adapters know what each style does."""
+"""A plan: which style splits which module of a model. Data only; the adapters define what each style does."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Rule:
     """One line of a plan.
 
     Attributes:
-        pattern: the modules (or parameters) meant, by dotted path from the model: ``*`` is any run of characters within
-            one part, ``**`` any run of parts, ``{a,b}`` either.
-        style: how they are split, by a name that the adapter knows.
-        optional: may match nothing, as in plans that one library ships for several configurations of a family.
+        pattern: matches modules (or parameters) by dotted path from the model: ``*`` any characters within one part,
+            ``**`` any number of parts, ``{a,b}`` either.
+        style: how they are split: one of the adapter's styles.
+        optional: may match nothing, as in a library's plans that serve several configurations of a family.
     """
 
     pattern: str
@@ -42,12 +42,12 @@ def resolve(plan: Plan, names: Iterable[str], styles: Iterable[str], model: str 
 
     Args:
         plan: the rules.
-        names: dotted paths of what can be split.
+        names: dotted paths of modules and parameters that can be split.
         styles: the adapter's styles.
-        model: what the plan is for, named in errors.
+        model: the model's name, for errors.
 
     Raises:
-        ConfigError: an unknown style, a rule that matches nothing though it isn't optional, or two rules for one name.
+        ConfigError: an unknown style, a rule that matches nothing and isn't optional, or two rules for one name.
     """
     names, styles = list(names), list(styles)
     for rule in plan:

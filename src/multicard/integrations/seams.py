@@ -1,7 +1,7 @@
-"""Seams into other people's libraries, and proof in each run that they were used.
+"""Seams into other libraries, and proof in each run that they were used.
 
-A new release may rename an argument, call something else, or take a hook off; what was split is then wrong without an
-error. So every seam counts what goes through it, and one that was bypassed raises before its result is used.
+A new release may rename an argument, call another function, or remove a hook; a split model would then be wrong without
+an error. So every seam counts the calls that go through it, and a bypassed seam raises before its result is used.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from multicard.layers import RowParallelLinear
 def bypassed(library: str, what: str) -> UnsupportedError:
     """The error for a seam that wasn't used as planned."""
     return UnsupportedError(
-        f"{what}. The result would have been wrong. Installed is {versions.describe(library)}: another release, or "
-        "something that changed this model after it was split, is the likely cause"
+        f"{what}. The result would have been wrong. Installed is {versions.describe(library)}. The likely cause is "
+        "another release, or a change to this model after it was split"
     )
 
 
 def facts(model: nn.Module) -> dict[str, Any]:
-    """What ranks compare of a whole model before it is split: its class, config, parameters, some of their numbers."""
+    """What ranks compare of a model before it is split: class, config, parameters, some of the parameters' numbers."""
     config = getattr(model, "config", {})
     settings = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     parameters = list(model.named_parameters())
@@ -61,24 +61,24 @@ class Hooks:
         self._placed.append((handle, type(module).__name__))
 
     def remove(self) -> None:
-        """Take all of them off."""
+        """Remove all of them."""
         for handle, _ in self._placed:
             handle.remove()
         self._placed.clear()
 
     def check(self) -> None:
-        """Raise UnsupportedError if one has been taken off by somebody else."""
+        """Raise UnsupportedError if other code has removed one."""
         for handle, name in self._placed:
             placed = handle.hooks_dict_ref()
             if placed is None or handle.id not in placed:
-                raise bypassed(self._library, f"a hook that splits {name} has been taken off")
+                raise bypassed(self._library, f"a hook that splits {name} has been removed")
 
 
 class RowProof:
-    """Proof that a model's row-parallel layers are called, so that their sums over ranks are made.
+    """Proof that a model's row-parallel layers are called, so that their outputs are summed over ranks.
 
-    Where a module runs and none of the row-parallel layers directly in it does, something multiplied by a shard of
-    their weights itself. Checked once for each kind of call, with hooks that are removed again.
+    If a module runs and none of the row-parallel layers directly in it does, other code has multiplied by a shard of
+    their weights. Checked once for each kind of call, with temporary hooks.
     """
 
     def __init__(self, library: str, model: nn.Module) -> None:
@@ -88,7 +88,7 @@ class RowProof:
 
     @contextlib.contextmanager
     def __call__(self, kind: Any) -> Iterator[None]:
-        """While the model runs; raises UnsupportedError after it."""
+        """Entered while the model runs; raises UnsupportedError afterwards if a layer wasn't called."""
         if kind in self._seen:
             yield
             return
@@ -101,7 +101,7 @@ class RowProof:
 
 
 def _rows(model: nn.Module) -> dict[nn.Module, tuple[str, list[nn.Module]]]:
-    """For each module that has row-parallel layers directly in it (or in a list of its own): path, layers."""
+    """The path and the layers of each module that has row-parallel layers directly in it (or in its ``ModuleList``)."""
     found: dict[nn.Module, tuple[str, list[nn.Module]]] = {}
     modules = dict(model.named_modules())
     for path, module in modules.items():
@@ -115,7 +115,7 @@ def _rows(model: nn.Module) -> dict[nn.Module, tuple[str, list[nn.Module]]]:
 
 @contextlib.contextmanager
 def counted(modules: Iterable[nn.Module]) -> Iterator[Counter[nn.Module]]:
-    """How often each of ``modules`` is called inside."""
+    """Counts how often each of ``modules`` is called inside the context."""
     calls: Counter[nn.Module] = Counter()
     handles = [module.register_forward_pre_hook(lambda module, args: calls.update([module])) for module in modules]
     try:

@@ -1,8 +1,8 @@
-"""What each style of a tensor plan does to a module, whatever library the module comes from.
+"""What each style of a tensor plan does to a module of any library.
 
-A style checks the module that it is given and returns a change, which is made once everything has been checked. Every
-parameter that results carries its shard rule, so the same change serves a model in memory and one on the meta device
-that is read from files afterwards.
+A style checks its module and returns a change, which is made once everything has been checked. Every new parameter has
+its shard rule, so the same change works for a model in memory and for one on the meta device whose weights are read
+from files afterwards.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ Change = Callable[[], object]
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a style is given beside its module.
+    """A style's arguments besides its module.
 
     Attributes:
-        model: that the module belongs to.
-        path: of the module, or of the parameter that is split by itself.
+        model: the model that the module belongs to.
+        path: of the module, or of a parameter with a style of its own.
         axis: the ranks.
-        hooks: where hooks that the split relies on are put.
-        heads_by_path: of the model's attentions.
-        places: where each module of the model stands: one may stand in several places.
+        hooks: the hooks that the split relies on; styles add theirs.
+        heads_by_path: the heads of the model's attentions.
+        places: the owners and names of each module of the model; a module may have several.
     """
 
     model: nn.Module
@@ -48,7 +48,7 @@ class Context:
 
     @property
     def heads(self) -> Heads:
-        """Those of the attention that holds the module, or of the nearest one (BERT's output projection).
+        """The heads of the attention that holds the module, or of the nearest one (BERT's output projection).
 
         Raises:
             UnsupportedError: the plan splits no attention.
@@ -59,30 +59,30 @@ class Context:
             for owner, heads in self.heads_by_path.items():
                 if not parent or owner == parent or owner.startswith(f"{parent}."):
                     return heads
-        raise UnsupportedError(f"the plan splits {self.path} by heads, but no query projection is near it")
+        raise UnsupportedError(f"the plan splits {self.path} by heads, but there is no query projection near it")
 
 
 Style = Callable[[nn.Module, Context], Change]
 
 
 def column(module: nn.Module, context: Context) -> Change:
-    """Output features, evenly."""
+    """Split output features evenly."""
     return replaced_by_column(module, context, None)
 
 
 def gate_up(module: nn.Module, context: Context) -> Change:
-    """Two fused projections, [gate | up], each by its output features."""
+    """Split two fused projections, [gate | up], each by its output features."""
     _, width = check_linear(module, context.path)
     return replaced_by_column(module, context, halves(width, context.axis.size))
 
 
 def row(module: nn.Module, context: Context) -> Change:
-    """Input features, evenly; the products are added up."""
+    """Split input features evenly; the products are summed over ranks."""
     return replaced_by_row(module, context, None)
 
 
 def to_heads(style: str) -> Style:
-    """Output features by heads: ``style`` says of what and how they lie (see ``Heads.shares``)."""
+    """Split output features by heads; ``style`` says of which heads and in which layout (see ``Heads.shares``)."""
 
     def by_heads(module: nn.Module, context: Context) -> Change:
         _, width = check_linear(module, context.path)
@@ -92,7 +92,7 @@ def to_heads(style: str) -> Style:
 
 
 def attention_out(module: nn.Module, context: Context) -> Change:
-    """Input features by query head; the products are added up. A rank without a head adds zeros."""
+    """Split input features by query head; the products are summed over ranks. A rank without a head adds zeros."""
     width, _ = check_linear(module, context.path)
     heads = context.heads
     idle_width = width // heads.query if heads.idle else 0
@@ -112,7 +112,7 @@ def parameter_by_heads(style: str) -> Style:
 
 
 def whole(module: nn.Module, context: Context) -> Change:
-    """On every rank."""
+    """Leave whole on every rank."""
     return lambda: None
 
 
@@ -129,10 +129,10 @@ STYLES: dict[str, Style] = {
     "key_value_heads": parameter_by_heads("key_value"),
     "whole": whole,
 }
-"""Styles of both libraries' plans; each library has some of its own beside them."""
+"""Styles of both libraries' plans; each library has further styles of its own."""
 
 OF_PARAMETERS = ("heads", "key_value_heads", "whole")
-"""Styles that split a parameter by itself."""
+"""Styles that split a single parameter."""
 
 
 def changes(
@@ -147,10 +147,10 @@ def changes(
 
     Args:
         plan: the style of each module and parameter, by path.
-        styles: what the plan's styles do.
+        styles: the functions of the plan's styles.
         axis: the ranks that share each module.
-        hooks: those that the split relies on.
-        heads: of the model's attentions, by path.
+        hooks: the hooks that the split relies on; styles add theirs.
+        heads: the heads of the model's attentions, by path.
 
     Raises:
         UnsupportedError: a module that can't be split exactly in this way; the message names it.
@@ -168,7 +168,7 @@ def changes(
 
 
 def make(changes: Iterable[Change]) -> None:
-    """Make all changes. Each is let go of once it is made, and with it the whole module that it has replaced."""
+    """Make all changes. Each is dropped once it is made, which frees the whole module that it has replaced."""
     left = collections.deque(changes)
     while left:
         left.popleft()()
@@ -197,7 +197,7 @@ def replaced_by_row(module: nn.Module, context: Context, shares: Shares | None, 
 
 
 def places_in(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
-    """Where each module below ``model`` stands: its owner and its name there."""
+    """The places of each module below ``model``: its owners and its names there."""
     found: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
     for owner in model.modules():
         for name, child in owner._modules.items():

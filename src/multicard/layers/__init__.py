@@ -1,4 +1,4 @@
-"""Layers split over a mesh axis; each is exact at any degree and the plain layer on an axis of size 1."""
+"""Layers split over a mesh axis, exact at any degree; on an axis of size 1 they are plain layers."""
 
 from multicard.layers.conv import ColumnParallelConv2d, RowParallelConv2d
 from multicard.layers.embedding import VocabParallelEmbedding

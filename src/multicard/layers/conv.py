@@ -1,7 +1,7 @@
 """2-D convolutions split over a tensor-parallel axis by channels: by output (column) and by input (row).
 
-As with the linear layers, ``row(activation(column(x)))`` is one all-reduce. Grouped convolutions are split by whole
-groups: a group's outputs depend on its own inputs alone.
+As with linear layers, ``row(activation(column(x)))`` needs one all-reduce. Grouped convolutions are split by whole
+groups, because a group's outputs depend only on its own inputs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CHANNELS = -3
 
 
 class _ParallelConv2d(nn.Module):
-    """What both share: the settings of the whole convolution, and this rank's part of its parameters."""
+    """The common base: the settings of the whole convolution, and this rank's part of its parameters."""
 
     by_input: ClassVar[bool]
     weight: nn.Parameter
@@ -36,7 +36,7 @@ class _ParallelConv2d(nn.Module):
             setattr(self, name, empty(shard_of(parameter), parameter.dtype, device))
 
     def _hold(self, conv: nn.Conv2d, axis: Axis) -> None:
-        """Be this rank's part of ``conv``."""
+        """Copy this rank's part of ``conv``."""
         nn.Module.__init__(self)
         if type(conv) is not nn.Conv2d:
             raise ConfigError(
@@ -46,7 +46,7 @@ class _ParallelConv2d(nn.Module):
         self.in_channels, self.out_channels, self.groups = conv.in_channels, conv.out_channels, conv.groups
         self.kernel_size, self.stride = conv.kernel_size, conv.stride
         self.padding, self.dilation, self.padding_mode = conv.padding, conv.dilation, conv.padding_mode
-        # reflect, replicate and circular padding: before, with the amounts as torch.nn.Conv2d gives them to F.pad
+        # reflect, replicate and circular padding, applied before, with torch.nn.Conv2d's own amounts for F.pad
         self._pad = None if conv.padding_mode == "zeros" else list(conv._reversed_padding_repeated_twice)
         # with groups the weight's rows are output channels, each over its own group's inputs
         dim = 1 if self.by_input and conv.groups == 1 else 0
@@ -94,11 +94,11 @@ class _ParallelConv2d(nn.Module):
 
 
 class ColumnParallelConv2d(_ParallelConv2d):
-    """A convolution where each rank computes some of the output channels, in order, the first ranks one more.
+    """A convolution in which each rank computes some of the output channels, in order; the first ranks one more.
 
     Args:
-        shape, options: as ``torch.nn.Conv2d``, which are channels of the whole; groups are split whole. The input is
-            whole on every rank; each holds the bias of its own channels.
+        shape, options: as for ``torch.nn.Conv2d``, of the whole convolution; only whole groups are split. The input is
+            whole on every rank; each rank holds the bias of its own channels.
         axis: the ranks that share the output channels.
         gather_output: return all channels on every rank (one all-gather) instead of this rank's.
     """
@@ -131,15 +131,15 @@ class ColumnParallelConv2d(_ParallelConv2d):
 
 
 class RowParallelConv2d(_ParallelConv2d):
-    """A convolution where each rank holds some of the input channels; their products are added up.
+    """A convolution in which each rank holds some of the input channels; the products are summed over ranks.
 
-    One all-reduce. The bias is whole on every rank and added once, after it.
+    One all-reduce. The bias is whole on every rank and added once, after the all-reduce.
 
     Args:
-        shape, options: as ``torch.nn.Conv2d``, which are channels of the whole; groups are split whole.
+        shape, options: as for ``torch.nn.Conv2d``, of the whole convolution; only whole groups are split.
         axis: the ranks that share the input channels.
-        input_is_parallel: the input is this rank's channels already (a column-parallel convolution's output); False: it
-            is whole and this layer takes its own.
+        input_is_parallel: the input has only this rank's channels (a column-parallel convolution's output); False: it
+            is whole, and this layer takes its own channels.
     """
 
     by_input = True

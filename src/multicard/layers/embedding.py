@@ -1,4 +1,4 @@
-"""The vocabulary's input side: an embedding whose rows are split over ranks."""
+"""The vocabulary's input side: an embedding with rows split over ranks."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from multicard.layers.shard import Shard, cut, empty, shard_of
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Token ids to vectors; each rank holds some rows, looks up those, and the rest come by one all-reduce.
+    """Token ids to vectors; each rank looks up the rows that it holds, and one all-reduce adds the others.
 
     Exact in every dtype: for each id all ranks but one add zeros.
 
     Args:
         num_embeddings: the vocabulary's size, any number; the first ranks hold one row more.
-        embedding_dim: the vectors' length.
+        embedding_dim: size of a vector.
         axis: the ranks that share the vocabulary.
     """
 
@@ -43,9 +43,9 @@ class VocabParallelEmbedding(nn.Module):
 
     @classmethod
     def from_embedding(cls, embedding: nn.Embedding, axis: Axis) -> VocabParallelEmbedding:
-        """This rank's copy of its rows of ``embedding``. One with ``max_norm``, which changes its rows, is refused."""
+        """This rank's copy of its rows of ``embedding``; one with ``max_norm``, which changes its rows, is refused."""
         if embedding.max_norm is not None:
-            raise ConfigError(f"max_norm={embedding.max_norm}: VocabParallelEmbedding looks rows up as they are")
+            raise ConfigError(f"max_norm={embedding.max_norm}: VocabParallelEmbedding takes max_norm=None only")
         vocabulary, hidden = embedding.weight.shape
         layer = cls(vocabulary, hidden, axis, device="meta")
         layer.weight = cut(embedding.weight, shard_of(layer.weight))

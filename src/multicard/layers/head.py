@@ -1,4 +1,4 @@
-"""The vocabulary's output side: the language-model head, and gathering what ranks hold of a last dimension."""
+"""The vocabulary's output side: the language-model head, and gathering a sharded last dimension."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from multicard.layers.shard import Shard, check_shares, count, cut, empty, shard
 
 
 class GatherLastDim(nn.Module):
-    """Every rank's part of the last dimension, put together on every rank. One all-gather.
+    """Gathers the last dimension, which is sharded over ranks, on every rank. One all-gather.
 
     Args:
-        axis: the ranks that hold parts.
-        size: the whole dimension's length; None: every rank holds as many as this one.
+        axis: the ranks that hold shards.
+        size: the whole dimension's length; None: every rank holds as many features as this one.
         shares: every rank's spans of it; None: an even split of ``size``. A feature that several ranks hold is taken
             from the first.
 
     Raises:
-        ConfigError: a feature that no rank holds.
+        ConfigError: no rank holds a feature.
     """
 
     def __init__(self, axis: Axis, size: int | None = None, shares: Sequence[Sequence[range]] | None = None) -> None:
@@ -54,7 +54,7 @@ class GatherLastDim(nn.Module):
 class ParallelLMHead(nn.Module):
     """Logits of this rank's slice of the vocabulary: a column-parallel linear without bias, by vocabulary rows.
 
-    Choosing the next token doesn't need them gathered (:mod:`multicard.models.sampling`); ``gather_output`` does so.
+    Choosing the next token doesn't need all logits (:mod:`multicard.models.sampling`); ``gather_output`` gathers them.
 
     Args:
         embedding_dim: the hidden size.

@@ -1,6 +1,6 @@
 """Linear layers split over a tensor-parallel axis: by output (column) and by input (row).
 
-The two compose without talking in between: ``row(activation(column(x)))`` is one all-reduce
+The two compose without communication in between: ``row(activation(column(x)))`` needs one all-reduce
 (Megatron-LM, arXiv 1909.08053). Names follow ``y = x Aᵀ + b`` with A split by its rows = output features
 ("column-parallel", from the paper's ``y = xA``) or by its columns = input features ("row-parallel").
 """
@@ -52,17 +52,17 @@ class _ParallelLinear(nn.Module):
 class ColumnParallelLinear(_ParallelLinear):
     """``y = x Aᵀ + b`` where each rank holds some of the output features and returns those.
 
-    Fused projections (query-key-value, gate-up) are one layer whose outputs are the concatenation of the single ones;
-    ``shares`` then has a span of each for every rank. A row may be on several ranks (replicated key/value heads).
+    Fused projections (query-key-value, gate-up) are one layer that returns the concatenated outputs of the single ones;
+    each rank's ``shares`` then have a span of each. Several ranks may hold the same row (replicated key/value heads).
 
     Args:
         in_features: length of the input's last dimension, whole on every rank.
-        out_features: output features in all.
+        out_features: number of all output features.
         axis: the ranks that share them.
         bias: add one; each rank holds its own features' part.
         gather_output: return all output features on every rank (one all-gather) instead of this rank's.
-        shares: every rank's spans of output features; None: an even split, the first ranks one more.
-        parts: names and sizes of the layers that this one fuses, as a checkpoint has them.
+        shares: every rank's spans of output features; None: an even split, with one more for the first ranks.
+        parts: names and sizes, in the checkpoint, of the layers that this one fuses.
 
     Raises:
         ConfigError: shares that don't fit, or ``gather_output`` with features that no rank holds.
@@ -116,15 +116,15 @@ class ColumnParallelLinear(_ParallelLinear):
 class RowParallelLinear(_ParallelLinear):
     """``y = x Aᵀ + b`` where each rank holds some of the input features; their products are added up.
 
-    One all-reduce. The bias is whole on every rank and added once, after it.
+    One all-reduce. The bias is whole on every rank and added once, after the all-reduce.
 
     Args:
-        in_features: input features in all.
+        in_features: number of all input features.
         out_features: output features, whole on every rank.
         axis: the ranks that share the input features.
         bias: add one.
-        input_is_parallel: the input is this rank's features already (a column-parallel layer's output); False: it is
-            whole and this layer takes its own.
+        input_is_parallel: the input has only this rank's features (a column-parallel layer's output); False: it is
+            whole, and this layer takes its own features.
         shares: every rank's spans of input features, each feature on exactly one rank; None: an even split.
 
     Raises:
@@ -179,5 +179,5 @@ class RowParallelLinear(_ParallelLinear):
 def _cat_biases(linears: Sequence[nn.Linear]) -> Tensor | None:
     biases: list[Tensor] = [m.bias for m in linears if m.bias is not None]
     if biases and len(biases) != len(linears):
-        raise ConfigError("fusing linears with and without a bias: give all of them one, or none")
+        raise ConfigError("fusing linear layers with and without a bias: give all of them a bias, or none")
     return torch.cat(biases) if len(biases) > 1 else (biases[0] if biases else None)

@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation (arXiv 1910.07467), whole and with its features split over ranks."""
+"""Root-mean-square normalisation (arXiv 1910.07467), whole or with its features split over ranks."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class RMSNorm(nn.Module):
 
 
 class ParallelRMSNorm(nn.Module):
-    """The same where each rank holds some of the features (a norm across all heads of a split projection).
+    """The same with some of the features on each rank (a norm over all heads of a split projection).
 
     One all-reduce of a sum of squares in float32 a row.
 
     Args:
-        size: features in all.
+        size: number of all features.
         axis: the ranks that share them.
         weight: the whole weight, or None for none.
         shares: every rank's spans, each feature on exactly one rank; None: an even split.

@@ -1,8 +1,8 @@
 """Weights in the order in which the CPU's matrix kernel reads them.
 
-Multiplying by one row is as fast as the weight can be read. In rows, as a checkpoint has it, MKL reads at half of what
-memory gives; reordered once into oneDNN's blocks it reads at nearly all of it, in float32 and in bfloat16
-(docs/llm.md has the figures). The reordered weight replaces the plain one: no memory is spent on it.
+Multiplying a single row is as fast as reading the weight. MKL reads a weight in row order, as checkpoints have it, at
+half of the memory bandwidth; a weight reordered into oneDNN's blocks is read at nearly all of it, in float32 and in
+bfloat16 (docs/llm.md has the figures). The reordered weight replaces the plain one, so it takes no additional memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PACKED_TYPES = (torch.float32, torch.bfloat16)
 
 
 def available(dtype: torch.dtype) -> bool:
-    """Whether this torch has oneDNN and the operators that its own compiler uses to freeze linears, for this dtype.
+    """Whether this torch has, for this dtype, oneDNN and the operators with which its compiler freezes linear layers.
 
     bfloat16 needs a processor with AVX-512 or newer; on others MKL multiplies it as before.
     """
@@ -32,14 +32,14 @@ def available(dtype: torch.dtype) -> bool:
 
 
 def pack(layer: nn.Module, keep_weight: bool = False) -> bool:
-    """Make a linear layer or head on the CPU multiply with oneDNN; others are left as they are.
+    """Make a linear layer or head on the CPU multiply with oneDNN; other layers aren't changed.
 
     Args:
         layer: its weight is reordered, so it can't be read afterwards.
-        keep_weight: leave the weight in rows: still faster than MKL, by less.
+        keep_weight: keep the weight in row order: faster than MKL, but by less.
 
     Returns:
-        whether the weight was reordered, for which there were two of it for a moment.
+        whether the weight was reordered; if so, it was held twice for a moment.
     """
     if not isinstance(layer, ColumnParallelLinear | RowParallelLinear | ParallelLMHead):
         return False
@@ -52,11 +52,10 @@ def pack(layer: nn.Module, keep_weight: bool = False) -> bool:
 
 
 def packer(model: nn.Module) -> Callable[[nn.Module], int]:
-    """:func:`pack` for each linear layer of ``model``; a weight that an embedding table shares stays in rows.
+    """:func:`pack` for each linear layer of ``model``; a weight shared with an embedding table stays in row order.
 
     Returns:
-        a function to be called with each module, which returns 0: as what finishes a module for
-        :func:`multicard.weights.load`.
+        a function to be called with each module, which returns 0: the ``finish`` of :func:`multicard.weights.load`.
     """
     tables = {id(m.weight) for m in model.modules() if isinstance(m, VocabParallelEmbedding)}
     linears = [m for m in model.modules() if isinstance(m, ColumnParallelLinear | RowParallelLinear)]
@@ -73,8 +72,8 @@ def packer(model: nn.Module) -> Callable[[nn.Module], int]:
 def pack_tied(embedding: VocabParallelEmbedding, head: ParallelLMHead) -> bool:
     """The same for a head that shares its weight with the embedding, which then looks its rows up in the blocks.
 
-    oneDNN doesn't say how it orders them. What it did is compared with the likely order number by number; where it is
-    another, the weight stays in rows.
+    oneDNN doesn't document the order of its blocks. The reordered weight is compared with the likely order, number by
+    number; if they differ, the weight stays in row order.
 
     Returns:
         whether the weight was reordered.
@@ -92,13 +91,13 @@ def pack_tied(embedding: VocabParallelEmbedding, head: ParallelLMHead) -> bool:
 
 
 class BlockedRows:
-    """``F.embedding`` where rows are in blocks ``(rows / b, columns / v, b, v)``, columns perhaps padded."""
+    """``F.embedding`` with rows in blocks ``(rows / b, columns / v, b, v)``; columns may be padded."""
 
     def __init__(self, blocks: Tensor, columns: int) -> None:
         self.blocks, self.columns = blocks, columns
 
     def __call__(self, ids: Tensor, weight: Tensor) -> Tensor:
-        """``weight`` is what the blocks are a view of: an argument so that the memory outlives them."""
+        """A view of ``weight`` as blocks; ``weight`` is an argument so that its memory outlives the view."""
         height = self.blocks.shape[2]
         rows = self.blocks[ids // height, :, ids % height]
         return rows.flatten(-2)[..., : self.columns]

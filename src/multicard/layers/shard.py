@@ -1,6 +1,6 @@
-"""A parameter owns its shard rule: which slices of the whole tensor it is, along which dimension.
+"""A parameter owns its shard rule: which slices of the whole tensor it holds, along which dimension.
 
-The loader asks the rule and reads only those bytes; ``from_linear`` asks the same rule and copies only those rows.
+The loader reads only the bytes that the rule names; ``from_linear`` copies only the rows that it names.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from multicard.axis import Axis
 from multicard.errors import ConfigError
 
 Spans = tuple[range, ...]
-"""Slices of one dimension that one rank holds, in the order in which it holds them."""
+"""One rank's slices of one dimension, in storage order."""
 
 Shares = tuple[Spans, ...]
-"""Everybody's spans, by rank."""
+"""All ranks' spans, by rank."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Shard:
     """The slices ``spans`` of a whole tensor of shape ``shape`` along ``dim``.
 
     Attributes:
-        parts: what the whole is fused of, along ``dim``, where a checkpoint holds it in pieces:
+        parts: names and sizes along ``dim`` of the tensors that a checkpoint holds instead of the fused whole:
             ``(("q_proj", 576), ("k_proj", 192), ...)``. Empty: the whole is one tensor.
         transposed: a checkpoint holds the matrix with its dimensions exchanged (GPT-2's ``Conv1D``).
-        fill: every element is this number, and no checkpoint holds the tensor; None: one does.
+        fill: every element is this number, and the tensor isn't in checkpoints; None: it is.
     """
 
     shape: tuple[int, ...]
@@ -45,9 +45,9 @@ class Shard:
         return (*self.shape[: self.dim], count(self.spans), *self.shape[self.dim + 1 :])
 
     def take(self, whole: Tensor) -> Tensor:
-        """This rank's part of ``whole``, as a tensor of its own."""
+        """A copy of this rank's part of ``whole``."""
         if tuple(whole.shape) != self.shape:
-            raise ConfigError(f"a tensor of shape {tuple(whole.shape)} where {self.shape} was declared")
+            raise ConfigError(f"a tensor of shape {tuple(whole.shape)}: must be {self.shape}, as declared")
         parts = [whole.narrow(self.dim, span.start, len(span)) for span in self.spans]
         if not parts:
             return whole.new_empty(self.local_shape)
@@ -55,7 +55,7 @@ class Shard:
 
 
 def sharded(data: Tensor, shard: Shard) -> nn.Parameter:
-    """An inference parameter that carries its shard rule."""
+    """An inference parameter with its shard rule."""
     parameter = nn.Parameter(data, requires_grad=False)
     parameter.shard = shard  # type: ignore[attr-defined]
     return parameter
@@ -72,18 +72,18 @@ def cut(whole: Tensor, shard: Shard) -> nn.Parameter:
 
 
 def shard_of(parameter: Tensor) -> Shard:
-    """The rule that a parameter carries; one that carries none is whole on every rank."""
+    """A parameter's shard rule; a parameter without one is whole on every rank."""
     whole = Shard(tuple(parameter.shape), 0, (range(parameter.shape[0]),)) if parameter.dim() else Shard((), 0, ())
     return getattr(parameter, "shard", whole)
 
 
 def even_shares(size: int, parts: int) -> Shares:
-    """One contiguous span a rank, the first ``size mod parts`` ranks one row more."""
+    """One contiguous span a rank; the first ``size mod parts`` ranks have one more row."""
     return tuple((span,) if span else () for span in partition.split(size, parts))
 
 
 def concatenated(blocks: Sequence[tuple[Shares, int]]) -> Shares:
-    """Everybody's spans of blocks that stand one after the other; a block is its own shares and its length."""
+    """All ranks' spans of several blocks, one after the other; a block is given as its own shares and its length."""
     shares: list[Spans] = [()] * len(blocks[0][0])
     start = 0
     for block, length in blocks:
@@ -94,20 +94,20 @@ def concatenated(blocks: Sequence[tuple[Shares, int]]) -> Shares:
 
 
 def halves(size: int, parts: int) -> Shares:
-    """Everybody's spans of two halves, each split evenly (gate and up of a gated MLP)."""
+    """All ranks' spans of two halves, each split evenly (gate and up of a gated MLP)."""
     return concatenated([(even_shares(size // 2, parts), size // 2)] * 2)
 
 
 def count(spans: Spans) -> int:
-    """Rows in all."""
+    """The total number of rows."""
     return sum(map(len, spans))
 
 
 def check_shares(shares: Sequence[Sequence[range]] | None, size: int, axis: Axis) -> Shares:
-    """``shares`` merged and checked, or the even ones.
+    """``shares`` with adjacent spans joined, and checked; None: an even split.
 
     Raises:
-        ConfigError: not one share a rank, or a span outside ``range(size)``.
+        ConfigError: the number of shares isn't that of ranks, or a span is outside ``range(size)``.
     """
     if shares is None:
         return even_shares(size, axis.size)
@@ -124,10 +124,10 @@ def check_shares(shares: Sequence[Sequence[range]] | None, size: int, axis: Axis
 
 
 def check_partition(shares: Shares, size: int, what: str) -> None:
-    """Every row on exactly one rank, as a sum over ranks needs.
+    """Check that every row is on exactly one rank, as a sum over ranks requires.
 
     Raises:
-        ConfigError: a row that no rank or several ranks hold.
+        ConfigError: no rank or several ranks hold a row.
     """
     spans = sorted((span for spans in shares for span in spans), key=lambda span: span.start)
     if partition.merge_spans(spans) != ((range(size),) if size else ()):

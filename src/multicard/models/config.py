@@ -1,4 +1,4 @@
-"""What a decoder looks like, read from a Hugging Face ``config.json``; what we lack is refused by name."""
+"""A decoder's config, read from a Hugging Face ``config.json``; unsupported features are refused by name."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"num_key_value_heads": 32, "qkv_bias": True},
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "qk_norm": True},
 }
-"""Model types that the decoder is, each with its defaults where they aren't Llama's."""
+"""Model types that the decoder implements, each with the defaults that differ from Llama's."""
 
 ROPE_TYPES = ("default", "linear", "llama3")
-LARGEST, MOST_LAYERS = 1 << 28, 1024  # what no decoder reaches; beyond it sizes overflow, or making it takes minutes
+LARGEST, MOST_LAYERS = 1 << 28, 1024  # above any real size; larger ones overflow or take minutes to allocate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +56,10 @@ class DecoderConfig:
     """A pre-norm decoder with rotary positions, grouped-query attention and a gated MLP.
 
     Attributes:
-        context: positions that the model knows.
-        window: positions that attention may look back, where the checkpoint limits it; longer requests are refused.
+        context: the most positions that the model supports.
+        window: the sliding window in positions, if the checkpoint has one; longer requests are refused.
         eos: ids that end an answer.
-        dtype: the checkpoint's own.
+        dtype: the checkpoint's.
     """
 
     family: str
@@ -88,13 +88,13 @@ class DecoderConfig:
             if not is_whole(value, 1, most):
                 raise ConfigError(f"{name}={value!r}: a whole number from 1 to {most}")
         if self.heads * self.head_dim > LARGEST:
-            raise ConfigError(f"{self.heads} heads of {self.head_dim}: more than {LARGEST} in all")
+            raise ConfigError(f"{self.heads} heads of {self.head_dim}: their product must be at most {LARGEST}")
         if not 0 <= self.norm_eps < math.inf:
             raise ConfigError(f"norm_eps={self.norm_eps!r}: a finite number of 0 or more")
         if self.heads % self.kv_heads:
             raise ConfigError(f"{self.heads} attention heads over {self.kv_heads} key/value heads: must be a multiple")
         if self.head_dim % 2:
-            raise ConfigError(f"head_dim={self.head_dim}: rotary positions turn pairs, so it must be even")
+            raise ConfigError(f"head_dim={self.head_dim}: rotary positions rotate pairs, so it must be even")
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike[str]) -> DecoderConfig:
@@ -119,14 +119,14 @@ class DecoderConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> DecoderConfig:
-        """The same from ``config.json``'s content, in the old or the new spelling of its keys."""
+        """The same from the content of ``config.json``, with the old or the new names of its keys."""
         family = raw.get("model_type")
         if family not in FAMILIES:
             raise UnsupportedError(
-                f"model_type {family!r} is not one that LLM has ({', '.join(FAMILIES)}): use mc.parallelize on the "
+                f"model_type {family!r} isn't one of LLM's ({', '.join(FAMILIES)}): use mc.parallelize on the "
                 "transformers model"
             )
-        stated = {**FAMILIES[family], **raw}  # null takes a family's default away: no window, as many kv heads as heads
+        stated = {**FAMILIES[family], **raw}  # null overrides a family's default: no window, as many kv heads as heads
         raw = {key: value for key, value in stated.items() if value is not None}
         _refuse(raw)
         heads = raw["num_attention_heads"]
@@ -165,7 +165,7 @@ def _refuse(raw: Mapping[str, Any]) -> None:
 
 
 def _rope(raw: Mapping[str, Any]) -> RopeConfig:
-    """New spelling: ``rope_parameters``; old: ``rope_theta`` beside ``rope_scaling``, whose kind was once ``type``."""
+    """New key: ``rope_parameters``; old keys: ``rope_theta`` and ``rope_scaling``, with the kind once in ``type``."""
     spelled: dict[str, Any] = {**raw.get("rope_scaling", {}), **raw.get("rope_parameters", {})}
     kind = spelled.get("rope_type", spelled.get("type", "default"))
     if kind not in ROPE_TYPES:

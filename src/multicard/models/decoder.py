@@ -1,8 +1,8 @@
 """The decoder: Llama, Mistral, Qwen2 and Qwen3 as one pre-norm transformer made of parallel layers.
 
-Heads are split over the tensor-parallel axis with the key/value heads that they read, the MLP by rows, the vocabulary
-by ids: two all-reduces a layer and one for the embedding. Nothing here knows the degree; one rank is the plain model.
-Where keys and values are, and so how attention is computed, the cache knows.
+The tensor-parallel axis splits query heads with the key/value heads that they read, the MLP by width, and the
+vocabulary by ids: two all-reduces a layer and one for the embedding. No code here depends on the degree; on one rank it
+is the plain model. The cache knows where keys and values are, so it also computes attention.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ Cache = KVCache | SequenceKVCache
 class ParallelAttention(nn.Module):
     """Grouped-query self-attention over a cache, with this rank's heads.
 
-    Query heads are split evenly in order; each rank holds the key/value heads that its own read, so any number of
-    heads works at any degree up to it. One all-reduce, after the output projection.
+    Query heads are split evenly in order; each rank holds the key/value heads that its query heads read, so the degree
+    may be any number up to that of the heads. One all-reduce, after the output projection.
 
     Raises:
         ConfigError: more ranks than attention heads.
@@ -45,7 +45,7 @@ class ParallelAttention(nn.Module):
         heads, kv_heads, dim = config.heads, config.kv_heads, config.head_dim
         if mesh.tp.size > heads:
             raise ConfigError(
-                f"tp={mesh.tp.size} with {heads} attention heads: a rank needs one, so tp is {heads} at most"
+                f"tp={mesh.tp.size} with {heads} attention heads: each rank needs one, so tp is {heads} at most"
             )
         shards = partition.split_heads(heads, kv_heads, mesh.tp.size)
         self.heads = shards[mesh.tp.rank]
@@ -89,7 +89,7 @@ class ParallelAttention(nn.Module):
 
 
 class ParallelMLP(nn.Module):
-    """``down(silu(gate(x)) · up(x))`` with this rank's rows of the intermediate size. One all-reduce."""
+    """``down(silu(gate(x)) · up(x))`` with this rank's part of the intermediate size. One all-reduce."""
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class ParallelMLP(nn.Module):
 
 
 class ParallelTransformerLayer(nn.Module):
-    """Norm, attention, norm, MLP, each added to what came in. Two all-reduces."""
+    """Attention and MLP, each after a norm and with a residual connection. Two all-reduces."""
 
     def __init__(
         self, config: DecoderConfig, mesh: ParallelMesh, dtype: torch.dtype | None = None, device: Where = None
@@ -141,7 +141,7 @@ class ParallelTransformer(nn.Module):
     Args:
         config: what to build.
         mesh: ``mesh.tp`` splits it.
-        dtype: None: the checkpoint's own.
+        dtype: None: the checkpoint's.
         device: None: the mesh's. "meta" allocates nothing, for :func:`multicard.weights.load`.
     """
 
@@ -163,7 +163,7 @@ class ParallelTransformer(nn.Module):
         self.rope = Rope(config.rope, config.head_dim, self.dtype, mesh.device)
 
     def new_cache(self, capacity: int, starts: tuple[int, ...] = (0,)) -> Cache:
-        """An empty cache for this rank's heads: spread over the sequence axis where there is one.
+        """An empty cache for this rank's heads, sharded over the sequence axis if there is one.
 
         See :class:`~multicard.models.kv_cache.KVCache`.
         """
@@ -178,7 +178,7 @@ class ParallelTransformer(nn.Module):
 
         Args:
             ids: ``(batch, tokens)``, the same on every rank.
-            cache: what came before; these tokens are added to it.
+            cache: the earlier tokens; these are added to it.
             last_only: logits of the last token only.
 
         Returns:
@@ -197,7 +197,7 @@ def _rows(heads: range, dim: int) -> range:
 
 
 def _qkv_shares(shards: tuple[partition.HeadShard, ...], heads: int, kv_heads: int, dim: int) -> Shares:
-    """Every rank's spans of the fused projection: its query heads, its keys' heads, its values' heads."""
+    """Every rank's spans of the fused projection: those of its query heads, key heads and value heads."""
 
     def rows(first: int, some: range) -> range:
         return _rows(range(first + some.start, first + some.stop), dim)

@@ -1,4 +1,4 @@
-"""Generating tokens for a batch of prompts, on every rank of a mesh alike."""
+"""Generating tokens for a batch of prompts, the same on every rank of a mesh."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from multicard.values import is_whole
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """Prompts to go on from.
+    """Prompts to continue.
 
     Args:
         prompts: token ids of each.
-        max_new_tokens: new tokens for each at most.
+        max_new_tokens: at most so many new tokens for each.
         sampling: how they are chosen.
         stop: ids that end an answer; they are part of it.
-        first: the number of the first prompt among the caller's, which its noise is keyed by.
+        first: the first prompt's number among the caller's prompts, which determines its noise.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -37,7 +37,7 @@ class Request:
     first: int = 0
 
     def check(self, config: DecoderConfig) -> None:
-        """Refuse what can't be run before anything runs.
+        """Refuse an invalid request before anything runs.
 
         Raises:
             ConfigError: an empty prompt, a token that isn't in the vocabulary, a prompt longer than the context.
@@ -47,7 +47,7 @@ class Request:
             raise ConfigError(f"max_new_tokens={self.max_new_tokens!r}: a whole number of 1 or more")
         for number, prompt in enumerate(self.prompts, start=self.first):
             if not prompt:
-                raise ConfigError(f"prompt {number} is empty: it needs a token at least")
+                raise ConfigError(f"prompt {number} is empty: it needs at least one token")
             wrong = next((t for t in prompt if not 0 <= t < config.vocab_size), None)
             if wrong is not None:
                 raise ConfigError(f"token id {wrong} is not in the vocabulary: ids are 0 to {config.vocab_size - 1}")
@@ -62,10 +62,10 @@ class Request:
 
 
 def generate(model: ParallelTransformer, request: Request) -> Iterator[list[int | None]]:
-    """Each step's new token of every prompt; None for those that have ended.
+    """At each step, every prompt's new token, or None if its answer has ended.
 
-    Ends when all have: at a stop id, at ``max_new_tokens``, or at the end of the model's context. Every rank yields the
-    same. Prompts of unequal length are padded in front.
+    An answer ends at a stop id, at ``max_new_tokens``, or at the end of the model's context; the generator ends with
+    the last answer. Every rank yields the same. Prompts of unequal length are padded in front.
     """
     if not request.prompts:  # a data-parallel replica without work
         return
@@ -96,7 +96,7 @@ def generate(model: ParallelTransformer, request: Request) -> Iterator[list[int 
 def answer(
     model: ParallelTransformer, mesh: ParallelMesh, request: Request
 ) -> tuple[list[list[int]], dict[str, float]]:
-    """Every prompt's new tokens, on every rank, and seconds; each data-parallel replica answers its share of them."""
+    """Every prompt's new tokens, on every rank, and timings; each data-parallel replica answers some of the prompts."""
     mine = partition.split(len(request.prompts), mesh.dp.size)[mesh.dp.rank]
     part = dataclasses.replace(request, prompts=request.prompts[mine.start : mine.stop], first=mine.start)
     tokens: list[list[int]] = [[] for _ in mine]

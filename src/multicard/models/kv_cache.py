@@ -1,4 +1,4 @@
-"""Keys and values of the tokens so far. The cache knows where they are, so it is also what attends to them."""
+"""Keys and values of the tokens so far. The cache knows where they are, so it also computes attention to them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from multicard.partition import HeadShard
 
 
 class KVCache:
-    """A preallocated cache of this rank's key/value heads, whole in the sequence, written in place.
+    """A preallocated cache of this rank's key/value heads for the whole sequence, written in place.
 
-    Prompts of unequal length are padded in front, so that all write the same slot each step; a slot before a prompt's
-    start is never attended to.
+    Prompts of unequal length are padded in front, so that all write the same slot at each step; slots before a prompt's
+    start are never attended to.
 
     Args:
         layers: how many layers write into it.
         heads: this rank's query heads and the key/value heads that they read.
-        head_dim: a head's length.
+        head_dim: size of a head.
         capacity: tokens that it can hold, padding included.
         starts: for every prompt of the batch the slot of its first token.
 
@@ -51,9 +51,9 @@ class KVCache:
         self._new = range(0)
 
     def advance(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Make room for the next tokens ``(batch, tokens)``: them, and their positions ``(batch or 1, tokens)``.
+        """Make room for the next tokens ``(batch, tokens)``; return them and their positions ``(batch or 1, tokens)``.
 
-        What is padding is at 0 too; nothing attends to it.
+        Padding has position 0 too; nothing attends to it.
         """
         tokens = ids.shape[1]
         self._new = range(self.length, self.length + tokens)
@@ -76,14 +76,14 @@ class KVCache:
         return x[:, -1:]
 
     def whole(self, x: Tensor) -> Tensor:
-        """All tokens' rows: they are here."""
+        """All tokens' rows; here they are already on this rank."""
         return x
 
     def _kernel(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         batch, tokens, heads, dim = q.shape
         if tokens == 1:
-            # One token: the query heads of a key/value head are rows of one small attention. On the CPU that is up to
-            # six times as fast in bfloat16 as one row for each of them, and the same in float32.
+            # One token: the query heads of a key/value head are rows of one small attention. On the CPU this is up to
+            # six times as fast in bfloat16 as separate heads, and as fast in float32.
             grouped = q.view(batch, keys.shape[1], -1, dim)
             return F.scaled_dot_product_attention(grouped, keys, values, self._mask).reshape(batch, 1, heads, dim)
         causal = self._mask is None
@@ -103,6 +103,6 @@ class KVCache:
             real = columns >= self.starts[:, None, None]
             keep = (keep & real) | (
                 columns == slots[:, None]
-            )  # padding attends to itself: no row is empty, none is NaN
+            )  # padding attends to itself, so no row is empty and none becomes NaN
         mask = torch.zeros(keep.shape, dtype=self._dtype, device=slots.device)
         return mask.masked_fill_(~keep, float("-inf")).reshape(-1, 1, len(slots), self.length)

@@ -1,4 +1,4 @@
-"""A decoder out of a checkpoint folder: what is refused before loading, and the loading."""
+"""Loading a decoder from a checkpoint folder, and the checks before it."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from multicard.weights import Checkpoint, LoadReport, Plain, agree, check, load
 
 
 def outline(config: DecoderConfig, degrees: ParallelConfig, dtype: torch.dtype | None = None) -> ParallelTransformer:
-    """The first rank's part of the model, without memory: for its shapes. Raises ConfigError as the model does."""
+    """The first rank's part of the model without memory, for its shapes. Raises ConfigError as the model does."""
     mesh = dataclasses.replace(meshes.single(), tp=Axis("tp", 0, degrees.tp))
     return ParallelTransformer(config, mesh, dtype, device="meta")
 
 
 def check_folder(folder: str | os.PathLike[str], degrees: ParallelConfig) -> DecoderConfig:
-    """Everything about a checkpoint that can be refused without starting a rank.
+    """Refuse a checkpoint, as far as that is possible without starting a rank.
 
     Raises:
-        CheckpointError: a file that is missing, cut, damaged, or doesn't fit the config.
-        UnsupportedError: what the decoder lacks.
+        CheckpointError: a file that is missing, truncated, damaged, or doesn't fit the config.
+        UnsupportedError: a feature that the decoder lacks.
         ConfigError: degrees that don't fit the model.
     """
     config = DecoderConfig.from_folder(folder)
@@ -45,23 +45,23 @@ def check_folder(folder: str | os.PathLike[str], degrees: ParallelConfig) -> Dec
 def load_decoder(
     mesh: ParallelMesh, folder: str | os.PathLike[str], dtype: torch.dtype | None = None, checksums: bool = False
 ) -> Iterator[float | tuple[ParallelTransformer, LoadReport]]:
-    """This rank's part of the decoder in ``folder``. A generator: the share done, then the model and the report.
+    """This rank's part of the decoder in ``folder``. Yields the fraction done, then the model and the report.
 
-    Every rank yields equally often. On the CPU weights are reordered for its matrix kernel as they come.
+    Every rank yields equally often. On the CPU, weights are reordered for its matrix kernel as they are read.
 
     Args:
-        dtype: None: the checkpoint's own.
-        checksums: compare the files with the folder's SHA256SUMS first; ranks share the files.
+        dtype: None: the checkpoint's.
+        checksums: first compare the files with the folder's SHA256SUMS; the files are divided over the ranks.
 
     Raises:
-        CheckpointError, ConfigError: on every rank alike; ConfigError where a shard doesn't fit in memory.
+        CheckpointError, ConfigError: the same on every rank; ConfigError if a shard doesn't fit in memory.
     """
     failure = None
     try:
         config = DecoderConfig.from_folder(folder)
         model = ParallelTransformer(config, mesh, dtype, device="meta")
         _check_memory(config, mesh, model)
-    except MulticardError as error:  # a file that changes between ranks' looks, or memory that differs
+    except MulticardError as error:  # perhaps on one rank only: a file changed, or memory differs
         failure = error
     agree(failure, mesh.world, mesh.device)
     for done in load(
@@ -78,7 +78,7 @@ def load_decoder(
 
 
 def _reorder(model: ParallelTransformer, module: torch.nn.Module) -> int:
-    """Reorder a module's weight for the CPU; a tied head's with the embedding's. Returns the bytes held twice."""
+    """Reorder a module's weight for the CPU, a tied head's with the embedding's. Returns the bytes held twice."""
     if module is model.lm_head and model.lm_head.weight is model.embed_tokens.weight:
         size = model.lm_head.weight.nbytes
         return size if pack_tied(model.embed_tokens, model.lm_head) else 0
@@ -87,17 +87,17 @@ def _reorder(model: ParallelTransformer, module: torch.nn.Module) -> int:
 
 
 def source_of(name: str) -> Plain:
-    """Where one of our parameters is in a Hugging Face causal-LM checkpoint."""
+    """The source of one of our parameters in a Hugging Face causal-LM checkpoint."""
     return Plain(name if name.startswith("lm_head.") else f"model.{name}")
 
 
 def is_ignored(config: DecoderConfig, name: str) -> bool:
-    """Tensors that checkpoints may hold for nothing: rotary tables, and a tied head's copy."""
+    """Whether a checkpoint's tensor is unused: rotary tables, and the copy of a tied head."""
     return name.endswith("rotary_emb.inv_freq") or (config.tied_head and name == "lm_head.weight")
 
 
 def parameter_bytes(model: torch.nn.Module) -> int:
-    """What its parameters take, shared ones counted once."""
+    """Bytes of all parameters, shared ones counted once."""
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
@@ -107,7 +107,7 @@ def _check_memory(config: DecoderConfig, mesh: ParallelMesh, model: ParallelTran
     if needed <= free:
         return
     fits = _degree_that_fits(config, mesh, model.dtype, ranks)
-    advice = f"tp={fits} would fit" if fits else f"none up to tp={config.heads} would here"
+    advice = f"tp={fits} would fit" if fits else f"no degree up to tp={config.heads} would fit here"
     half = "" if model.dtype.itemsize == 2 else "; dtype='bfloat16' takes half"
     raise ConfigError(
         f"a shard takes {needed / GIB:.3g} GiB at tp={mesh.tp.size} and a rank has {free / GIB:.3g} GiB free: "
@@ -116,7 +116,7 @@ def _check_memory(config: DecoderConfig, mesh: ParallelMesh, model: ParallelTran
 
 
 def _degree_that_fits(config: DecoderConfig, mesh: ParallelMesh, dtype: torch.dtype, ranks: int) -> int | None:
-    """The least degree whose shard fits. On the CPU more ranks share the same memory."""
+    """The lowest degree at which a shard fits. On the CPU more ranks share the same memory."""
     for tp in range(mesh.tp.size + 1, config.heads + 1):
         here = ranks * tp // mesh.tp.size
         if parameter_bytes(outline(config, ParallelConfig(tp=tp), dtype)) <= free_bytes(mesh.device, here):

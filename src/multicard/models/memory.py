@@ -1,4 +1,4 @@
-"""The memory that a rank may take: what doesn't fit is refused before it is made."""
+"""The memory that a rank may take; larger allocations are refused before they are made."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ GIB = float(1 << 30)
 
 
 def ranks_here() -> int:
-    """How many ranks share this host's memory; where nobody says, all of them."""
+    """How many ranks share this host's memory; all of the job's unless LOCAL_WORLD_SIZE is set."""
     everybody = dist.get_world_size() if dist.is_initialized() else 1
     return int(os.environ.get("LOCAL_WORLD_SIZE", everybody))
 
 
 def free_bytes(device: torch.device, ranks: int) -> int:
-    """Memory that one of so many ranks on this host may take: its card's, or its part of the host's."""
+    """The memory that one of ``ranks`` on this host may take: that of its card, or its part of the host's."""
     if device.type == "cpu":
         return psutil.virtual_memory().available // ranks
     free: int = getattr(torch, device.type).mem_get_info(device)[0]
@@ -34,11 +34,11 @@ def check_cache(
     """Refuse a cache that doesn't fit.
 
     Args:
-        shape: of one layer's keys, and of its values, on this rank.
-        capacity: the tokens of each prompt and its answer that it is for.
+        shape: of one layer's keys on this rank; its values have the same.
+        capacity: tokens of each prompt with its answer, for the error.
 
     Raises:
-        ConfigError: with both sizes.
+        ConfigError: it doesn't fit; the message has both sizes.
     """
     needed = 2 * layers * math.prod(shape) * (dtype or torch.get_default_dtype()).itemsize
     free = free_bytes(torch.device(device or "cpu"), ranks_here())

@@ -25,7 +25,7 @@ def frequencies(config: RopeConfig, head_dim: int) -> Tensor:
 
 
 class Rope:
-    """Cosines and sines for positions, made once and grown when asked for more."""
+    """A table of cosines and sines for positions, which grows as needed."""
 
     def __init__(self, config: RopeConfig, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
         self._frequencies = frequencies(config, head_dim).to(device)
@@ -35,7 +35,7 @@ class Rope:
     def __call__(self, positions: Tensor, limit: int) -> tuple[Tensor, Tensor]:
         """Cos and sin, ``(batch or 1, tokens, 1, head_dim)``, of ``(batch or 1, tokens)`` positions under ``limit``.
 
-        The sine's first half carries the minus of the rotation.
+        The first half of the sine is negated, as the rotation needs it.
         """
         if limit > len(self._table):
             self._grow(limit)
@@ -51,5 +51,5 @@ class Rope:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """``(batch, tokens, heads, head_dim)`` turned by :class:`Rope`'s cos and sin."""
+    """``(batch, tokens, heads, head_dim)`` rotated by :class:`Rope`'s cos and sin."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)

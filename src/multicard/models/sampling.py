@@ -1,11 +1,11 @@
 """Choosing the next token while every rank holds a slice of the logits.
 
-The whole logits are never gathered. Ranks exchange candidates once, as (score, id) pairs, and each picks from the same
-ones: they can't disagree. Ties go to the lowest id.
+The whole logits are never gathered. Ranks exchange candidates once, as (score, id) pairs, and all pick from the same
+candidates, so they can't disagree. Ties go to the lowest id.
 
 Sampling is Gumbel-max (Maddison et al. 2014, arXiv 1411.0030): the largest of ``logit/temperature + noise`` is a sample
-of the softmax. The noise of a token is a hash of (seed, prompt, step, token), so each rank draws its own slice and
-every degree draws the same.
+of the softmax. The noise of a token is a hash of (seed, prompt, step, token), so each rank draws the noise of its own
+slice, and it is the same at every degree.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def choose(
     Args:
         logits: ``(batch, this rank's vocabulary)``.
         vocabulary: the ids that this rank holds.
-        prompts: every row's number among the caller's prompts, for its noise.
+        prompts: the number of every row's prompt among the caller's, for its noise.
         step: which new token this is, from 0.
 
     Returns:
@@ -94,7 +94,7 @@ def _choose_of_top_k(scores: Tensor, ids: Tensor, axis: Axis, sampling: Sampling
     local = scores.sort(dim=-1, descending=True, stable=True)
     k = min(sampling.top_k, scores.shape[1])
     scores, found = _exchange(local.values[:, :k], ids[local.indices[:, :k]], axis, width=sampling.top_k)
-    merged = scores.sort(dim=-1, descending=True, stable=True)  # ranks' slices ascend, so ties stay by id
+    merged = scores.sort(dim=-1, descending=True, stable=True)  # ranks' slices ascend, so ties keep the order of ids
     scores, found = merged.values[:, : sampling.top_k], found.gather(1, merged.indices)[:, : sampling.top_k]
     if sampling.top_p is not None:
         shares = scores.softmax(-1)
@@ -105,10 +105,11 @@ def _choose_of_top_k(scores: Tensor, ids: Tensor, axis: Axis, sampling: Sampling
 
 
 def nucleus(scores: Tensor, axis: Axis, p: float) -> Tensor:
-    """Which tokens are among the likeliest that hold a share p of the probability: bool, like ``scores``.
+    """Which tokens are among the likeliest with probability p in total: bool, like ``scores``.
 
-    They are those of score t or more, with the largest such t, found by bisecting the mass that all ranks' tokens of
-    score t or more have: each rank looks its own up and they add them up in rank order, so all find the same t.
+    They are the tokens with a score of t or more, for the largest t at which these have at least probability p on all
+    ranks together. t is found by bisection: each rank computes its own tokens' probability, and the ranks' are added up
+    in rank order, so all find the same t.
 
     Args:
         scores: ``(batch, this rank's vocabulary)`` float64.
@@ -173,7 +174,7 @@ def _from_bits(x: Tensor) -> Tensor:
 
 
 def _best(scores: Tensor, vocabulary: range) -> tuple[Tensor, Tensor]:
-    """The largest score of each row and its id, ``(batch, 1)`` each; of equal ones the lowest id."""
+    """The largest score of each row and its id, ``(batch, 1)`` each; of equal scores the lowest id."""
     if not vocabulary:
         none = scores.new_full((scores.shape[0], 1), -math.inf)
         return none, none.new_zeros(none.shape, dtype=torch.int64)

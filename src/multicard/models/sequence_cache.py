@@ -1,4 +1,4 @@
-"""Keys and values spread over the ranks of a sequence axis: contexts past one rank's memory, and faster prompts."""
+"""Keys and values sharded over a sequence axis: for contexts beyond one rank's memory, and faster prompts."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from multicard.partition import HeadShard
 class SequenceKVCache:
     """A cache of which each rank of ``mesh.sequence`` holds some positions, for this rank's heads.
 
-    A prompt is split zigzag, so that ranks have the same causal work, and each keeps the keys that it computed. Later
-    tokens, and prompts shorter than two tokens a rank, are computed on every rank and kept by one in turn (slot modulo
-    ranks); attention to what is kept is merged from all ranks. Both are exact.
+    A prompt is split in zigzag order, so that ranks have the same causal work, and each keeps the keys that it
+    computed. Later tokens, and prompts shorter than two tokens a rank, are computed on every rank and kept by one rank
+    in turn (slot modulo ranks); all ranks' attention to their parts of the cache is merged. Both are exact.
 
     Args:
         mesh: its ring and Ulysses ranks share the sequence.
-        layers, heads, head_dim, capacity, starts, dtype: as :class:`~multicard.models.kv_cache.KVCache`'s.
+        layers, heads, head_dim, capacity, starts, dtype: as for :class:`~multicard.models.kv_cache.KVCache`.
 
     Raises:
         ConfigError: it doesn't fit in this rank's memory.
@@ -41,7 +41,7 @@ class SequenceKVCache:
         dtype: torch.dtype | None = None,
     ) -> None:
         self.mesh, self.heads, self.length = mesh, heads, 0
-        room = capacity // mesh.sequence.size + 4  # zigzag pieces and turns are uneven by less
+        room = capacity // mesh.sequence.size + 4  # zigzag pieces and turns are less uneven than this
         shape = (len(starts), room, len(heads.kv), head_dim)
         check_cache(layers, shape, capacity, dtype, mesh.device)
         self.keys = torch.empty(layers, *shape, dtype=dtype, device=mesh.device)
@@ -56,7 +56,7 @@ class SequenceKVCache:
         self._mask: Tensor | None = None
 
     def advance(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Make room for the next tokens ``(batch, tokens)``: those that this rank computes, and their positions."""
+        """Make room for the next tokens ``(batch, tokens)``; return this rank's part of them, and its positions."""
         axis, tokens = self.mesh.sequence, ids.shape[1]
         slots = torch.arange(self.length, self.length + tokens, device=ids.device)
         self._split = self.length == 0 and tokens >= 2 * axis.size

@@ -40,11 +40,11 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: pathlib.Path) -> Tokenizer | None:
-        """The folder's tokenizer, or None where it has none."""
+        """The folder's tokenizer, or None if it has none."""
         return cls(folder) if (folder / "tokenizer.json").is_file() else None
 
     def encode(self, prompt: str | Messages, raw: bool = False) -> list[int]:
-        """Token ids of a prompt: through the chat template if there is one, unless it is to be gone on from ``raw``.
+        """Token ids of a prompt, through the chat template if there is one and the prompt isn't ``raw``.
 
         Raises:
             ConfigError: messages without a template, a template that refuses them, or text that isn't Unicode.
@@ -67,18 +67,18 @@ class Tokenizer:
         return _guarded(fails, self._tokenizer.encode, text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens left out."""
+        """Text of token ids, without special tokens."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def pieces(self, ids: Iterable[int]) -> Iterator[str]:
-        """Text as its ids come, whole characters at a time; joined, the same as :meth:`decode`."""
+        """Text as its ids arrive, in whole characters; joined, the same as from :meth:`decode`."""
         stream, seen, written = DecodeStream(skip_special_tokens=True), [], ""
         for token in ids:
             seen.append(token)
             if piece := stream.step(self._tokenizer, token):
                 written += piece
                 yield piece
-        rest = self.decode(seen)[len(written) :]  # what waited for the rest of a character
+        rest = self.decode(seen)[len(written) :]  # bytes of an incomplete character
         if rest:
             yield rest
 

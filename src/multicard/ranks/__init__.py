@@ -1,1 +1,1 @@
-"""What starts, watches and ends ranks; people call :mod:`multicard.launch`."""
+"""Starting, watching and ending ranks; the public interface is :mod:`multicard.launch`."""

@@ -1,4 +1,4 @@
-"""What a rank is doing, reported from a thread of its own: stacks, and the collective that it is in."""
+"""What a rank is doing, reported from a separate thread: stacks, and the current collective."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _OURS = (os.path.join(_HERE, "collectives.py"), os.path.join(_HERE, "backends"))
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """A collective as a rank called it.
+    """A rank's call of a collective.
 
     Attributes:
         name: as in ``torch.distributed``.
         group: its group's name, the same on all of the group's ranks.
-        axis: that group's description, for people.
+        axis: the group's description, for errors.
         ranks: the group's ranks.
         number: its number in the group, from 1.
-        exact: whether numbers count collectives alone; gloo's count messages too, and ranks send different numbers.
+        exact: whether numbers count collectives only; gloo's count messages too, which differ between ranks.
         site: ``file:line`` of the code that called it.
     """
 
@@ -43,7 +43,7 @@ class Collective:
 
     @property
     def key(self) -> str:
-        """The group's name, the same on its ranks and no others'."""
+        """The group's name and ranks: unique in the job."""
         return f"{self.group} {self.ranks}"
 
     def __str__(self) -> str:
@@ -58,10 +58,10 @@ class Report:
 
     Attributes:
         moment: by ``time.monotonic()``, which all processes of a host share.
-        collective: that it is in; None: in none.
+        collective: the current one; None: it is in none.
         entered: how many collectives it has entered, by group (:attr:`Collective.key`).
         place: the innermost line of its main thread.
-        stacks: of all its threads, in Python's words.
+        stacks: the Python stacks of all its threads, as text.
     """
 
     moment: float
@@ -72,13 +72,13 @@ class Report:
 
 
 def is_communication(frame: FrameType) -> bool:
-    """Whether the frame belongs to collectives themselves and not to code that calls them."""
+    """Whether the frame belongs to a collective itself rather than to code that calls one."""
     path = frame.f_code.co_filename
     return path.startswith(_OURS) or path.endswith((_C10D, *_AROUND_IT))
 
 
 def collective_in(frames: Sequence[FrameType]) -> Collective | None:
-    """The collective that ``frames``, innermost first, are in; None where the innermost is not a collective's."""
+    """The collective that ``frames``, innermost first, are in; None if the innermost isn't a collective's."""
     inside = list(itertools.takewhile(is_communication, frames))
     if not inside:
         return None
@@ -121,7 +121,7 @@ def report() -> Report:
 
 
 def _distributed() -> Any:
-    """torch.distributed where it is imported and in use: a rank that hangs before that has to answer too."""
+    """torch.distributed if it is imported and in use; a rank that hangs before that has to answer too."""
     dist = sys.modules.get("torch.distributed")
     return dist if dist is not None and getattr(dist, "is_initialized", bool)() else None
 

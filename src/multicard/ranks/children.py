@@ -1,7 +1,7 @@
 """Ranks as child processes that answer calls: the caller gets every rank's answer, or the failure that came first.
 
-A call goes round one loop: take what has happened to ranks (:mod:`record`), look at the snapshot of it (:mod:`judge`),
-and do what that says: raise and end the ranks, or ask them what they are doing and wait on.
+A call is one loop: record what has happened to ranks (:mod:`record`), judge the snapshot (:mod:`judge`), and act on the
+verdict: raise and end the ranks, or ask them what they are doing and go on waiting.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Children:
         return self._record.broken is None and not self._supervisor.dead
 
     def start(self) -> float:
-        """Wait until all ranks have started; returns the moment by which they have to meet."""
+        """Wait until all ranks have started; returns the moment by which they must have met."""
         deadline = time.monotonic() + self.settings.start_timeout
         self.finish(self.begin("start", None, "start"), deadline)
         return deadline
@@ -142,7 +142,7 @@ class Children:
         return [message for _, message in sorted(call.answers.items())]
 
     def meet_hosts(self) -> None:
-        """Wait until every host's ranks are done. Raises what went wrong elsewhere."""
+        """Wait until every host's ranks are done. Raises the failure of another host, if there is one."""
         if self._neighbours is not None and (elsewhere := self._neighbours.finish()) is not None:
             raise elsewhere.error
 
@@ -178,7 +178,7 @@ class Children:
     # waiting
 
     def _wait(self, number: int, deadline: float) -> Call:
-        """Until every rank has finished the call well, or it has a ``failure``."""
+        """Wait until every rank has finished the call without an error, or the call has a ``failure``."""
         call, interrupted = self._record.calls[number], interrupt.reached_main_thread()
         self._record.listen(0)
         while True:
@@ -215,7 +215,7 @@ class Children:
             self.end(found.error)
 
     def _where_it_began(self, first: Failure) -> Failure:
-        """This host's failure, which it tells the others, or the one on another host that it follows from."""
+        """This host's failure, which is reported to the others, or the failure on another host that caused it."""
         if self._neighbours is None:
             return first
         if first.kind != failure.OWN and (elsewhere := self._neighbours.await_failure(patience.STORE_CAUSE)):
@@ -225,7 +225,7 @@ class Children:
 
 
 def _ended(why: str | BaseException) -> RankError:
-    """What calls raise after the ranks' end; it names the rank and the signal where ``why`` does."""
+    """The error of calls after the ranks have ended; with the rank and signal of ``why``, if it has them."""
     cause = why if isinstance(why, RankError) else getattr(why, "__cause__", None)
     known = {name: getattr(cause, name, None) for name in ("rank", "signal", "stderr")}
     text = cause if isinstance(cause, RankError) else why

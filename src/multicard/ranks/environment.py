@@ -1,4 +1,4 @@
-"""What a rank finds in its environment: its place in the job, its threads, where it finds modules."""
+"""A rank's environment variables: its place in the job, its threads, its module path."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from multicard.ranks.settings import Settings
 from multicard.rendezvous import interface_to
 
 CHANGING = ("PYTEST_CURRENT_TEST",)
-"""Variables that change all the time and that nothing reads while it is imported."""
+"""Variables that change often, and that no module reads while it is imported."""
 
 
 def of_rank(wanted: Settings, rank: int, port: int) -> dict[str, str]:
-    """A rank's environment: this process's, and its own place in the job."""
+    """A rank's environment: this process's, with the rank's place in the job."""
     return {**shared(wanted), **_place(wanted, rank, port), **(wanted.env or {})}
 
 
 def shared(wanted: Settings) -> dict[str, str]:
-    """What of it all ranks of such jobs have in common: everything that may be read when torch is imported."""
+    """The part that all ranks of such jobs have in common: everything that may be read when torch is imported."""
     defaults = {
-        "TORCH_CPP_LOG_LEVEL": "ERROR",  # its warnings are about host names that nothing here needs
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # its warnings are about host names, which aren't used here
         "THP_MEM_ALLOC_ENABLE": "1",  # tensors in huge pages: weights are read up to 7% faster
     }
     own = {
         "OMP_NUM_THREADS": str(threads(len(wanted.ranks), wanted.threads_per_rank)),
         "PYTHONPATH": os.pathsep.join(_search_path()),
-        "MULTICARD_PYTHONPATH": os.environ.get("PYTHONPATH", ""),  # what ranks hand on to their own children
+        "MULTICARD_PYTHONPATH": os.environ.get("PYTHONPATH", ""),  # for the ranks' own children
     }
     place = _place(wanted, 0, 0)
     everything = {**defaults, **os.environ, **own, **(wanted.env or {})}
@@ -37,7 +37,7 @@ def shared(wanted: Settings) -> dict[str, str]:
 
 
 def _place(wanted: Settings, rank: int, port: int) -> dict[str, str]:
-    """What differs from rank to rank and from job to job; it is read in joining, or later."""
+    """The part that differs between ranks and jobs; it is read when a rank joins, or later."""
     place = {
         "RANK": rank,
         "WORLD_SIZE": wanted.config.world_size,
@@ -60,8 +60,8 @@ def _place(wanted: Settings, rank: int, port: int) -> dict[str, str]:
 
 
 def _search_path() -> list[str]:
-    """Where this process finds modules, so that its ranks find the same; relative folders of a folder that was deleted
-    hold none."""
+    """The folders in which this process finds modules, for its ranks; without relative ones if the working folder was
+    deleted."""
     try:
         here = pathlib.Path.cwd()
     except FileNotFoundError:
@@ -70,7 +70,7 @@ def _search_path() -> list[str]:
 
 
 def threads(ranks: int, asked: int | None = None) -> int:
-    """Threads for each of ``ranks`` on this host: what was asked for, OMP_NUM_THREADS, or cores ÷ ranks."""
+    """Threads for each of ``ranks`` on this host: the requested number, OMP_NUM_THREADS, or cores ÷ ranks."""
     if asked is not None:
         return asked
     said = os.environ.get("OMP_NUM_THREADS", "")

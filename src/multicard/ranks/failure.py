@@ -1,4 +1,4 @@
-"""Failures: how a rank describes its own to its parent, and how that tells the cause from its consequences."""
+"""Failures: how a rank describes one to its parent, and how the parent distinguishes cause and consequences."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ _BACKEND = re.compile(r"\.(cc|cpp|hpp|h):\d+|\b(gloo|nccl|hccl|c10d|TCPStore)\b"
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """Why one rank did not finish a call well.
+    """Why one rank did not finish a call.
 
     Attributes:
-        rank: which.
-        kind: OWN (it raised or died), TIMEOUT (it waited for another), CONSEQUENCE (another's end reached it).
+        rank: the rank's number.
+        kind: OWN (it raised or died), TIMEOUT (it waited for another rank), CONSEQUENCE (of another rank's end).
         moment: when, by ``time.monotonic()``, which all processes of a host share.
-        error: what to raise for it.
-        collective: that it was in.
-        fatal: the ranks can't make further calls and have to be ended.
+        error: the error to raise.
+        collective: the collective that it was in.
+        fatal: the ranks can't serve further calls and must be ended.
     """
 
     rank: int
@@ -66,7 +66,7 @@ def describe(error: BaseException, rank: int) -> tuple[Failure, bytes | None]:
 def _text(error: BaseException) -> str:
     try:
         return str(error)
-    except Exception as other:  # its own __str__ can do anything
+    except Exception as other:  # its __str__ may raise anything
         return f"(its __str__ raised {type(other).__name__})"
 
 
@@ -92,7 +92,7 @@ class _Parts:
 
 
 def _without_ours(error: BaseException) -> BaseException:
-    """The error without the frames of the rank's own loop, which lead to every call alike."""
+    """The error without the frames of the rank's own loop, which are the same for every call."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None and trace.tb_frame.f_code.co_filename.endswith(LOOP):
         trace = trace.tb_next
@@ -100,7 +100,7 @@ def _without_ours(error: BaseException) -> BaseException:
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """The error, what caused it, what caused that."""
+    """The error, its cause, the cause of that, and so on."""
     chain: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in chain:
@@ -153,7 +153,7 @@ def death(rank: int, returncode: int, tail: Iterable[str], out_of_memory: bool, 
     if number == signal.SIGKILL and out_of_memory:
         what += ": the kernel ran out of memory; use more ranks, a smaller dtype or a shorter context"
     elif number == signal.SIGKILL:
-        what += ": if nobody sent it, likely out of memory"
+        what += ": unless someone sent it, likely out of memory"
     stderr = "\n".join(tail)
     error = RankError(what, rank=rank, signal=number, stderr=stderr)
     if stderr:
@@ -162,7 +162,7 @@ def death(rank: int, returncode: int, tail: Iterable[str], out_of_memory: bool, 
 
 
 def first_real(failures: Iterable[Failure]) -> Failure:
-    """The one to raise: the earliest that a rank had by itself, else the earliest timeout, else the earliest."""
+    """The failure to raise: the earliest of kind OWN, else the earliest TIMEOUT, else the earliest."""
     order = (OWN, TIMEOUT, CONSEQUENCE)
     return min(failures, key=lambda failure: (order.index(failure.kind), failure.moment))
 

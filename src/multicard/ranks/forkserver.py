@@ -1,10 +1,10 @@
 """The fork server: a child of the caller that has imported torch, runs nothing else, and forks ranks.
 
-``multicard.ranks.starter`` is the caller's side. ``multiprocessing`` has a fork server too, but that one listens on a
-socket in the file system, is shared with the caller's own code, and its children outlive a caller that is killed.
+``multicard.ranks.starter`` is the caller's side. ``multiprocessing`` has a fork server too, but it listens on a socket
+in the file system, is shared with the caller's own code, and its children outlive a caller that is killed.
 
-A rank may be forked here because nothing has happened yet that a fork breaks: no thread runs, no card is in use, no
-random number was drawn. Where that isn't so the server ends, and ranks are started as fresh processes instead.
+A rank may be forked here because the server has no state that a fork breaks: no thread runs, no card is in use, no
+random number was drawn. If this can't be guaranteed, the server ends, and ranks are started as fresh processes instead.
 """
 
 from __future__ import annotations
@@ -31,32 +31,31 @@ DESCRIPTORS = 7
 def main() -> None:
     parent, control, *modules = sys.argv[1:]
     rank.die_with_parent(int(parent))
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # who ignores it can't wait for children
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a process that ignores it can't wait for children
     with socket.socket(fileno=int(control)) as channel:
         gc.disable()
         for module in [*NEEDED, *modules] if _is_for_cpus() else NEEDED:
             importlib.import_module(module)
         if not _may_fork():
             sys.exit("ranks can't be forked here")
-        gc.freeze()  # what is imported is never garbage; looking at it would copy its memory in every rank
+        gc.freeze()  # imported objects are never garbage; scanning them would copy their memory in every rank
         gc.enable()
         pipes = _serve(channel)
     rank.main(*pipes)  # in a rank: the server never gets here
 
 
 def _is_for_cpus() -> bool:
-    """Whether this torch knows no cards. Other libraries look for them, and so open one, while they are imported."""
+    """Whether this torch supports no cards. Otherwise other libraries may look for cards, and open one, on import."""
     import torch
 
     return torch.accelerator.current_accelerator() is None
 
 
 def _may_fork() -> bool:
-    """Whether a rank that is forked here is as good as a fresh one.
+    """Whether a rank that is forked here is as good as a fresh process.
 
-    Libraries that start threads when they are imported and can be forked all the same (OpenBLAS) stop them before a
-    fork: what still runs after one forbids it. So does a card that is open, or may be: a plugin of torch is imported
-    with it.
+    Libraries that start threads on import but support forking (OpenBLAS) stop them before a fork. So a thread that
+    still runs after a fork forbids forking, and so does a card that is open or may be: torch imports its plugins.
     """
     if importlib.metadata.entry_points(group="torch.backends") or _opened() - {"/dev/null"}:
         return False
@@ -121,14 +120,14 @@ def _become_rank(
     os.fchdir(folder)
     _close([stdout, stderr, folder])
     os.environ.update(env)
-    torch.default_generator.seed()  # no two processes draw the same; Python's own generator takes care of that itself
+    torch.default_generator.seed()  # so that no two processes draw the same; Python reseeds its own generator
     if "numpy.random" in sys.modules:
         sys.modules["numpy.random"].seed()
     return commands, reports, store
 
 
 def _tell(status: int, **reply: object) -> bool:
-    """Whether the caller still wants to know."""
+    """Write to the caller; returns whether it still reads."""
     try:
         os.write(status, json.dumps(reply).encode())
     except BrokenPipeError:

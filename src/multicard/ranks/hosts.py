@@ -1,6 +1,6 @@
-"""How the parents of one job's ranks on several hosts learn from each other who failed, and when all are done.
+"""How the parents of one job's ranks on several hosts tell each other which rank failed, and when all are done.
 
-That goes through the job's store, as JSON, on a connection and a thread of its own: a cut link blocks nothing else.
+They use the job's store, with JSON, on a separate connection and thread, so that a broken link blocks nothing else.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Hosts:
 
 
 class Neighbours:
-    """The other hosts' parents, as this one sees them.
+    """This host's view of the other hosts' parents.
 
     The store has ``start_timeout`` seconds for its first answer; ``timeout`` without another mean that the link is cut.
     """
@@ -59,7 +59,7 @@ class Neighbours:
 
     @property
     def failure(self) -> Failure | None:
-        """What went wrong elsewhere, if anything."""
+        """The failure of another host, or of the link, if there is one."""
         now = time.monotonic()
         silent = now - self._heard
         if self._theirs is not None:
@@ -74,7 +74,7 @@ class Neighbours:
         return None
 
     def tell(self, error: BaseException) -> None:
-        """Write this host's failure for the others; not waited for longer than ``patience.STORE_NEWS``."""
+        """Write this host's failure for the others; waits at most ``patience.STORE_NEWS``."""
         message = (str(error).strip() or type(error).__name__).splitlines()[0]
         self._ours = {"message": message, "rank": getattr(error, "rank", None), "host": self._hosts.index}
         self._wake.set()
@@ -83,14 +83,14 @@ class Neighbours:
             time.sleep(patience.STORE_NEWS)
 
     def await_failure(self, seconds: float) -> Failure | None:
-        """What went wrong elsewhere, once it is known or ``seconds`` have passed."""
+        """The failure of another host, once it is known; None if ``seconds`` have passed."""
         deadline = time.monotonic() + seconds
         while (found := self.failure) is None and time.monotonic() < deadline:
             time.sleep(patience.STORE / 10)
         return found
 
     def finish(self) -> Failure | None:
-        """Wait until every host is done; returns what went wrong elsewhere meanwhile."""
+        """Wait until every host is done; returns the failure of another host, if there is one."""
         self._finished.set()
         self._wake.set()
         while not self._all_done.wait(patience.STORE):
@@ -107,12 +107,12 @@ class Neighbours:
                 self._hosts.address, self._hosts.port, is_master=False, wait_for_workers=False, timeout=limit
             )
             self._exchange(store)
-        except Exception:  # the connection is gone, which ``failure`` notices by the silence
+        except Exception:  # the connection is lost; ``failure`` notices the silence
             if self._finished.is_set():  # host 0 closes the store when all are done
                 self._all_done.set()
 
     def _exchange(self, store: Any) -> None:
-        """Write what there is to write, and read what others wrote, until a host fails or all are done."""
+        """Write this host's failure and read the others', until a host fails or all are done."""
         said_done = False
         while not self._all_done.is_set():
             if self._finished.is_set() and not said_done:

@@ -1,4 +1,4 @@
-"""Ctrl-C while another thread than the main one waits for ranks: Python tells the main thread alone."""
+"""Ctrl-C while a thread other than the main one waits for ranks: Python interrupts only the main thread."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import traceback
 def reached_main_thread() -> bool:
     """Whether Ctrl-C has interrupted the main thread, which may now wait for the thread that asks.
 
-    It does so in leaving a block that was interrupted (``with ThreadPoolExecutor()``, ``asyncio.run``), where the
-    KeyboardInterrupt is still active, or at the interpreter's exit, once that has printed it.
+    It waits when it leaves an interrupted block (``with ThreadPoolExecutor()``, ``asyncio.run``), where the
+    KeyboardInterrupt is still active, or at the interpreter's exit, after the exception was printed.
     """
     main = threading.main_thread()
     if main is threading.current_thread() or main.ident is None:

@@ -46,14 +46,14 @@ class Joined:
         return self._shelf.call(*call)
 
     def end(self, why: str | BaseException, grace: float = 0.0) -> None:
-        """Nothing: they end with the job."""
+        """Does nothing: the ranks end with the job."""
 
 
 def gather_values(value: Any, mesh: ParallelMesh) -> list[Any]:
-    """Everybody's ``value`` by rank, with tensors on the CPU. Two all-gathers over the world: of sizes, and of bytes.
+    """All ranks' ``value`` by rank, with tensors on the CPU. Two all-gathers over the world: of sizes, and of bytes.
 
     Raises:
-        UnsupportedError: it isn't made of None, bool, int, float, str, list, tuple, dict with str keys, and tensors.
+        UnsupportedError: it has other types than None, bool, int, float, str, list, tuple, dict with str keys, tensors.
     """
     tensors: list[torch.Tensor] = []
     text = json.dumps(_plain(value, tensors)).encode()
@@ -85,7 +85,7 @@ def _plain(value: Any, tensors: list[torch.Tensor]) -> Any:
 
 
 def _value(part: torch.Tensor, length: int) -> Any:
-    """What one rank's bytes stand for: ``length`` of JSON, then its tensors' data in the order of the JSON."""
+    """One rank's value from its bytes: ``length`` bytes of JSON, then its tensors' data in the order of the JSON."""
     rest = part[length:]
 
     def build(wrapped: dict[str, Any]) -> Any:

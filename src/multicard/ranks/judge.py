@@ -1,4 +1,4 @@
-"""Whether a call has failed, who is to blame, and whether the ranks can go on: decided from a snapshot alone."""
+"""Whether a call has failed, which rank caused it, and whether the ranks stay usable: decided from a snapshot alone."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ REFUSALS = (ConfigError, UnsupportedError, CheckpointError)
 
 @dataclasses.dataclass(frozen=True)
 class Wait:
-    """Nothing to raise yet: judge again when something has happened, at the moment ``until`` at the latest.
+    """Nothing to raise yet: judge again after the next event, at the moment ``until`` at the latest.
 
     Attributes:
         ask: first ask all ranks what they are doing.
-        wake: before that let stopped ranks run, so that they can report too: all are about to be ended.
+        wake: before that, continue stopped ranks, so that they can report too: all are about to be ended.
     """
 
     until: float
@@ -29,9 +29,9 @@ class Wait:
 
 
 def judge(snapshot: Snapshot, patience: Patience) -> Failure | Wait:
-    """What to raise for a call that not all ranks have finished well, or what to wait for.
+    """The failure to raise for a call that not all ranks have finished without an error, or what to wait for.
 
-    ``Failure.fatal`` says whether the ranks have to be ended.
+    ``Failure.fatal`` says whether the ranks must be ended.
     """
     snapshot = _count_hung(snapshot, patience)
     if snapshot.failures():
@@ -42,9 +42,9 @@ def judge(snapshot: Snapshot, patience: Patience) -> Failure | Wait:
 
 
 def _count_hung(snapshot: Snapshot, patience: Patience) -> Snapshot:
-    """The snapshot, where a rank that has been in one collective for too long counts as having failed with a timeout.
+    """The snapshot, with a timeout as the failure of any rank that has been in one collective for too long.
 
-    Backends' own limits come first where they work; groups that scripts make have torch's, half an hour.
+    Backends' own limits come first if they work; groups that scripts make have torch's, half an hour.
     """
     limit = patience.timeout + patience.report
     ranks: dict[int, Seen] = dict(snapshot.ranks)
@@ -58,11 +58,11 @@ def _count_hung(snapshot: Snapshot, patience: Patience) -> Snapshot:
 
 
 def _failed(snapshot: Snapshot, patience: Patience) -> Failure | Wait:
-    """A rank has failed. The others get the time to finish the call too, unless one has died or waits in vain.
+    """A rank has failed. The others get time to finish the call too, unless one has died or waits in vain.
 
-    Only what had happened when that time was over counts, so it makes no difference how long reports take after it.
-    The ranks can go on if all have finished the call and have entered the same collectives in it: then nothing of it is
-    under way that a later call could take for its own.
+    Only events within that time count, so it makes no difference how long reports take afterwards. The ranks stay
+    usable if all have finished the call and have entered the same collectives in it: then no message of this call is
+    under way that a later call could receive.
     """
     failed = [(s.answered, s.failure.error) for s in snapshot.ranks.values() if s.failure and s.answered is not None]
     began, error = min(failed, key=lambda each: each[0])
@@ -82,7 +82,7 @@ def _failed(snapshot: Snapshot, patience: Patience) -> Failure | Wait:
 
 
 def _stopped(snapshot: Snapshot, patience: Patience) -> Failure | None:
-    """A stopped rank is a hang, also where no other rank waits for it in a collective: those notice by themselves."""
+    """A stopped rank counts as hanging, even if no other rank waits for it in a collective."""
     waits = [seen.report.collective for seen in snapshot.waiting.values() if seen.report and seen.report.collective]
     for rank, seen in snapshot.waiting.items():
         long = seen.stopped is not None and snapshot.now > seen.stopped + patience.timeout + patience.report
@@ -93,7 +93,7 @@ def _stopped(snapshot: Snapshot, patience: Patience) -> Failure | None:
 
 
 def _left(snapshot: Snapshot, patience: Patience) -> Failure | Wait | None:
-    """A rank that has left the call will never arrive where another waits for it."""
+    """A rank that has left the call will never arrive at a collective in which another waits for it."""
     absentee = _absentee(snapshot, exact=True)
     if absentee is None or (wait := _ask_since(snapshot.asked, snapshot, patience)):
         return wait if absentee else None
@@ -116,7 +116,7 @@ def _late(snapshot: Snapshot, patience: Patience) -> Failure:
 
 
 def _look(snapshot: Snapshot, patience: Patience) -> Wait:
-    """Nothing is wrong so far: look more often once some have returned, since others may wait for them."""
+    """Nothing is wrong so far: check more often once some ranks have returned, since others may wait for them."""
     often = len(snapshot.waiting) < len(snapshot.ranks)
     pause = patience.look if often else max(patience.look, patience.timeout / patience.looks)
     return _ask_every(pause, snapshot, snapshot.deadline)
@@ -128,7 +128,7 @@ def _ask_every(pause: float, snapshot: Snapshot, end: float) -> Wait:
 
 
 def _ask_since(since: float, snapshot: Snapshot, patience: Patience, wake: bool = False) -> Wait | None:
-    """Ask what ranks are doing after ``since``; None once all have said so, or have had the time to."""
+    """Ask what ranks are doing after ``since``; None once all have answered, or have had the time to."""
     if snapshot.asked < since:
         return Wait(snapshot.now + patience.report, ask=True, wake=wake)
     until = snapshot.asked + patience.report
@@ -142,7 +142,7 @@ def _ask_since(since: float, snapshot: Snapshot, patience: Patience, wake: bool 
 def _absentee(snapshot: Snapshot, exact: bool = False) -> tuple[int, Collective] | None:
     """A rank that has left the call, and a collective that it never entered although another rank waits in it.
 
-    ``exact`` leaves out collectives whose numbers count messages too.
+    ``exact`` leaves out collectives of groups that count messages too.
     """
     left = [
         (rank, seen.answered, seen.report.entered)
@@ -163,7 +163,7 @@ def _absentee(snapshot: Snapshot, exact: bool = False) -> tuple[int, Collective]
 
 
 def _in_step(since: float, snapshot: Snapshot) -> bool:
-    """Whether all ranks report, and agree on how many collectives each group has been through."""
+    """Whether all ranks report, and agree on how many collectives each group has entered."""
     reports = snapshot.reports(since)
     counts = {count for report in reports.values() for count in report.entered.items()}
     return len(reports) == len(snapshot.ranks) and len(counts) == len(dict(counts))

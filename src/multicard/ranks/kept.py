@@ -1,4 +1,4 @@
-"""Values that stay on their ranks, and the handle that stands for them in calls."""
+"""Values that stay on their ranks, and the handle that represents them in calls."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Kept:
-    """A value that every rank of a :class:`multicard.Ranks` keeps; as an argument it arrives as that rank's own."""
+    """A value that every rank of a :class:`multicard.Ranks` keeps; as an argument it becomes each rank's own value."""
 
     key: int
 

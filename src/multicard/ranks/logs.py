@@ -1,4 +1,4 @@
-"""What ranks print: whole lines only, rank 0's on the console with its number in front, everybody's in files."""
+"""Ranks' output, in whole lines: rank 0's on the console with its number in front, every rank's in files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Logs:
     """Where lines go: see ``log_dir``, ``console`` and ``log_mode`` of :class:`multicard.ranks.settings.Settings`.
 
     Raises:
-        ConfigError: an unknown ``console``, a ``directory`` that can't be written to.
+        ConfigError: an unknown ``console``, or a ``directory`` that can't be written to.
     """
 
     def __init__(
@@ -42,13 +42,13 @@ class Logs:
                 raise ConfigError(f"log_dir={os.fspath(directory)!r}: {error.strerror}: {error.filename}") from None
 
     def write(self, rank: int, is_error: bool, line: str) -> None:
-        """One line that a rank has printed. What can't be written is lost: that is no reason to end the job."""
+        """Write one line of a rank. A line that can't be written is dropped: that is no reason to end the job."""
         with contextlib.suppress(Exception):  # the disk is full
             if rank in self._files:
                 self._files[rank].write(line + "\n")
         if self._console == "all" or (self._console == "rank0" and rank == 0):
             stream = sys.stderr if is_error else sys.stdout
-            with contextlib.suppress(Exception):  # the console is closed, or anything that somebody put in its place
+            with contextlib.suppress(Exception):  # the console is closed, or its replacement raises
                 stream.write(f"[{rank}] {line}\n")
                 stream.flush()
 

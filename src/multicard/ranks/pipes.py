@@ -1,4 +1,4 @@
-"""Pipes whose ends stay clear of standard input, output and error, also where this process has closed those."""
+"""Pipes with descriptors other than those of standard input, output and error, even if these are closed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> tuple[in
 
 
 def above_standard(fd: int, undo: contextlib.ExitStack) -> int:
-    """``fd``, moved where it is one of the first three; ``undo`` closes it."""
+    """``fd``, moved if it is one of the first three; ``undo`` closes it."""
     if fd < FIRST_FREE:
         fd, low = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, FIRST_FREE), fd
         os.close(low)

@@ -14,17 +14,17 @@ from multicard.ranks import starter, wire
 from multicard.ranks.pipes import pipe
 
 TAIL = 40
-"""Lines of a rank's standard error that are kept for its obituary."""
+"""Lines of a rank's standard error that are kept for the error if it dies."""
 
 LONGEST_LINE = 1 << 16
 
 
 class RankProcess:
-    """A child in a process group of its own: Ctrl-C reaches the parent alone, and its children can be ended with it.
+    """A child in its own process group: Ctrl-C reaches only the parent, and the rank's children can be ended with it.
 
     Attributes:
-        commands: where the parent writes. The rank ends when this closes, which it does when the parent dies.
-        reports, stdout, stderr: where the parent reads; none of these blocks.
+        commands: the parent writes here. The rank ends when this closes, as it does when the parent dies.
+        reports, stdout, stderr: the parent reads here; none of these blocks.
         pidfd: readable when the process has ended.
     """
 
@@ -62,14 +62,14 @@ class RankProcess:
         return self.reports, self.stdout, self.stderr, self.pidfd
 
     def write(self, data: bytes | memoryview) -> int:
-        """Bytes written to the rank: 0 where its pipe is full or it is gone."""
+        """Write to the rank; returns the bytes written: 0 if its pipe is full or it is gone."""
         try:
             return os.write(self.commands, data[: 1 << 20])
         except OSError:
             return 0
 
     def read_reports(self) -> tuple[list[wire.Message], bool]:
-        """The messages that are complete, and whether more may come."""
+        """The complete messages, and whether more may come."""
         try:
             return list(self._reader.read(self.reports)), True
         except BlockingIOError:
@@ -95,7 +95,7 @@ class RankProcess:
 
     @property
     def stopped(self) -> bool:
-        """Whether SIGSTOP, or a debugger, holds it."""
+        """Whether SIGSTOP or a debugger has stopped it."""
         try:
             status = pathlib.Path(f"/proc/{self.pid}/stat").read_text()
         except OSError:
@@ -103,13 +103,13 @@ class RankProcess:
         return status.rpartition(")")[2].split()[0] in "Tt"
 
     def wake(self) -> None:
-        """Let a stopped rank go on."""
+        """Continue a stopped rank."""
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, signal.SIGCONT)
 
     def kill(self) -> None:
-        """SIGKILL to the rank, which may have left its process group, and to everything that it started."""
-        if self._process.returncode is not None:  # its number may be another's by now
+        """Send SIGKILL to the rank, which may have left its process group, and to all processes that it started."""
+        if self._process.returncode is not None:  # its process id may have been reused
             return
         for kill in (os.killpg, os.kill):
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -118,7 +118,8 @@ class RankProcess:
     def wait(self) -> int:
         """Wait for its end and return its exit code, negative for a signal.
 
-        Where this process is a container's first one, or a subreaper, what the rank had started has become its child.
+        If this process is a container's first one, or a subreaper, the rank's children have become its own: wait for
+        them too.
         """
         connection.wait([self.pidfd])
         code = self._process.wait()

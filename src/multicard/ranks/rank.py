@@ -1,7 +1,7 @@
-"""A rank: a fresh process that joins its job and then does what its parent's pipe says. ``multicard.launch`` runs it.
+"""A rank: a process that joins its job and then runs the commands from its parent's pipe, see ``multicard.launch``.
 
-Two threads: this one does the work, the other reads commands all the time. So the rank ends when its parent does,
-whatever it is busy with, and can tell what it is busy with.
+It has two threads: this one does the work, the other reads commands all the time. So the rank ends when its parent
+does, whatever it is doing, and can always report what it is doing.
 """
 
 from __future__ import annotations
@@ -119,15 +119,15 @@ class Rank:
 
 
 def die_with_parent(parent: int) -> None:
-    """SIGKILL from the kernel when the thread that started us ends: it reaches even a stopped rank."""
+    """Have the kernel send SIGKILL when the thread that started this rank ends: it reaches even a stopped rank."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before that
+    if os.getppid() != parent:  # the parent died before this call
         os._exit(1)
 
 
 def _own_environment() -> None:
-    """Take back what only served to find multicard."""
+    """Remove settings that only served to find multicard."""
     path = os.environ.pop("MULTICARD_PYTHONPATH", "")
     os.environ.pop("PYTHONPATH", None)
     if path:

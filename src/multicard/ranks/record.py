@@ -1,4 +1,4 @@
-"""What ranks have answered and reported, and which have died: filled from events, read as a snapshot."""
+"""A record of ranks' answers, reports and deaths: filled from events, read as a snapshot."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Record:
     """One job's calls and ranks.
 
     Attributes:
-        calls: those under way, by number.
+        calls: the calls under way, by number.
         broken: why the ranks were ended, or None.
     """
 
@@ -76,14 +76,14 @@ class Record:
         return number
 
     def forget_abandoned(self) -> None:
-        """Drop the calls that nobody waits for, once all ranks have finished them and failures have been judged."""
+        """Drop abandoned calls once all ranks have finished them and failures have been judged."""
         for number, call in list(self.calls.items()):
             answered = all(seen.answered is not None for seen in call.ranks.values())
             if call.abandoned and answered and not call.suspect:
                 del self.calls[number]
 
     def listen(self, seconds: float) -> None:
-        """Take what has happened to ranks; wait so long for the first of it."""
+        """Record events of ranks; wait up to so many seconds for the first."""
         try:
             self._take(*self._supervisor.events.get(timeout=max(0.0, seconds)))
             while True:
@@ -103,7 +103,7 @@ class Record:
                 self._supervisor.send(rank, wire.Message("inspect", 0), patience.ASK)
 
     def snapshot(self, call: Call, deadline: float = math.inf) -> Snapshot:
-        """What is known now. Which ranks are stopped is no event, and too slow to look at each time."""
+        """The current state. Stopped ranks give no event, and checking them every time would be too slow."""
         now = time.monotonic()
         if now > self._looked + patience.LOOP / 2:
             self._look_for_stopped()
@@ -134,7 +134,7 @@ class Record:
                 own.answers[rank] = message
 
     def _hear(self, rank: int, report: Report) -> None:
-        if report.moment < self._opened:  # the answer to a question of an earlier call
+        if report.moment < self._opened:  # the answer to a question asked in an earlier call
             return
         for call in self.calls.values():
             last = call.ranks[rank].report

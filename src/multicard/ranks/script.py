@@ -1,4 +1,4 @@
-"""A script on every rank of a mesh: what ``multicard run`` does."""
+"""Running a script on every rank of a mesh, for ``multicard run``."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def run_script(path: str, args: Sequence[str], settings: Settings) -> None:
     """Run the file as ``__main__`` on this host's ranks of the mesh; inside it, ``init_mesh`` joins.
 
     Raises:
-        ConfigError: no such file, or a mesh that doesn't divide over the hosts.
-        what :func:`multicard.launch` raises.
+        ConfigError: there is no such file, or the mesh doesn't divide over the hosts.
+        the errors of :func:`multicard.launch`.
     """
     _check(path, settings)
     children = Children(settings, SCRIPT_OTHERS)
@@ -39,6 +39,6 @@ def _check(path: str, settings: Settings) -> None:
     if size % hosts.count:
         raise ConfigError(f"{size} ranks ({settings.config}) don't divide over {hosts.count} hosts")
     if hosts.count > 1 and not hosts.port:
-        raise ConfigError("several hosts need --master-port: one that is free on host 0, the same everywhere")
+        raise ConfigError("several hosts need --master-port: a port that is free on host 0, the same on every host")
     if hosts.count > 1 and hosts.address.startswith(("127.", "localhost")):
-        raise ConfigError(f"several hosts need --master-addr: {hosts.address} is each host's own")
+        raise ConfigError(f"several hosts need --master-addr: {hosts.address} is a different machine on each host")

@@ -1,4 +1,4 @@
-"""What a job of ranks is started with."""
+"""The settings of a job of ranks."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class Options(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a job is started with.
+    """The settings of a job.
 
     Attributes:
         config: the mesh; its ``world_size`` is the number of processes.
-        timeout: seconds that one collective may wait; never bounds a function that runs on ranks.
+        timeout: seconds that one collective may wait; functions that run on ranks have no limit.
         start_timeout: seconds for all ranks to start and to meet at the first barrier.
-        threads_per_rank: threads that each computes with; None: OMP_NUM_THREADS, or else this process's cores ÷ ranks.
-        backend: "auto", "shm", "gloo", or what ``torch.distributed`` knows.
+        threads_per_rank: compute threads of each rank; None: OMP_NUM_THREADS, or else this process's cores ÷ ranks.
+        backend: "auto", "shm", "gloo", or another backend of ``torch.distributed``.
         device: "auto", "cpu", "cuda", "npu", "xpu".
         check: compare every collective's arguments between ranks before it runs. MULTICARD_CHECK=1 means the same.
         compare_inputs: ranks that work on one request compare what each was given before they use it.
@@ -73,10 +73,10 @@ class Settings:
 
     @classmethod
     def of(cls, config: ParallelConfig, options: Options) -> Settings:
-        """With a caller's options.
+        """The settings with a caller's options.
 
         Raises:
-            ConfigError: one that doesn't exist, or a value outside its limits.
+            ConfigError: an unknown option, or a value outside its limits.
         """
         for name in options:
             if name not in Options.__annotations__:
@@ -101,6 +101,6 @@ class Settings:
 
     @property
     def ranks(self) -> range:
-        """Those on this host."""
+        """The ranks on this host."""
         here = self.config.world_size // self.hosts.count
         return range(self.hosts.index * here, (self.hosts.index + 1) * here)

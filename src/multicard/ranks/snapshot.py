@@ -1,4 +1,4 @@
-"""What is known of a call and of every rank at one moment."""
+"""The state of a call and of every rank at one moment."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from multicard.ranks.failure import Failure
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """One rank, as its parent sees it.
+    """The parent's view of one rank.
 
     Attributes:
-        answered: when it finished the call, well or not, or died; None: it is in it.
-        failure: what it failed with, or its death.
+        answered: when it finished the call, with or without an error, or died; None: it is still in the call.
+        failure: its failure in the call, or its death.
         dead: whether its process has ended.
-        stopped: since when SIGSTOP has held it (or did until it was woken to report); None: it runs.
-        report: what it last said that it is doing; None: nothing in this call.
+        stopped: since when it has been stopped (or was, until it was woken to report); None: it runs.
+        report: its latest report of what it is doing; None: it hasn't reported in this call.
         unchanged: since when its reports have named the same collective and counts.
     """
 
@@ -37,7 +37,7 @@ class Snapshot:
 
     Attributes:
         asked: when ranks were last asked what they are doing.
-        deadline: when all have to have answered; only starting has one.
+        deadline: the moment by which all must have answered; only starting has one.
     """
 
     now: float
@@ -57,9 +57,9 @@ class Snapshot:
         return max(math.inf if seen.answered is None else seen.answered for seen in self.ranks.values())
 
     def failures(self, until: float = math.inf) -> list[Failure]:
-        """What ranks had failed with by then."""
+        """The failures of ranks up to that moment."""
         return [s.failure for s in self.ranks.values() if s.failure and s.answered is not None and s.answered <= until]
 
     def reports(self, since: float) -> dict[int, Report]:
-        """What ranks say that they are doing, by rank, where they have said it since then."""
+        """The reports that ranks have made since that moment, by rank."""
         return {rank: s.report for rank, s in self.ranks.items() if s.report is not None and s.report.moment >= since}

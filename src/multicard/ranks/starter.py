@@ -1,8 +1,8 @@
-"""Where ranks come from: forked from a process that has imported torch already, or else started fresh.
+"""Starting ranks: forked from a process that has already imported torch, or as fresh processes.
 
-Importing torch is most of what a rank's start costs. The first job of a caller starts a fork server
-(:mod:`multicard.ranks.forkserver`), which is there until the caller ends. What a rank would inherit from the caller
-(environment, limits, cores) it inherits from the server: where any of that has changed, a new one is started.
+Most of a rank's start is importing torch. The first job of a caller starts a fork server
+(:mod:`multicard.ranks.forkserver`), which runs until the caller ends. A rank inherits environment, limits and cores
+from the server instead of the caller; if any of these has changed, a new server is started.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from typing import Any
 from multicard.ranks.pipes import above_standard, pipe
 
 PATIENCE = 10.0
-"""Seconds that a server has to tell a dead rank's exit code, which it knows."""
+"""Seconds for a server to report a dead rank's exit code."""
 
 _ATTRIBUTES = ("Umask", "Uid", "Gid", "Groups", "SigBlk", "SigIgn", "NoNewPrivs", "Seccomp", "Cpus_all", "Mems_all")
-"""What a process inherits, by the beginnings of its lines in /proc."""
+"""Attributes that a process inherits, by the beginnings of their lines in /proc."""
 
 
 class CannotFork(Exception):
-    """The server has ended, or never could fork."""
+    """The server has ended, or could never fork."""
 
 
 class ForkServer:
     """The caller's side of a fork server.
 
-    A thread starts it and lives as long as it does: Linux ties a child's parent-death signal to the thread that made
-    it. It ends when nothing refers to this object any more, neither a job nor one of its ranks.
+    A thread starts the server and lives as long as it does, because Linux ties a child's parent-death signal to the
+    thread that made it. The server ends when neither a job nor one of its ranks refers to this object any more.
     """
 
     def __init__(self, env: Mapping[str, str], surroundings: tuple[Any, ...], modules: Sequence[str]) -> None:
@@ -64,12 +64,12 @@ class ForkServer:
         return self._process.returncode is not None
 
     def fork(self, env: Mapping[str, str], fds: Sequence[int], wait: Callable[[int], None]) -> Forked:
-        """A rank. ``env`` is its own part of its environment; ``wait(fd)`` returns once the descriptor can be read.
+        """Fork a rank. ``env`` is its own part of its environment; ``wait(fd)`` returns once ``fd`` is readable.
 
         Raises:
-            CannotFork: start it fresh.
+            CannotFork: the rank must be started as a fresh process.
             OSError: no more processes or descriptors.
-            what ``wait`` raises.
+            the errors of ``wait``.
         """
         with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
             status, tell = pipe(ours, theirs)
@@ -86,7 +86,7 @@ class ForkServer:
         return Forked(self, reply["pid"], status)
 
     def ask(self, request: Mapping[str, Any], fds: Sequence[int] = ()) -> None:
-        """Send a request; a server that somebody has stopped goes on."""
+        """Send a request; a stopped server is continued."""
         with self._lock:
             try:
                 self._process.send_signal(signal.SIGCONT)
@@ -107,7 +107,7 @@ def _live(env: Mapping[str, str], fd: int, modules: Sequence[str], started: Futu
 
 
 class Forked:
-    """A rank that a server has forked. The server is its parent: it alone can wait for it, and ranks end with it.
+    """A rank that a server has forked. The server is its parent: only it can wait for the rank, which ends with it.
 
     Attributes:
         orphaned: whether it ended because the server did.
@@ -128,20 +128,20 @@ class Forked:
                 if not connection.wait([self._status], PATIENCE):
                     raise CannotFork
                 self.returncode = _read(self._status)["code"]
-            except CannotFork:  # then the kernel has killed it
+            except CannotFork:  # then the kernel has killed the rank
                 self.orphaned, self.returncode = True, -int(signal.SIGKILL)
             os.close(self._status)
         return self.returncode
 
 
 _lock = threading.Lock()
-_server: ForkServer | None = None  # of this process; importing torch once for all of its jobs is the purpose
+_server: ForkServer | None = None  # one for this process, so that torch is imported once for all its jobs
 
 
 def server(env: Mapping[str, str], modules: Sequence[str] = ()) -> ForkServer | None:
-    """The server whose ranks have the environment ``env`` and their own names beside; None where ranks start fresh.
+    """The server for ranks with environment ``env`` and further variables of their own; None: start fresh processes.
 
-    Where it isn't there it is started, and imports torch and the ``modules`` while the caller goes on.
+    If there is none yet, it is started, and imports torch and the ``modules`` while the caller continues.
     """
     global _server
     try:
@@ -186,7 +186,7 @@ def _run(
 
 
 def _forget() -> None:
-    """In a process that was forked from the caller: the server is the caller's."""
+    """Called in a process that was forked from the caller, which keeps the server to itself."""
     global _server, _lock
     _server, _lock = None, threading.Lock()
 
@@ -195,7 +195,7 @@ os.register_at_fork(after_in_child=_forget)
 
 
 def _surroundings() -> tuple[Any, ...]:
-    """What a process inherits beside its environment and folder, from the thread that starts it."""
+    """What a process inherits from the thread that starts it, besides environment and working folder."""
     status = pathlib.Path("/proc/thread-self/status").read_text().splitlines()
     limits, group = (pathlib.Path("/proc/self", name).read_text() for name in ("limits", "cgroup"))
     return [line for line in status if line.startswith(_ATTRIBUTES)], limits, group, os.nice(0)
@@ -208,7 +208,7 @@ def _read(status: int) -> dict[str, Any]:
 
 
 def _folder() -> str:
-    """The caller's folder; where that was deleted the root, since torch can't be imported in none."""
+    """The caller's working folder; the root if it was deleted, since torch can't be imported without one."""
     try:
         os.getcwd()
     except FileNotFoundError:

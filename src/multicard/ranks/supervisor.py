@@ -1,7 +1,7 @@
-"""The processes of one job as their parent sees them: started, listened to, ended; none is left behind.
+"""Supervising the processes of one job: they are started, read from and ended; none is left behind.
 
-One thread a job does all of it. It also *starts* the ranks, because Linux ties the parent-death signal of a child that
-isn't forked by a server to the thread that made it.
+Each job has one thread for all of this. It also *starts* the ranks, because Linux ties the parent-death signal of a
+child that isn't forked by a server to the thread that made it.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ from multicard.ranks.starter import ForkServer
 class Supervisor:
     """Starts this host's ranks, whose store is at ``port``, and puts what happens to them in ``events``.
 
-    ``server`` forks them if it is there. A rank that ends without being told to takes the others with it, whatever the
-    caller is busy with.
+    ``server``, if given, forks them. If a rank ends unexpectedly, all others are ended, whatever the caller is doing.
 
     Attributes:
         events: what happened to which rank when, in that order: a message from it, or its end (None).
@@ -81,7 +80,7 @@ class Supervisor:
                     writable.poll(50)
 
     def end(self, grace: float = GRACE) -> None:
-        """End all ranks: told so on their pipes, and SIGKILL after ``grace`` seconds. Returns when all are gone."""
+        """End all ranks: by a command, and by SIGKILL after ``grace`` seconds. Returns when all are gone."""
         with self._lock:
             moment = time.monotonic() + grace
             self._deadline = moment if self._deadline is None else min(moment, self._deadline)
@@ -91,11 +90,11 @@ class Supervisor:
         if threading.current_thread() is self._thread:
             return
         self._thread.join(max(0.0, moment - time.monotonic()) + 1.0)
-        if self._thread.is_alive():  # it can't print: the console or the disk takes no more
+        if self._thread.is_alive():  # a blocked print: the console or the disk takes no more
             for process in self.processes.values():
                 process.kill()
 
-    # what the supervising thread does
+    # the supervising thread
 
     def _run(self, environments: Mapping[int, dict[str, str]], started: Future[None]) -> None:
         try:
@@ -139,7 +138,7 @@ class Supervisor:
                 self.processes[rank] = RankProcess(rank, env, self._store, self._server, wait)
             except CollectiveTimeout:  # an OSError too
                 raise
-            except OSError as error:  # no more descriptors (ulimit -n) or processes (ulimit -u), say
+            except OSError as error:  # for example no more descriptors (ulimit -n) or processes (ulimit -u)
                 raise RankError(f"rank {rank} can't be started: {error}", rank=rank) from error
 
     def _supervise(self) -> None:
@@ -180,8 +179,8 @@ class Supervisor:
         return more
 
     def _bury(self, process: RankProcess) -> None:
-        """Wait for a rank that has ended; what it said last comes before its end."""
-        process.kill()  # what it started, while its number can't be anybody else's
+        """Wait for a rank that has ended; its last messages come before the event of its end."""
+        process.kill()  # its children, while its process id can't be reused
         for fd in (process.reports, process.stdout, process.stderr):
             while connection.wait([fd], 0) and self._listen(process, fd):
                 pass

@@ -1,7 +1,7 @@
-"""How a caller and its ranks talk: messages over the pipes between them, never over a socket.
+"""Communication between a caller and its ranks: messages through pipes, never through a socket.
 
-A message is a JSON header and cloudpickle parts. Tensors and arrays travel beside the pickle as raw bytes (pickle
-protocol 5), so nothing here calls ``torch.save`` or ``torch.load``, and no large value is copied into a pickle first.
+A message is a JSON header and cloudpickle parts. Tensors and arrays are sent outside the pickle as raw bytes (pickle
+protocol 5), so neither ``torch.save`` nor ``torch.load`` is called, and no large value is copied into a pickle first.
 """
 
 from __future__ import annotations
@@ -29,39 +29,39 @@ _CHUNK = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Message:
-    """``kind`` says what it is, ``call`` which call it belongs to, ``parts`` are a pickle and its buffers."""
+    """``kind`` is its type, ``call`` the number of the call it belongs to; ``parts`` are a pickle and its buffers."""
 
     kind: str
     call: int
     parts: tuple[Any, ...] = ()
 
     def load(self) -> Any:
-        """The value that was sent."""
+        """The sent value."""
         return pickle.loads(self.parts[0], buffers=self.parts[1:])
 
     def encode(self) -> list[Any]:
-        """What to write, in order."""
+        """The bytes to write, in order."""
         views = [memoryview(part).cast("B") for part in self.parts]
         header = json.dumps([self.kind, self.call, [len(view) for view in views]]).encode()
         return [_LENGTH.pack(len(header)) + header, *views]
 
 
 def pack(kind: str, call: int, value: Any) -> Message:
-    """A message that carries ``value``, which must pickle (functions of any kind do)."""
+    """A message with ``value``, which must be picklable (functions of any kind are)."""
     buffers: list[Any] = []
     body = dumps(value, buffers.append)
     return Message(kind, call, (body, *(buffer.raw() for buffer in buffers)))
 
 
 class Reader:
-    """Puts messages together from the bytes that arrive."""
+    """Assembles messages from received bytes."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
         self._messages = self._parse()
 
     def read(self, fd: int) -> Iterator[Message]:
-        """What one read of ``fd`` completes. Raises EOFError at the end, BlockingIOError if nothing is there."""
+        """The messages that one read of ``fd`` completes. Raises EOFError at the end, BlockingIOError without data."""
         chunk = os.read(fd, _CHUNK)
         if not chunk:
             raise EOFError("the other end of the pipe is closed")
@@ -99,25 +99,25 @@ def write(fd: int, message: Message) -> None:
 
 
 def dumps(value: Any, buffer_callback: Callable[[pickle.PickleBuffer], Any] | None = None) -> bytes:
-    """A pickle of ``value``, with the bytes of its tensors in it, or handed to ``buffer_callback``."""
+    """A pickle of ``value``, with the bytes of its tensors inside or passed to ``buffer_callback``."""
     stream = io.BytesIO()
     _Pickler(stream, protocol=5, buffer_callback=buffer_callback).dump(value)
     return stream.getvalue()
 
 
 class _Pickler(cloudpickle.Pickler):
-    """cloudpickle, with tensors as raw bytes and functions that know their file. Values on a card arrive on the CPU."""
+    """cloudpickle, with tensors as raw bytes and functions with file names. Values on a card arrive on the CPU."""
 
     def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, types.CodeType):  # from 3.1.3 on cloudpickle forgets the file, which call sites are told by
+        if isinstance(obj, types.CodeType):  # cloudpickle drops the file name from 3.1.3 on, but call sites need it
             return _code, (obj.co_filename, *self.dispatch_table[types.CodeType](obj))
         if _is_plain_tensor(obj):
             flat = obj.detach().cpu().contiguous().resolve_conj().resolve_neg().reshape(-1)
-            # of the array, not of a memoryview of it: collecting a cycle with that one crashes CPython 3.11
+            # of the array, not of its memoryview: collecting a cycle that contains one crashes CPython 3.11
             buffer = pickle.PickleBuffer(flat.view(sys.modules["torch"].uint8).numpy())
             return _tensor, (buffer, obj.dtype, tuple(obj.shape), obj.requires_grad)
         if isinstance(obj, types.ModuleType) and type(obj) is not types.ModuleType:
-            return importlib.import_module, (obj.__name__,)  # lazy modules are of a class of their own
+            return importlib.import_module, (obj.__name__,)  # lazy modules have their own class
         return super().reducer_override(obj)
 
 
@@ -126,7 +126,7 @@ def _code(file: str, make: Callable[..., types.CodeType], arguments: tuple[Any, 
 
 
 def _is_plain_tensor(obj: Any) -> bool:
-    torch = sys.modules.get("torch")  # where it isn't imported there is no tensor, and importing it takes seconds
+    torch = sys.modules.get("torch")  # if torch isn't imported there is no tensor, and importing it takes seconds
     if torch is None or type(obj) is not getattr(torch, "Tensor", None):
         return False
     return obj.layout == torch.strided and not obj.is_quantized and not obj.is_meta

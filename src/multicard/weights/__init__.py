@@ -1,4 +1,4 @@
-"""Checkpoints, and the slices of them that each rank reads."""
+"""Checkpoints, and the slices of their tensors that each rank reads."""
 
 from multicard.weights.checkpoint import Checkpoint
 from multicard.weights.load import LoadReport, SourceOf, agree, check, load

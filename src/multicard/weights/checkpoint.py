@@ -1,4 +1,4 @@
-"""safetensors files by slices: https://github.com/huggingface/safetensors#format, read with ``pread``."""
+"""Slices of safetensors files (https://github.com/huggingface/safetensors#format), read with ``pread``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WIDTHS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2,
 LARGEST_HEADER = 100_000_000
 MOST_TENSORS = 1 << 17
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
-"""What reading JSON that somebody has damaged may raise."""
+"""Exceptions that reading damaged JSON may raise."""
 STAGING = 8 << 20
 SINGLE, INDEX, SUMS = "{}.safetensors", "{}.safetensors.index.json", "SHA256SUMS"
 
@@ -39,7 +39,7 @@ class Entry(NamedTuple):
 
     def check_dtype(self) -> None:
         if self.dtype not in STORED_TYPES:
-            raise CheckpointError(f"{self.path}: {self.name} is {self.dtype}; {', '.join(STORED_TYPES)} can be read")
+            raise CheckpointError(f"{self.path}: {self.name} is {self.dtype}; readable are {', '.join(STORED_TYPES)}")
 
 
 class Checkpoint:
@@ -49,9 +49,9 @@ class Checkpoint:
         stem: what the names of the files begin with.
 
     Raises:
-        CheckpointError: a file is missing, truncated, damaged or isn't safetensors; tensors overlap; the index names
-            what isn't there.
-        UnsupportedError: only pickled weights are there.
+        CheckpointError: a file is missing, truncated, damaged or isn't safetensors; tensors overlap; the index names a
+            missing file or tensor.
+        UnsupportedError: the folder has pickled weights only.
     """
 
     def __init__(self, folder: str | os.PathLike[str], stem: str = "model") -> None:
@@ -82,14 +82,14 @@ class Checkpoint:
         """Rows ``rows`` along ``dim`` of a tensor into ``out``, converted to its dtype; nothing else is read.
 
         Returns:
-            the bytes read, and the size of the buffer that they went through.
+            the number of bytes read, and the size of the staging buffer.
         """
         entry = self.tensors[name]
         entry.check_dtype()
         shape = entry.shape or (1,)
         outer, inner = math.prod(shape[:dim]), math.prod(shape[dim + 1 :])
         width = WIDTHS[entry.dtype]
-        run, stride = len(rows) * inner, shape[dim] * inner  # a run of elements out of every stride
+        run, stride = len(rows) * inner, shape[dim] * inner  # a run of elements from every stride
         if not out.numel():
             return 0, 0
         target = out.view(outer, run) if out.is_contiguous() else out.reshape(outer, run)
@@ -127,7 +127,7 @@ def verify(checkpoint: Checkpoint, rank: int, size: int) -> None:
     """Compare this rank's share of the files with ``SHA256SUMS`` in their folder (as ``sha256sum`` writes it).
 
     Raises:
-        CheckpointError: no such list, a file that it lacks, or one whose content differs.
+        CheckpointError: there is no such list, it lacks a file, or a file's content differs.
     """
     sums = checkpoint.folder / SUMS
     if not sums.is_file():
@@ -167,7 +167,7 @@ def _files(folder: pathlib.Path, stem: str) -> tuple[list[pathlib.Path], dict[st
 
 
 def read_header(path: pathlib.Path) -> list[Entry]:
-    """What a safetensors file says it holds, checked against its size. Raises CheckpointError."""
+    """The tensors in a safetensors file's header, checked against the file's size. Raises CheckpointError."""
     descriptor = _open(path)
     try:
         size = os.fstat(descriptor).st_size
@@ -197,11 +197,11 @@ def read_header(path: pathlib.Path) -> list[Entry]:
 
 
 def _entry(path: pathlib.Path, name: str, described: dict[str, Any], base: int) -> tuple[Entry, int]:
-    """A header's line, and the byte after its tensor."""
+    """A header's entry, and the offset of the byte after its tensor."""
     dtype, shape, (begin, end) = described["dtype"], _integers(described["shape"]), _integers(described["data_offsets"])
     width = WIDTHS.get(dtype)
     if min((*shape, begin, end - begin)) < 0 or (width is not None and end - begin != math.prod(shape) * width):
-        raise CheckpointError(f"{path}: {name} is {dtype} {shape}, and {end - begin} bytes are not that")
+        raise CheckpointError(f"{path}: {name} is {dtype} {shape}, which {end - begin} bytes don't fit")
     return Entry(path, name, dtype, shape, base + begin), base + end
 
 
@@ -212,7 +212,7 @@ def _integers(value: Any) -> tuple[int, ...]:
 
 
 def _check_layout(path: pathlib.Path, ordered: list[tuple[Entry, int]], start: int, size: int) -> None:
-    """Tensors fill the file without gaps, as the format says; anything else is a damaged header."""
+    """Check that tensors fill the file without gaps, as the format requires; otherwise the header is damaged."""
     at = start
     for entry, end in ordered:
         if entry.offset != at:
@@ -227,7 +227,7 @@ def _check_layout(path: pathlib.Path, ordered: list[tuple[Entry, int]], start: i
 
 def _open(path: pathlib.Path) -> int:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a named pipe would be waited for
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # opening a named pipe would block
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except OSError as error:

@@ -1,4 +1,4 @@
-"""A checkpoint's folder, its JSON files, and the dtype that its weights are asked for in."""
+"""A checkpoint's folder, its JSON files, and the requested dtype of its weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LONGEST_TEXT = 100_000_000  # bytes: an index of a million tensors has as many
 
 
 def folder_path(path: str | os.PathLike[str]) -> pathlib.Path:
-    """A checkpoint's folder, absolute: ranks may run elsewhere."""
+    """A checkpoint's folder as an absolute path: ranks may have another working folder."""
     return pathlib.Path(path).expanduser().absolute()
 
 
@@ -33,7 +33,7 @@ def read_text(path: pathlib.Path) -> str:
 
 
 def read_json(folder: pathlib.Path, name: str, optional: bool = False) -> dict[str, Any]:
-    """A JSON object out of a checkpoint folder; where ``optional``, an absent file is an empty one."""
+    """A JSON object from a file of a checkpoint folder; with ``optional``, an empty one if the file is missing."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint folder")
     path = folder / name
@@ -51,10 +51,10 @@ def read_json(folder: pathlib.Path, name: str, optional: bool = False) -> dict[s
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """ "auto" or None: the checkpoint's own (None). Raises ConfigError for what isn't a floating-point type we have."""
+    """The dtype of that name; None for "auto" or None (the checkpoint's). Raises ConfigError for any other value."""
     if dtype in (None, "auto"):
         return None
     name = str(dtype).removeprefix("torch.")
     if name not in FLOAT_TYPES:
-        raise ConfigError(f"dtype={name!r}: auto, {', '.join(FLOAT_TYPES)}")
+        raise ConfigError(f"dtype={name!r}: must be auto, {', '.join(FLOAT_TYPES)}")
     return FLOAT_TYPES[name]

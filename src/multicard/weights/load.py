@@ -1,7 +1,8 @@
-"""Reading a checkpoint so that each rank reads its own slices of it, and nothing else.
+"""Loading a checkpoint: each rank reads only its own slices.
 
-safetensors files are read with ``pread``, never mapped: a file that is cut while it is open is an error here and a
-SIGBUS there. Every fault is a :class:`~multicard.errors.CheckpointError` that names the file, the same on every rank.
+safetensors files are read with ``pread``, never mapped: if a file is truncated while it is open, that is an error
+instead of a SIGBUS. Every fault is a :class:`~multicard.errors.CheckpointError` that names the file, the same on every
+rank.
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ from multicard.weights.checkpoint import WIDTHS, Checkpoint, verify
 from multicard.weights.source import Plain, Reader, Source
 
 SourceOf = Callable[[str], Source | None]
-"""By the model's name of a parameter or a buffer; None: the checkpoint has nothing for it."""
+"""The source of a parameter or buffer by its name in the model; None: the checkpoint has nothing for it."""
 
 Finish = Callable[[nn.Module], int]
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadReport:
-    """What loading took on one rank.
+    """Sizes and time of loading on one rank.
 
     Attributes:
         bytes_read: of tensors; headers and the index are a few kilobytes more.
-        shard_bytes: what this rank's slices take in the files. Less than was read where a tensor had to be converted.
-        parameter_bytes: what its parameters take in memory.
-        peak_bytes: the most that parameters, the staging buffer and a weight being reordered took together.
+        shard_bytes: size of this rank's slices in the files; less than ``bytes_read`` if a tensor had to be converted.
+        parameter_bytes: size of its parameters in memory.
+        peak_bytes: the largest total of parameters, staging buffer and a weight that is being reordered.
         seconds: from the first tensor to the last.
     """
 
@@ -50,7 +51,7 @@ class LoadReport:
 
 
 def same_names(checkpoint: Checkpoint) -> SourceOf:
-    """Each parameter from a tensor of its own name."""
+    """The source of each parameter: the tensor of the same name."""
     return Plain
 
 
@@ -68,23 +69,23 @@ def load(
 ) -> Iterator[float | LoadReport]:
     """Give every parameter and persistent buffer of ``model``, which may be on "meta", this rank's part of it.
 
-    A generator: it yields the share done, from 0 to 1, after each tensor, as often on every rank, and the
-    :class:`LoadReport` at last. After each tensor ranks meet at a barrier, so that one that gets nowhere is named
-    within the timeout, and a slow disk may take as long as it likes for all of them. One all-gather before the first
-    tensor and one after the last tell every rank of what went wrong on one.
+    A generator: it yields the fraction done, from 0 to 1, after each tensor, equally often on every rank, and then the
+    :class:`LoadReport`. After each tensor ranks meet at a barrier, so that a rank without progress is named within the
+    timeout, which applies to single tensors: loading as a whole may take any time. One all-gather before the first
+    tensor and one after the last tell every rank of a failure on any.
 
     Args:
         folder: with safetensors files whose names begin with ``stem``.
         world: the ranks that load together.
-        sources: from the open checkpoint to where each parameter comes from.
+        sources: from the open checkpoint to the function that gives each parameter's source.
         ignored: see :func:`check`.
-        checksums: compare the files with the folder's SHA256SUMS first; ranks share the files.
-        finish: called with each module whose parameters are there; it may put others in their place. Returns the bytes
-            of which it held two for a moment, those of matrices that are read one at a time not counted.
+        checksums: first compare the files with the folder's SHA256SUMS; the files are divided over the ranks.
+        finish: called with each module once its parameters are loaded; it may replace them. Returns the bytes that it
+            held twice for a moment, without those of matrices that are read one at a time.
 
     Raises:
-        CheckpointError: a file that is missing, damaged or was cut, or a tensor that is missing or of another shape, on
-            some rank: on every rank, naming it.
+        CheckpointError: a file that is missing, damaged or was truncated, or a tensor that is missing or of another
+            shape, on some rank; raised on every rank, naming the file or tensor.
     """
     with contextlib.ExitStack() as stack:
         failure = None
@@ -111,11 +112,11 @@ def check(
     """Check that the checkpoint has every tensor that ``model`` needs, in its shape.
 
     Args:
-        ignored: which of the checkpoint's tensors the model needs no place for, by name; any other must have one.
-            None: all of them.
+        ignored: whether a tensor of the checkpoint, by name, may be absent from the model; all others must be in it.
+            None: all may be absent.
 
     Raises:
-        CheckpointError: one is missing, of another shape, or has no place in the model. No tensor has been read.
+        CheckpointError: a tensor is missing, of another shape, or not in the model. No tensor has been read.
     """
     needed: dict[str, tuple[int, ...]] = {}
     seen: set[int] = set()
@@ -138,11 +139,11 @@ def check(
         entry.check_dtype()
     for name, entry in checkpoint.tensors.items():
         if name not in needed and ignored is not None and not ignored(name):
-            raise CheckpointError(f"{entry.path}: the config has no place for its tensor {name!r}")
+            raise CheckpointError(f"{entry.path}: the model of this config has no tensor {name!r}")
 
 
 def agree(failure: MulticardError | None, world: Axis, device: torch.device | str = "cpu") -> None:
-    """Raise the first rank's failure on every rank, as that error. One all-gather."""
+    """If any rank failed, raise the error of the first that did on every rank. One all-gather."""
     message = torch.zeros(1024, dtype=torch.uint8)
     text = f"{type(failure).__name__} {failure}".encode(errors="replace")[:1024] if failure is not None else b""
     message[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
@@ -172,15 +173,15 @@ def _size(owned: Owned) -> int:
 
 
 class _Placer:
-    """Reads tensors, puts them in their modules, and counts what that took."""
+    """Reads tensors, puts them in their modules, and counts bytes."""
 
     def __init__(
         self, model: nn.Module, reader: Reader, source_of: SourceOf, device: torch.device, finish: Finish | None
     ) -> None:
         self._reader, self._source_of, self._device, self._finish = reader, source_of, device, finish
-        # Largest first: while one is reordered there are two of it, which costs least before the others are there.
+        # Largest first: a weight is held twice while it is reordered, which fits best before the others are loaded.
         self._modules = sorted(_owners(model), key=lambda item: -_size(item[1]))
-        # ``_modules`` holds the declared tensors, so their ids stay theirs.
+        # ``_modules`` holds the declared tensors, so their ids aren't reused.
         self._uses = collections.Counter(id(tensor) for _, owned in self._modules for _, _, tensor in owned)
         self._shared = {key for key, uses in self._uses.items() if uses > 1}
         self._placed: dict[int, Tensor] = {}
@@ -188,7 +189,7 @@ class _Placer:
         self._allocated = self._peak = self._shard_bytes = 0
 
     def run(self, world: Axis) -> Iterator[float]:
-        """Place everything. Yields the share done after each tensor."""
+        """Read and place all tensors. Yields the fraction done after each."""
         failure, done = None, 0
         total = max(1, sum(_size(owned) for _, owned in self._modules))
         for module, owned in self._modules:
@@ -209,7 +210,7 @@ class _Placer:
         return LoadReport(self._reader.bytes_read, self._shard_bytes, self._allocated, self._peak, seconds)
 
     def _place(self, module: nn.Module, leaf: str, name: str, declared: Tensor) -> None:
-        """Read one tensor and put it in its module; one that stands in several places is read once."""
+        """Read one tensor and put it in its module; a tensor that several modules share is read once."""
         key = id(declared)
         placed = self._placed.pop(key, None)
         if placed is None:
@@ -220,7 +221,7 @@ class _Placer:
         setattr(module, leaf, placed)
 
     def _complete(self, module: nn.Module) -> None:
-        """All of a module's tensors are there. A weight that is still in the scratch buffer gets memory of its own."""
+        """Finish a module with all its tensors. A weight that is still in the scratch buffer is copied out of it."""
         if self._finish is not None:
             self._peak = max(self._peak, self._allocated + self._finish(module))
         scratch = None if self._scratch is None else self._scratch.data_ptr()
@@ -243,8 +244,8 @@ class _Placer:
         return out
 
     def _memory_for(self, declared: Tensor) -> Tensor:
-        """Matrices that ``finish`` reorders, on the CPU, share one buffer a size: freed one by one they would leave the
-        heap in holes."""
+        """Memory for one tensor. On the CPU, matrices of one size that ``finish`` reorders share a buffer: freed one by
+        one, they would fragment the heap."""
         shape, dtype = declared.shape, declared.dtype
         kept = self._finish is None or self._device.type != "cpu" or not isinstance(declared, nn.Parameter)
         if kept or len(shape) < 2 or id(declared) in self._shared:
@@ -256,7 +257,7 @@ class _Placer:
 
 
 def _like(declared: Tensor, tensor: Tensor) -> Tensor:
-    """``tensor`` as a parameter with all attributes of ``declared``, or as a buffer, like it."""
+    """``tensor`` as a parameter with all attributes of ``declared``, or as a buffer if ``declared`` is one."""
     if not isinstance(declared, nn.Parameter):
         return tensor
     parameter = nn.Parameter(tensor, requires_grad=False)

@@ -1,4 +1,4 @@
-"""Where a parameter comes from: which tensors of a checkpoint it is made of, and how this rank's part is read."""
+"""A parameter's source: the tensors of a checkpoint that it is made of, and how this rank's part is read."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Source(Protocol):
-    """What one parameter (or several) is read from."""
+    """The tensors from which one parameter (or several) is read."""
 
     def shapes(self, shard: Shard) -> Shapes:
-        """The tensors that a checkpoint must hold for a parameter with this rule, whole, by name."""
+        """The tensors that a checkpoint must hold for a parameter with this shard rule: whole shapes by name."""
 
     def fill(self, reader: Reader, name: str, shard: Shard, out: Tensor) -> None:
-        """This rank's part of the parameter called ``name`` into ``out``."""
+        """Read this rank's part of the parameter called ``name`` into ``out``."""
 
 
 class Reader:
-    """Slices of a checkpoint's tensors, and the count of what reading them took.
+    """Reads slices of a checkpoint's tensors, and counts bytes.
 
     Attributes:
         bytes_read: of tensors, so far.
-        staging: bytes of the largest buffer that a slice went through since it was last set to 0.
+        staging: bytes of the largest staging buffer since this was last set to 0.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -39,13 +39,13 @@ class Reader:
         self.bytes_read = self.staging = 0
 
     def rows(self, key: str, dim: int, rows: range, out: Tensor) -> None:
-        """``rows`` of a tensor along ``dim`` into ``out``."""
+        """Read ``rows`` of a tensor along ``dim`` into ``out``."""
         size, staging = self.checkpoint.read(key, dim, rows, out)
         self.bytes_read += size
         self.staging = max(self.staging, staging)
 
     def spans(self, key: str, dim: int, spans: Spans, out: Tensor, start: int = 0) -> int:
-        """Spans of a tensor, one after the other, into ``out`` from row ``start`` on; returns the row after them."""
+        """Read spans of a tensor into consecutive rows of ``out`` from ``start``; returns the row after them."""
         for span in spans:
             self.rows(key, dim, span, out.narrow(dim, start, len(span)))
             start += len(span)
@@ -84,7 +84,7 @@ class Plain:
             at = reader.spans(key, shard.dim, spans, out, at)
 
     def slices(self, shard: Shard) -> list[tuple[str, Spans]]:
-        """What is read along the rule's dimension, in the order of the parameter's rows."""
+        """Tensors and their spans along the shard rule's dimension, in the order of the parameter's rows."""
         found = []
         parts = [(self._part(part), size) for part, size in shard.parts] or [(self.key, shard.shape[shard.dim])]
         for span in shard.spans:
@@ -101,10 +101,10 @@ class Plain:
 
 @dataclasses.dataclass(frozen=True)
 class Stacked:
-    """``(experts, rows, columns)`` out of single experts' matrices.
+    """``(experts, rows, columns)`` from matrices of single experts.
 
     Attributes:
-        groups: for each of what is put together along the rows (gate and up), the names of the experts' matrices.
+        groups: for each matrix that is stacked along the rows (gate and up), its name for every expert.
     """
 
     groups: Sequence[Sequence[str]]
@@ -131,10 +131,10 @@ class Stacked:
 
 
 class Converted:
-    """This rank's part of what a function makes of whole tensors, which are read once for all that it makes.
+    """Parameters that a function computes from whole tensors, read once for all of these parameters.
 
     Args:
-        convert: given a function that reads a whole tensor by name, it returns whole parameters by name.
+        convert: takes a function that reads a whole tensor by name; returns whole parameters by name.
     """
 
     def __init__(self, convert: Callable[[Callable[[str], Tensor]], Mapping[str, Tensor]]) -> None:
@@ -148,12 +148,12 @@ class Converted:
         if name not in self._made:
             self._made |= self._convert(reader.whole)
         if name not in self._made:
-            raise CheckpointError(f"{reader.checkpoint.where}: nothing there makes {name!r}")
+            raise CheckpointError(f"{reader.checkpoint.where}: the conversion of its tensors gives no {name!r}")
         made = self._made.pop(name)
         out.copy_(shard.take(made.T if shard.transposed else made))
 
 
 def within(spans: Spans, start: int, size: int) -> Spans:
-    """The parts of ``spans`` inside ``size`` rows from ``start``, counted from there."""
+    """The parts of ``spans`` inside the ``size`` rows from ``start``, relative to ``start``."""
     cut = (range(max(s.start, start) - start, min(s.stop, start + size) - start) for s in spans)
     return tuple(s for s in cut if len(s))

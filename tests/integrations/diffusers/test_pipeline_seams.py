@@ -57,10 +57,10 @@ def fused(ff, x):
 
 
 SABOTAGE = {
-    "hooks taken off": (take_hooks_off, {"ulysses": 2}, "has been taken off"),
-    "the gather taken off": (take_the_gather_off, {"ring": 2}, "has been taken off"),
+    "hooks taken off": (take_hooks_off, {"ulysses": 2}, "has been removed"),
+    "the gather taken off": (take_the_gather_off, {"ring": 2}, "has been removed"),
     "forward put back": (forget_our_forward, {"ulysses": 2}, "attention modules .* ran on a split sequence"),
-    "one forward put back": (forget_one_forward, {"ring": 2}, "2 attention modules .* answered 1"),
+    "one forward put back": (forget_one_forward, {"ring": 2}, "2 attention modules .* computed 1"),
     "a processor of its own": (attend_elsewhere, {"ulysses": 2}, "doesn't call torch's scaled_dot_product_attention"),
     "a fused feed-forward": (fuse_the_feed_forward, {"tp": 2}, "ran without its row-parallel layer"),
 }

@@ -87,15 +87,15 @@ def look_up_directly(model):
 
 RING, TP = {"ring": 2}, {"tp": 2}
 SABOTAGE = {
-    "the decoder's pre-hook off": (RING, "llama", lambda m: take_off(m, "_forward_pre_hooks", "Model"), "taken off"),
-    "the decoder's hook off": (RING, "llama", lambda m: take_off(m, "_forward_hooks", "Model"), "taken off"),
-    "rotary hooks off": (RING, "llama", lambda m: take_off(m, "_forward_hooks", "RotaryEmbedding"), "taken off"),
+    "the decoder's pre-hook off": (RING, "llama", lambda m: take_off(m, "_forward_pre_hooks", "Model"), "been removed"),
+    "the decoder's hook off": (RING, "llama", lambda m: take_off(m, "_forward_hooks", "Model"), "been removed"),
+    "rotary hooks off": (RING, "llama", lambda m: take_off(m, "_forward_hooks", "RotaryEmbedding"), "been removed"),
     "the cache's argument renamed": (RING, "llama", lose_the_cache, "0 of 2 attention modules wrote the 12 new"),
     "the cache replaced": (RING, "llama", replace_the_cache, "0 of 2 attention modules wrote the 12 new"),
     "the attention function ignored": (RING, "llama", ignore_the_attention_function, "0 of 2 attention modules called"),
     "ignored in one layer": (RING, "qwen3", ignore_it_in_one_layer, "1 of 2 attention modules called"),
-    "experts' sums off": (TP, "mixtral", lambda m: take_off(m, "_forward_hooks", "Experts"), "taken off"),
-    "scaled embeddings off": (TP, "gemma", lambda m: take_off(m, "_forward_hooks", "Embedding"), "taken off"),
+    "experts' sums off": (TP, "mixtral", lambda m: take_off(m, "_forward_hooks", "Experts"), "been removed"),
+    "scaled embeddings off": (TP, "gemma", lambda m: take_off(m, "_forward_hooks", "Embedding"), "been removed"),
     "a fused feed-forward": (TP, "llama", fuse_the_mlp, "LlamaMLP.* ran without its row-parallel layer"),
     "a fused head": (TP, "llama", fuse_the_head, "66 logits came out for a vocabulary of 131|65 logits"),
     "an embedding looked up directly": (TP, "llama", look_up_directly, "without the vocabulary-parallel embedding"),

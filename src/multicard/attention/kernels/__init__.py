@@ -1,4 +1,4 @@
-"""Attention over one block of keys, ``(out, lse)``, by the best kernel that supports what is asked."""
+"""Attention over one block of keys, ``(out, lse)``, by the best kernel that supports the call."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
     ),
     "npu": _installed("torch_npu", ascend.KERNEL),
 }
-"""By type of device, best first. The reference, which refuses nothing, comes after all of them."""
+"""By type of device, best first. The reference, which refuses nothing, is the last resort."""
 
 
 def choose(request: Request) -> Kernel:
@@ -76,11 +76,11 @@ def block_attention(
             torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device),
         )
     value_dim = v.shape[3]
-    if scale <= 0:  # a kernel that is causal itself may scale its -inf: to NaN by 0, to +inf by less
+    if scale <= 0:  # a causal kernel may multiply its own -inf by scale: by 0 to NaN, by a negative one to +inf
         q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     asked, kernel = kernel, kernel or choose(_request(q, k, v, causal, mask is not None))
-    if asked is None and kernel is reference.KERNEL:  # ask for something easier that comes to the same
+    if asked is None and kernel is reference.KERNEL:  # try an equivalent call that more kernels support
         q, k, v = _padded(q, k, v)
         if causal and mask is not None:
             causal, mask = False, _folded(mask, q.shape[1])
@@ -97,14 +97,14 @@ def _request(q: Tensor, k: Tensor, v: Tensor, causal: bool, masked: bool) -> Req
 
 
 def _padded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One head_dim for all, a multiple of 16: zeros leave the scores as they are, and give values to cut off again."""
+    """Pad q, k and v with zeros to one head_dim, a multiple of 16: scores don't change; the output is sliced again."""
     width = math.ceil(max(q.shape[3], v.shape[3]) / 16) * 16
     q, k, v = (F.pad(x, (0, width - x.shape[3])) if x.shape[3] < width else x for x in (q, k, v))
     return q, k, v
 
 
 def _folded(mask: Tensor, rows: int) -> Tensor:
-    """``mask`` with what lies above the diagonal dropped as well."""
+    """``mask`` with all keys above the diagonal dropped too."""
     below = torch.ones(rows, rows, dtype=torch.bool, device=mask.device).tril_()
     return mask & below if mask.dtype == torch.bool else mask.masked_fill(~below, -torch.inf)
 

@@ -31,7 +31,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scal
 
 
 def _mask_options(mask: Tensor, q: Tensor, k: Tensor) -> dict:
-    """``atten_mask`` is True where a score is dropped; ``pse`` is what is added to the others."""
+    """The mask for the kernel: ``atten_mask`` is True where a score is dropped; ``pse`` is added to the others."""
     shape = (q.shape[0], 1 if mask.shape[1] == 1 else q.shape[2], q.shape[1], k.shape[1])
     if mask.dtype == torch.bool:
         return {"atten_mask": (~mask).expand(shape).contiguous()}

@@ -1,4 +1,4 @@
-"""What an attention kernel is: one signature, and a statement of what it supports."""
+"""The interface of an attention kernel: one signature, and a function that says what it doesn't support."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 MASKED = -1.7e38
-"""Added to a score that must not count. Finite, so that a kernel that meets a row of nothing else stays finite too: its
-LSE comes out near this number instead of undefined, and :data:`DEAD` finds it."""
+"""Added to a dropped score. Finite, so that a kernel's result for a row without any other score is finite too: its LSE
+is near this number instead of undefined, and :data:`DEAD` detects it."""
 
 DEAD = -1e37
 """A row whose LSE is below this has no key to attend to."""
@@ -19,7 +19,7 @@ DEAD = -1e37
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What a kernel is asked for, in numbers that decide whether it can.
+    """The properties of a kernel call that decide whether a kernel supports it.
 
     Attributes:
         device: "cpu", "cuda", "npu".
@@ -27,7 +27,7 @@ class Request:
         query_rows, key_rows: lengths, both above zero.
         heads, kv_heads: the first a multiple of the second.
         head_dim, value_dim: of queries and keys; of values.
-        causal: row i sees keys 0 to i; only asked for with as many rows as keys.
+        causal: row i sees keys 0 to i; only with as many rows as keys.
         masked: a mask is given.
     """
 
@@ -90,7 +90,7 @@ class Kernel:
     """One implementation of attention over one block of keys.
 
     Attributes:
-        name: what it is called in tables and tests.
+        name: for tables and tests.
         run: ``run(q, k, v, mask, causal, scale) -> (out, lse)``. ``q`` is ``(B, Sq, H, D)``, ``k`` ``(B, Sk, Hkv, D)``,
             ``v`` ``(B, Sk, Hkv, Dv)``, ``mask`` ``(B|1, H|1, Sq|1, Sk)``, bool (True = keep) or added to the scores.
             ``out`` is ``(B, Sq, H, Dv)`` in the inputs' dtype or float32, ``lse`` ``(B, Sq, H)`` float32, the natural
@@ -108,11 +108,11 @@ class Kernel:
 
 
 def additive(mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A mask as numbers to add to the scores: 0 or the lowest value that stays finite where bool said drop."""
+    """A mask as numbers to add to the scores: 0 where bool keeps, the lowest allowed finite number where it drops."""
     lowest = max(MASKED, torch.finfo(dtype).min)
     if mask.dtype == torch.bool:
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, lowest)
-    return mask.to(dtype).clamp(min=lowest)  # in that order: float16 can't be clamped at a number beyond its own
+    return mask.to(dtype).clamp(min=lowest)  # in this order: float16 can't be clamped at a number outside its range
 
 
 def repeat_kv(x: Tensor, heads: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The flash-attn package's kernel (arXiv 2307.08691), where it is installed."""
+"""The flash-attn package's kernel (arXiv 2307.08691), if it is installed."""
 
 from __future__ import annotations
 

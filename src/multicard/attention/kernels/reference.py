@@ -1,4 +1,4 @@
-"""Attention as the formula says, in plain torch: what every other kernel is compared with. Any device, any dtype."""
+"""Attention by the formula in plain torch, for any device and dtype: the reference for all other kernels."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""torch's CPU flash kernel: the one that returns the LSE, takes grouped queries and an additive mask.
+"""torch's CPU flash kernel, which returns the LSE and takes grouped queries and an additive mask.
 
-Traps in it (torch 2.13), each refused here or avoided by the caller: zero-length queries or keys end the process with
-SIGFPE; a row masked with -inf everywhere gets LSE 0; bool masks and values of another head_dim raise; an inner stride
-other than 1 is read wrongly in silence; query heads that aren't a multiple of the key/value heads are accepted.
+Its known faults (torch 2.13), each refused here or avoided by the caller: zero-length queries or keys end the process
+with SIGFPE; a row masked with -inf everywhere gets LSE 0; bool masks and values of another head_dim raise; an inner
+stride other than 1 gives wrong results without an error; query heads that aren't a multiple of the key/value heads are
+accepted.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from multicard.attention.kernels.base import Kernel, Limits, additive
 
 FLASH_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FEW_ROWS = 16
-"""Below this many query rows (decoding) reading the keys is what costs: see :func:`_run_folded`."""
+"""Below this many query rows (decoding) most of the time goes into reading the keys: see :func:`_run_folded`."""
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -39,7 +40,7 @@ def _run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, sca
 
 
 def _run_folded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """The query heads of a group as rows of one head: its keys and values are read once instead of once a head."""
+    """Fold query heads that share a key/value head into rows of one head, which then reads keys and values once."""
     kv_heads, group = k.shape[2], q.shape[2] // k.shape[2]
     folded = q.unflatten(2, (kv_heads, group)).transpose(2, 3).flatten(1, 2)
     if mask is not None and mask.shape[1] > 1:

@@ -1,4 +1,4 @@
-"""torch's CUDA kernels, called below ``scaled_dot_product_attention`` because only there they return the LSE."""
+"""torch's CUDA kernels, called directly because ``scaled_dot_product_attention`` doesn't return the LSE."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from multicard.attention.kernels.base import Kernel, Limits, additive, repeat_kv
 
 HALF = (torch.float16, torch.bfloat16)
 ALIGNMENT = 16
-"""Elements to which the efficient kernel wants a mask's rows aligned."""
+"""Alignment in elements that the efficient kernel needs for a mask's rows."""
 
 
 def run_flash(

@@ -3,8 +3,8 @@
     import multicard.backends.shm
     dist.init_process_group("cpu:shm")
 
-Importing registers it. Nothing of multicard's launcher is needed: it works under ``torchrun`` and ``mp.spawn``.
-docs/shm.md has what it does, what it costs and what it refuses.
+Importing this module registers it. It doesn't need multicard's launcher: it works under ``torchrun`` and ``mp.spawn``.
+docs/shm.md describes what it does, costs and refuses.
 """
 
 from multicard.backends.shm.process_group import ShmProcessGroup

@@ -1,12 +1,12 @@
 """Point-to-point messages: one channel of pieces for every ordered pair of ranks.
 
-A sender copies a message into free cells when it is sent, so that ``isend`` returns at once and the message is there
-before the receiver asks (up to DEPTH · CELL bytes; the rest follows whenever either side waits for anything). There is
-no background thread: a rank that waits moves its own messages along. The lowest free cell is taken, so short messages,
-and long ones whose receiver keeps up, stay in cache, and memory is only used to the depth that a program needs.
+A sender copies a message into free cells when it is sent, so ``isend`` returns at once and the message is available
+before the receive is called (up to DEPTH · CELL bytes; the rest follows whenever either side waits for anything). There
+is no background thread: a waiting rank moves its own messages. The lowest free cell is used, so short messages, and
+long ones with a receiver that keeps up, stay in cache, and memory is used only to the depth that a program needs.
 
-Messages between two ranks match in order for each tag, as in MPI; one that comes before its receive, while another tag
-is waited for, is kept aside.
+Messages between two ranks match in order for each tag, as in MPI. A message that arrives before its receive, while
+another tag is awaited, is stored separately.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from multicard.backends.shm.segment import CELL, DEPTH, ENTRY, POSTED, TABLE, TA
 from multicard.backends.shm.tensor import VIEWS, Flat, check_writable, plain
 
 BURST = 2
-"""Cells that one end moves in a row: where both ranks send and receive, what is sent is taken while it is in cache."""
+"""Cells that one end moves in a row: if both ranks send and receive, cells are then taken while they are in cache."""
 
 
 class Transfer:
-    """A message on its way: a tensor that is sent, or that receives.
+    """A message under way: a tensor to send, or to receive into.
 
-    One that fits a cell is copied as it is, whatever its strides; a longer one as bytes in one dimension.
+    A tensor that fits a cell is copied directly, whatever its strides; a longer one as bytes in one dimension.
     """
 
     __slots__ = ("_flat", "bytes", "complete", "done", "long", "nbytes", "peer", "receives", "tag", "tensor")
@@ -44,13 +44,13 @@ class Transfer:
             check_writable(tensor)
 
     def finish(self) -> None:
-        """All of it has been copied."""
+        """Called once all of the message has been copied."""
         if self.long:
             self._flat.finish()
         self.complete = True
 
     def take(self, other: Transfer) -> None:
-        """Go on from a message that was received as bytes, before this was asked for."""
+        """Continue a message that was received as bytes before this receive was called."""
         if other.complete:
             self.tensor.copy_(other.tensor.view(self.tensor.dtype).view(self.tensor.shape))
             self.complete = True
@@ -60,7 +60,7 @@ class Transfer:
 
 
 class _Channel:
-    """What both ends of a channel see."""
+    """The common part of a channel's two ends."""
 
     def __init__(self, segment: Segment, source: int, to: int, fence: Callable[[], None]) -> None:
         self.words, self.fence, self.at = segment.words, fence, segment.channel(source, to)
@@ -80,12 +80,12 @@ class _Channel:
 
 
 class Outbox(_Channel):
-    """What this rank sends to one other."""
+    """Messages from this rank to one other."""
 
     def __init__(self, segment: Segment, rank: int, peer: int, fence: Callable[[], None]) -> None:
         super().__init__(segment, rank, peer, fence)
         self._free = (1 << DEPTH) - 1  # a bit for every free cell
-        self._flying: collections.deque[int] = collections.deque()  # cells posted and not known to be taken
+        self._flying: collections.deque[int] = collections.deque()  # posted cells that the receiver may not have taken
         self.queue: collections.deque[Transfer] = collections.deque()
 
     def post(self, message: Transfer) -> None:
@@ -93,7 +93,7 @@ class Outbox(_Channel):
         self.queue.append(message)
 
     def progress(self) -> bool:
-        """Send a burst of what fits; whether anything was."""
+        """Send a burst of pieces that fit; returns whether any was sent."""
         queue, words = self.queue, self.words
         for burst in range(BURST):
             cell = self._take_cell() if queue else None
@@ -104,7 +104,7 @@ class Outbox(_Channel):
             entry = self.entry
             words[entry], words[entry + 1], words[entry + 2] = cell, message.tag, message.nbytes
             self.count += 1
-            self.fence()  # cell and entry are there
+            self.fence()  # cell and entry are written
             words[self.at + POSTED] = self.count
             if message.done == message.nbytes:
                 queue.popleft()
@@ -112,14 +112,14 @@ class Outbox(_Channel):
         return True
 
     def _take_cell(self) -> int | None:
-        """The lowest free cell: the least memory is touched, and it is the likeliest to be in cache."""
+        """The lowest free cell: this touches the least memory, and the cell is the likeliest to be in cache."""
         flying = self._flying
         for _ in range(len(flying) - (self.count - self.words[self.at + TAKEN])):
             self._free |= 1 << flying.popleft()
         lowest = self._free & -self._free
         if not lowest:
             return None
-        self.fence()  # the receiver has read the cell that is written now
+        self.fence()  # the receiver has read the cell that will be written
         self._free ^= lowest
         cell = lowest.bit_length() - 1
         flying.append(cell)
@@ -137,10 +137,10 @@ class Outbox(_Channel):
 
 
 class Inbox(_Channel):
-    """What this rank receives from one other.
+    """Messages to this rank from one other.
 
     Args:
-        mismatch: raises for a message of another size than its receive's: ``(peer, bytes sent, bytes expected)``.
+        mismatch: ``(peer, bytes sent, bytes expected)``: raises for a message with another size than its receive.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class Inbox(_Channel):
         self.queue: list[Transfer] = []
 
     def post(self, message: Transfer) -> None:
-        """Receive into ``message``, which may have begun to come already."""
+        """Receive into ``message``, which may already be arriving."""
         early = self._early.get(message.tag)
         if not early:
             self.queue.append(message)
@@ -172,7 +172,7 @@ class Inbox(_Channel):
         early.popleft()
 
     def waiting(self, tag: int) -> bool:
-        """Whether a message with this tag has come for which there is no receive yet."""
+        """Whether a message with this tag has arrived that has no receive yet."""
         if self._early.get(tag):
             return True
         if self.queue or self._current is not None or self.words[self.at + POSTED] == self.count:
@@ -181,7 +181,7 @@ class Inbox(_Channel):
         return self.words[self.entry + 1] == tag
 
     def progress(self) -> bool:
-        """Take a burst of what has come, while some receive is open; whether anything was."""
+        """Take a burst of arrived pieces while any receive is open; returns whether any was taken."""
         queue, words = self.queue, self.words
         for burst in range(BURST):
             if not queue or words[self.at + POSTED] == self.count:

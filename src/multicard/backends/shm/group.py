@@ -26,20 +26,20 @@ class Group:
     """One rank's end of a group.
 
     Contributions are added in rank order (half types in float32), so all ranks hold the same bits. Tensors are dense,
-    on the CPU, of any dtype and strides. Collectives return when they are complete; sends, receives and all-to-alls go
-    on whenever the program waits for anything. A group is used by one thread at a time.
+    on the CPU, of any dtype and strides. Collectives return when they are complete; sends, receives and all-to-alls
+    continue whenever the program waits for anything. A group may be used by one thread at a time.
 
     Every operation may raise
-        RankError: a peer died or gave up; CollectiveTimeout: one did not come in time; MismatchError: ranks are in
+        RankError: a peer died or failed; CollectiveTimeout: one did not arrive in time; MismatchError: ranks are in
             different calls. The group is unusable from then on, on every rank.
-        UnsupportedError, ConfigError: refused before anything was said to the peers; the group is as it was.
+        UnsupportedError, ConfigError: refused before any communication; the group stays usable.
 
     Args:
-        store: where the group's ranks find one another.
-        rank: this one's rank within the group.
+        store: in which the group's ranks find one another.
+        rank: this process's rank within the group.
         ranks: every rank's global rank, for messages.
         timeout: seconds that one wait may last.
-        checked: also compare where collectives are called from, and let all ranks agree before any data moves.
+        checked: check collectives: compare all ranks' calls and call sites before any data moves.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Group:
         """Map the group's memory. Runs once, before the first operation."""
         if self._closed:
             raise RankError("this process group is shut down", rank=self.ranks[self.rank])
-        with torch.inference_mode(False):  # the views made here outlive whatever mode their first user is in
+        with torch.inference_mode(False):  # the views made here are also used outside an inference mode
             segment, peers = self._handshake.complete(self.timeout)
             sync = Sync(segment, self.rank, peers, self.ranks, self.timeout, progress_all)
             self._messages = Messages(segment, sync)
@@ -94,12 +94,12 @@ class Group:
 
     @guarded
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank has called this."""
         self._enter("barrier").barrier()
 
     @guarded
     def all_reduce(self, x: Tensor, op: str = "sum") -> None:
-        """Combine everybody's ``x`` in place; ``op`` is one of :data:`reductions.COMBINE`."""
+        """Combine all ranks' ``x`` in place; ``op`` is one of :data:`reductions.COMBINE`."""
         check(x)
         reductions.check(op, x.dtype)
         if x.requires_grad or not x.is_contiguous():
@@ -110,7 +110,7 @@ class Group:
 
     @guarded
     def reduce(self, x: Tensor, root: int, op: str = "sum") -> None:
-        """Combine everybody's ``x`` into ``root``'s."""
+        """Combine all ranks' ``x`` into ``root``'s."""
         self._check_root("reduce", root)
         check(x)
         reductions.check(op, x.dtype)
@@ -119,7 +119,7 @@ class Group:
 
     @guarded
     def broadcast(self, x: Tensor, root: int) -> None:
-        """``root``'s ``x`` into everybody's."""
+        """``root``'s ``x`` into all ranks' ``x``."""
         self._check_root("broadcast", root)
         check(x)
         if self.rank != root:
@@ -128,7 +128,7 @@ class Group:
 
     @guarded
     def all_gather(self, outs: Sequence[Tensor], x: Tensor) -> None:
-        """Everybody's ``x`` into ``outs`` by rank; sizes may differ."""
+        """All ranks' ``x`` into ``outs`` by rank; sizes may differ."""
         sizes = self._check_parts("all_gather", x, outs)
         check_writable(*outs)
         windows = self._enter("all_gather", x, sum(sizes), size_code(sizes))
@@ -136,7 +136,7 @@ class Group:
 
     @guarded
     def all_gather_single(self, out: Tensor, x: Tensor) -> None:
-        """Everybody's ``x``, of one size, one after the other into ``out``."""
+        """All ranks' ``x``, of one size, concatenated into ``out``."""
         check(out, x)
         numel = x.numel()
         if out.numel() != numel * self.size or out.dtype != x.dtype:
@@ -150,7 +150,7 @@ class Group:
 
     @guarded
     def gather(self, outs: Sequence[Tensor], x: Tensor, root: int) -> None:
-        """Everybody's ``x``, of one size, into ``root``'s ``outs`` by rank; the others give no ``outs``."""
+        """All ranks' ``x``, of one size, into ``root``'s ``outs`` by rank; the others give no ``outs``."""
         self._check_root("gather", root)
         check(x)
         outs = outs if self.rank == root else ()
@@ -162,7 +162,7 @@ class Group:
 
     @guarded
     def reduce_scatter(self, out: Tensor, parts: Sequence[Tensor], op: str = "sum") -> None:
-        """``parts`` are contributions to every rank; ``out`` gets everybody's to this one. Sizes may differ by rank."""
+        """``parts`` are contributions by rank; ``out`` gets all ranks' to this one, combined. Sizes may differ."""
         sizes = self._check_parts("reduce_scatter", out, parts)
         reductions.check(op, out.dtype)
         with Flat(out) as flat:
@@ -171,7 +171,7 @@ class Group:
 
     @guarded
     def scatter(self, out: Tensor, parts: Sequence[Tensor], root: int) -> None:
-        """``root``'s ``parts`` by rank, of one size, into everybody's ``out``; the others give no ``parts``.
+        """``root``'s ``parts`` by rank, of one size, into all ranks' ``out``; the others give no ``parts``.
 
         An all-to-all in which the others send nothing.
         """
@@ -190,7 +190,7 @@ class Group:
     def all_to_all(self, outs: Sequence[Tensor], ins: Sequence[Tensor], tensors: Sequence[Tensor] = ()) -> Work:
         """``ins`` by destination, ``outs`` by source; sizes may differ. A work's future gives ``tensors``.
 
-        Waits until every rank has called; what doesn't fit a window goes on after that.
+        Waits until every rank has called; parts that don't fit a window continue after that.
         """
         check(*outs, *ins)
         sent, received, dtypes = [x.numel() for x in ins], [x.numel() for x in outs], {x.dtype for x in (*outs, *ins)}
@@ -209,7 +209,7 @@ class Group:
     def all_to_all_single(self, out: Tensor, x: Tensor, receive: Sequence[int] = (), send: Sequence[int] = ()) -> Work:
         """Slices of ``x`` along dim 0, ``send`` rows each, by rank; they arrive in rank order, ``receive`` rows each.
 
-        Neither given: equal ones.
+        If neither is given, slices are equal.
         """
         check(out, x)
         size = self.size
@@ -237,11 +237,11 @@ class Group:
     # ---- point-to-point messages
 
     def send(self, tensors: Sequence[Tensor], to: int, tag: int = 0) -> Work:
-        """Start sending. The tensors may change once the work is waited for."""
+        """Start sending. The tensors may be changed once ``wait`` of the work has returned."""
         return self.exchange(tensors, to, (), 0, tag)
 
     def recv(self, tensors: Sequence[Tensor], source: int, tag: int = 0) -> Work:
-        """Start receiving. The tensors hold what came once the work is waited for."""
+        """Start receiving. The tensors have been received once ``wait`` of the work has returned."""
         return self.exchange((), 0, tensors, source, tag)
 
     @guarded
@@ -250,7 +250,7 @@ class Group:
         check(*sends, *receives)
         for peer, tensors in ((to, sends), (source, receives)):
             if tensors and (peer == self.rank or not 0 <= peer < self.size):
-                raise UnsupportedError(f"group rank {self.rank} of {self.size} can't talk to group rank {peer}")
+                raise UnsupportedError(f"group rank {self.rank} of {self.size} can't reach group rank {peer}")
         sync = self.sync or self._attach()
         if sync.error is not None:
             raise sync.again()
@@ -260,7 +260,7 @@ class Group:
 
     @guarded
     def recv_from_any(self, tensors: Sequence[Tensor], tag: int = 0) -> Work:
-        """Receive from whichever rank sends first; waits until one does."""
+        """Receive from the rank that sends first; waits until one does."""
         if self.sync is None:
             self._attach()
         return self.recv(tensors, self._messages.wait_for_any(tag), tag)
@@ -283,12 +283,12 @@ class Group:
 
 
 def _fits(x: Tensor, parts: int) -> bool:
-    """Whether a tensor's rows divide, lie in order and fit a window."""
+    """Whether a tensor's rows divide evenly, are contiguous and fit a window."""
     return x.ndim > 0 and x.shape[0] % parts == 0 and x.numel() * x.itemsize <= WINDOW and x.is_contiguous()
 
 
 def _rows(x: Tensor, sizes: Sequence[int], parts: int) -> Sequence[Tensor]:
-    """Slices by rank along dim 0; no sizes given: equal ones."""
+    """Slices by rank along dim 0; equal ones if no sizes are given."""
     sizes = list(sizes) or [x.shape[0] // parts] * parts
     if sum(sizes) != x.shape[0] or len(sizes) != parts:
         raise ConfigError(f"all_to_all: slices of {sizes} over {parts} ranks don't make {x.shape[0]} rows")

@@ -1,4 +1,4 @@
-"""A rank's messages to and from every other: queues that move on whenever its thread waits for anything."""
+"""A rank's messages to and from every other: queues that move whenever its thread waits for anything."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from multicard.backends.shm.sync import Sync, guarded
 from multicard.errors import MismatchError
 
 COLLECTIVE_TAG = (1 << 63) - 1  # all_to_all's messages; a program's own tags are 32-bit
-POLLS = 30  # looks at a message before waiting for it properly
+POLLS = 30  # checks of a message before a proper wait for it
 
 
 class Messages:
@@ -26,7 +26,7 @@ class Messages:
         self._boxes: tuple[Outbox | Inbox, ...] = (*self._outboxes.values(), *self._inboxes.values())
 
     def start(self, transfers: list[Transfer]) -> list[Transfer]:
-        """Send what fits, take what is there, and leave the rest to whoever waits next."""
+        """Send the messages that fit, receive those that have arrived, and leave the rest to the next wait."""
         boxes = []
         for transfer in transfers:
             boxes.append(self._box(transfer))
@@ -38,7 +38,7 @@ class Messages:
         return transfers
 
     def progress(self) -> bool:
-        """Move messages along, as far as that goes without waiting; whether any moved."""
+        """Move messages as far as possible without waiting; returns whether any moved."""
         if self.sync.error is not None:
             pending.groups.discard(self)
             return False
@@ -64,7 +64,7 @@ class Messages:
             self.sync.wait(lambda: sorted({t.peer for t in late if not t.complete}), _name(late[0]))
 
     def wait_for_any(self, tag: int) -> int:
-        """Wait until some rank's message with this tag is there; which rank's."""
+        """Wait until a message with this tag has arrived from any rank; returns which rank."""
         found: list[int] = []
 
         def missing() -> list[int]:
@@ -85,8 +85,8 @@ class Messages:
 class _Pending(threading.local):
     """The groups in which this thread has messages under way.
 
-    A rank is one party to all of its groups: while it waits in one, a peer may be waiting for its message in another.
-    So this belongs to the thread and not to a group. It holds no settings, and is empty once messages have arrived.
+    While a rank waits in one group, a peer may wait for its message in another. So this list belongs to the thread, not
+    to a group. It holds no settings, and is empty once all messages have arrived.
     """
 
     def __init__(self) -> None:
@@ -97,7 +97,7 @@ pending = _Pending()
 
 
 def progress_all() -> bool:
-    """Move all of this thread's messages along; whether any moved."""
+    """Move all of this thread's messages; returns whether any moved."""
     return bool(sum(group.progress() for group in tuple(pending.groups)))
 
 

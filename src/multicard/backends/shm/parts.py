@@ -1,4 +1,4 @@
-"""All-to-all: every rank has a part for every other, in its exchange window, or as a message where it finds no room."""
+"""All-to-all: every rank has a part for every other, in its exchange window or, if it doesn't fit, as a message."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from multicard.errors import MismatchError
 
 
 class Parts:
-    """The parts of one group's all-to-alls. What they return are the messages that are still under way.
+    """The parts of one group's all-to-alls. Methods return the messages that are still under way.
 
-    A rank announces for each other where in its window that one's part begins, and of how many bytes it is. So ranks
-    need not agree on whether parts are even, nor on which of them fit.
+    A rank announces where in its window the part for each other rank begins, and how many bytes it has. So ranks need
+    not agree on whether parts are even, nor on which of them fit.
 
     Args:
-        windows, messages: what the parts travel in.
+        windows, messages: they carry the parts.
         sync: this rank's view of its group's progress.
     """
 
@@ -30,7 +30,7 @@ class Parts:
         self.rank, self.size = sync.rank, sync.size
 
     def swap(self, outs: Sequence[Tensor], ins: Sequence[Tensor]) -> list[Transfer]:
-        """Everybody's ``ins`` by destination into ``outs`` by source, of any sizes and strides."""
+        """All ranks' ``ins`` by destination into ``outs`` by source, of any sizes and strides."""
         sync, half, at, left = self._sync, self._sync.sequence + 1 & 1, 0, []
         sync.await_readers()
         for to, part in enumerate(ins):
@@ -63,13 +63,13 @@ class Parts:
         sync.await_all()
         parts, at = out.view(self.size, numel), self.rank * size
         found = [self._find(source, size) for source in range(self.size)]
-        if found.count(at) < self.size:  # to some other rank it isn't even
+        if found.count(at) < self.size:  # for some other rank parts aren't even
             return self._take(parts.unbind(), found)
         parts.copy_(self._views(half, x.dtype, parts.shape[1:], at)[1])
         return []
 
     def _take(self, outs: Sequence[Tensor], found: Sequence[int | None]) -> list[Transfer]:
-        """Copy what is in windows; the others' parts that aren't come as messages."""
+        """Copy the parts that are in windows; the others come as messages."""
         half, left = self._sync.sequence & 1, []
         for source, (out, at) in enumerate(zip(outs, found, strict=True)):
             if at is not None:
@@ -79,12 +79,12 @@ class Parts:
         return self._messages.start(left)
 
     def _announce(self, to: int, at: int | None, size: int) -> None:
-        """Say where in this rank's window its part for ``to`` is in the next step (None: nowhere), and its bytes."""
+        """Announce place in this rank's window (None: not there) and size of its part for ``to`` in the next step."""
         words, word = self._sync.words, self._word(self.rank, to, self._sync.sequence + 1)
         words[word], words[word + 1] = 0 if at is None else at + 1, size
 
     def _find(self, source: int, size: int) -> int | None:
-        """Where in its window ``source`` has put its part for this rank; ``size`` is what this rank takes."""
+        """The place of the part for this rank in the window of ``source``; ``size`` is the expected number of bytes."""
         sync = self._sync
         word = self._word(source, self.rank, sync.sequence)
         at, sent = sync.words[word], sync.words[word + 1]

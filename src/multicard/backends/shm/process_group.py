@@ -13,10 +13,10 @@ from multicard.place import checking
 
 
 class ShmProcessGroup(ProcessGroup):
-    """A :class:`~multicard.backends.shm.group.Group` as ``torch.distributed`` knows it.
+    """A :class:`~multicard.backends.shm.group.Group` as a process group of ``torch.distributed``.
 
     Attributes:
-        shm: the group itself, for callers that need nothing of ``torch.distributed``'s handling of arguments.
+        shm: the group itself, for callers that don't need ``torch.distributed``'s argument handling.
     """
 
     backend = "shm"

@@ -2,15 +2,15 @@
 
 One file in memory (:mod:`multicard.memory`) a group. It has no name, so no other user can open it, nothing is left in
 ``/dev/shm`` however the ranks die, and a container's small ``/dev/shm`` doesn't limit it. Rank 0 makes it; the others
-open it through ``/proc/PID/fd/N``, which the kernel grants to processes of the same user. Pages exist once touched:
-a group that never talks costs nothing.
+open it through ``/proc/PID/fd/N``, which the kernel allows for processes of the same user. Pages are allocated when
+they are first touched, so a group that never communicates costs nothing.
 
-Layout, each part on cache lines of its own:
+Layout, each part on its own cache lines:
 
-    rows      one a rank: its flag, who it is, whether it has failed, what it is in
+    rows      one a rank: its flag, its process, whether it has failed, its current call
     channels  one an ordered pair: pieces posted, pieces taken, a table of the pieces in flight
-    windows   two a rank, WINDOW bytes: what collectives write for everybody to read
-    cells     DEPTH a channel, CELL bytes: what point-to-point messages travel in
+    windows   two a rank, WINDOW bytes: collectives write them for all ranks to read
+    cells     DEPTH a channel, CELL bytes: they carry point-to-point messages
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ WINDOW = 1 << 20
 CELL = 1 << 18
 DEPTH = 32
 
-# a row: the flag, alone on its line; who holds the row, how it failed, whom it waits for, and what it calls in even and
-# in odd steps; then where in its window the part for each rank is, for even and odd steps
+# a row: the flag, alone on its line; the rank's process id, how it failed, which rank it waits for, and its calls in
+# even and odd steps; then the place of each rank's part in its window, for even and odd steps
 PID, FAILED, WAITING, CALL = (LINE // WORD + i for i in (0, 1, 2, 4))
 PARTS = 2 * LINE // WORD
 POSTED, TAKEN, TABLE = 0, LINE // WORD, 2 * LINE // WORD  # a channel's words
@@ -53,7 +53,7 @@ HANDSHAKE = re.compile(rb"(\S+) (\d+) (\d+) (-?\d+) (\d+)")  # place, pid, start
 
 @dataclasses.dataclass(frozen=True)
 class Process:
-    """A process by number and start time, which together name it once and for all."""
+    """A process by pid and start time, which together are unique."""
 
     pid: int
     start: int
@@ -68,7 +68,7 @@ class Process:
 
     @property
     def stopped(self) -> bool:
-        """Whether it was told to stop (SIGSTOP, a debugger)."""
+        """Whether it is stopped (SIGSTOP, a debugger)."""
         fields = _stat(self.pid)
         return bool(fields) and fields[0] in b"Tt"
 
@@ -80,7 +80,7 @@ def start_time(pid: int) -> int | None:
 
 
 def _stat(pid: int) -> list[bytes]:
-    """``/proc/PID/stat`` from the state on (proc(5)); empty if there is no such process."""
+    """The fields of ``/proc/PID/stat`` from the state on (proc(5)); empty if there is no such process."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             return file.read().rpartition(b")")[2].split()
@@ -89,15 +89,15 @@ def _stat(pid: int) -> list[bytes]:
 
 
 def _place() -> str:
-    """What ranks must have in common to share memory: the running kernel, and the namespace their pids count in."""
+    """What ranks must have in common to share memory: the running kernel and the pid namespace."""
     with open("/proc/sys/kernel/random/boot_id") as file:
         return f"{file.read().strip()}/{os.readlink('/proc/self/ns/pid')}"
 
 
 class Handshake:
-    """What every rank puts in the store when its group is made, and reads of the others when it first talks.
+    """What every rank puts in the store when its group is made, and reads from the others at its first communication.
 
-    Making a group is cheap and never waits; unused groups map nothing. A rank alone in its group has nobody to tell.
+    Making a group is cheap and never waits; unused groups map nothing. A rank alone in its group uses no store.
     """
 
     def __init__(self, store: dist.Store, rank: int, ranks: Sequence[int]) -> None:
@@ -116,11 +116,11 @@ class Handshake:
         store.set(str(rank), f"{_place()} {me.pid} {me.start} {self.fd} {nonce}")
 
     def complete(self, timeout: float) -> tuple[Segment, list[Process]]:
-        """Map the segment and learn who the peers are. Waits until every rank has made its group.
+        """Map the segment and learn the peers' processes. Waits until every rank has made its group.
 
         Raises:
             CollectiveTimeout: a rank didn't make its group in time.
-            RankError: a rank died, or left something else than its handshake.
+            RankError: a rank died, or the store has something else in place of its handshake.
             UnsupportedError: ranks that can't share memory.
         """
         if len(self.ranks) == 1:
@@ -131,7 +131,7 @@ class Handshake:
             segment = self._open(*self._read(0, deadline))
             if segment is not None:
                 break
-            # What the store has is from an earlier group of this name, in this or a dead process: its rank 0 is late.
+            # The store's entry is from an earlier group of this name, of this or a dead process: its rank 0 is late.
             self._wait(0, deadline)
         me = Process.current()
         segment.words[segment.row(self.rank) + PID] = me.pid
@@ -142,7 +142,7 @@ class Handshake:
             self._wait(rank, deadline)
         said = self.store.get(str(rank))
         whole = HANDSHAKE.fullmatch(said)
-        if whole is None:  # as a RankError it counts as a consequence, and doesn't hide what ended that rank
+        if whole is None:  # a RankError counts as a consequence, so it doesn't hide what ended that rank
             raise RankError(
                 f"rank {self.ranks[rank]} is gone, or was never in this group: the store has {said!r} where its "
                 "handshake should be; start the ranks again, with a store that no other job uses",
@@ -165,7 +165,7 @@ class Handshake:
         time.sleep(0.001)
 
     def _open(self, owner: Process, fd: int, nonce: int) -> Segment | None:
-        """Rank 0's file, or None where that is not the one of this group."""
+        """Rank 0's file, or None if it isn't the one of this group."""
         if self.rank == 0:
             return Segment(self.fd, len(self.ranks))
         try:
@@ -196,7 +196,7 @@ class Handshake:
         return None if used or segment.words[NONCE] != nonce else segment
 
     def withdraw(self) -> None:
-        """Give up rank 0's descriptor: the memory lives on in the ranks that have mapped it."""
+        """Close rank 0's descriptor: the memory lives on in the ranks that have mapped it."""
         if self.fd >= 0:
             self._close()
 
@@ -219,7 +219,7 @@ def _cells_at(size: int) -> int:
 
 
 def segment_bytes(size: int) -> int:
-    """Address space of a group of ``size`` ranks. Memory is only used where it has been written."""
+    """Address space of a group of ``size`` ranks. Memory is only used once it has been written."""
     return _cells_at(size) + size * size * DEPTH * CELL
 
 
@@ -227,14 +227,14 @@ class Segment:
     """The mapped memory.
 
     Attributes:
-        words: rows and channels as 64-bit words. An aligned word is read and written by one move, in every build of
+        words: rows and channels as 64-bit words. An aligned word is read and written atomically in every build of
             CPython (``memoryview`` copies a word of 8 bytes), so it is never seen half written.
         windows: ``(2, ranks, WINDOW)`` bytes.
         cells: ``(from, to, DEPTH, CELL)`` bytes.
     """
 
     def __init__(self, fd: int, size: int) -> None:
-        """Map ``fd``, memory that only this process has where that is -1."""
+        """Map ``fd``; if it is -1, memory of this process alone."""
         memory = mmap.mmap(fd, segment_bytes(size))
         self.words = memoryview(memory)[: _header_words(size) * WORD].cast("Q")
         whole = torch.frombuffer(memory, dtype=torch.uint8)

@@ -1,24 +1,24 @@
-"""How ranks wait for one another: flags, fences, and waits that end.
+"""How ranks wait for one another: flags, fences, and waits with a limit.
 
-**Flags.** Every rank has one word that it alone writes: ``sequence << 24 | call``. The sequence number counts the steps
-that the rank has posted in this group; posting step s says that the rank has finished reading what others wrote in step
-s-1, and that what it writes itself in step s is there. ``call`` is a hash of the collective and its arguments, so ranks
-that are in different collectives find out at their first step instead of exchanging garbage.
+**Flags.** Every rank has one word that only it writes: ``sequence << 24 | call``. The sequence number counts the steps
+that the rank has posted in this group. Posting step s means that the rank has read everything that others wrote in step
+s-1, and has written its own data of step s. ``call`` is a hash of the collective and its arguments, so ranks that are
+in different collectives notice at their first step instead of exchanging garbage.
 
-**Fences.** A flag must not be seen before the data that it announces, nor data be read (or overwritten) before the flag
-that allows it. x86 keeps stores in order and loads in order; Arm, POWER and RISC-V don't, and plain moves from Python
-promise nothing. :meth:`Sync.fence` releases and re-acquires a lock that nobody else ever takes. Whatever came before
+**Fences.** A flag must not be seen before the data that it announces, and data must not be read (or overwritten) before
+the flag that allows it. x86 keeps stores in order and loads in order; Arm, POWER and RISC-V don't, and plain moves from
+Python guarantee nothing. :meth:`Sync.fence` releases and re-acquires a lock that no other code takes. Everything before
 the release is complete before the lock reads as free, and nothing after the acquire starts before it has read the lock
-as free, so nothing crosses the pair in either direction. In terms of processors: CPython's locks are semaphores or
+as free, so no access moves across the pair in either direction. On the processor, CPython's locks are semaphores or
 compare-and-swaps, hence a store-release followed by a load-acquire of the same word, which Armv8 keeps in order (STLR
 before LDAR) and POWER and RISC-V get from the barrier in the release. POSIX (XBD 4.12) lists the calls among those
 that synchronize memory. The fence stands between data and flag on the writer's side (release) and between flag and
 data on the reader's (acquire). Copies made by torch's own threads are ordered before it by the join that ends a
 parallel region.
 
-**Waits** spin, then yield the core, then sleep, at most a millisecond at first and five later. While not spinning they
-move this thread's other messages along (so two ranks that wait for one another's messages in different groups both
-continue), let Python handle signals (Ctrl-C), notice within a fraction of a second that a peer is dead or has given up,
+**Waits** spin, then yield the core, then sleep, for at most a millisecond at first and five later. While not spinning
+they move this thread's other messages (so two ranks that wait for one another's messages in different groups both
+continue), let Python handle signals (Ctrl-C), notice within a fraction of a second that a peer is dead or has failed,
 and end at the timeout.
 """
 
@@ -40,7 +40,7 @@ from multicard.errors import CollectiveTimeout, MismatchError, MulticardError, R
 
 CALL_BITS = 24
 CALL_MASK = (1 << CALL_BITS) - 1
-LOOK = 0.05  # seconds between looks at whether peers live
+LOOK = 0.05  # seconds between checks that peers are alive
 YIELDING = 0.001  # seconds that a wait yields before it sleeps
 REASONS: tuple[type[RankError], ...] = (RankError, CollectiveTimeout, MismatchError)
 
@@ -50,9 +50,9 @@ T = TypeVar("T")
 
 
 def guarded(call: Callable[Args, T]) -> Callable[Args, T]:
-    """For methods of what has a ``sync`` (None: not yet, or no longer).
+    """For methods of objects with a ``sync`` (None: not yet, or no longer).
 
-    Whatever stops a call half way (Ctrl-C too) ends this rank's part in the group, and tells the others so.
+    An exception that interrupts a call (also Ctrl-C) ends this rank's part in the group, and the others notice.
     """
 
     @functools.wraps(call)
@@ -78,8 +78,8 @@ class Sync:
         rank: this rank within the group.
         peers: every rank's process, by rank within the group.
         ranks: every rank's global rank, for messages.
-        timeout: seconds that one wait may last without anything moving.
-        progress: moves this thread's messages along; whether any moved.
+        timeout: seconds that one wait may last without any progress.
+        progress: moves this thread's messages; returns whether any moved.
     """
 
     def __init__(
@@ -112,14 +112,14 @@ class Sync:
         self._release, self._acquire = lock.release, lock.acquire
 
     def fence(self) -> None:
-        """Nothing crosses this, in either direction; see the module's text."""
+        """No memory access moves across this, in either direction; see the module's docstring."""
         self._release()
         self._acquire()
 
     # ---- steps
 
     def enter(self, call: Call) -> None:
-        """Begin a collective: tell the others which.
+        """Begin a collective, and write for the others which one it is.
 
         Raises:
             RankError: the group has failed before.
@@ -128,7 +128,7 @@ class Sync:
             raise self.again()
         self.calls += 1
         self._words = call
-        self._call = hash(call) & CALL_MASK  # a tuple of integers hashes alike in every process
+        self._call = hash(call) & CALL_MASK  # a tuple of integers has the same hash in every process
         at = self._row + CALL + (self.sequence + 1 & 1) * CALL_WORDS
         for word in call:
             self.words[at] = word
@@ -136,23 +136,23 @@ class Sync:
 
     @contextlib.contextmanager
     def compare(self) -> Iterator[None]:
-        """Steps in here are the same in every call, so ranks that are in different calls can compare them."""
+        """Steps in this context have the same ``call`` in all collectives, so ranks in different ones can compare."""
         call, self._call = self._call, 0
         yield
         self._call = call
 
     def await_readers(self) -> None:
-        """Wait until everybody has posted this rank's latest step, and so has read what it wrote one step before.
+        """Wait until all ranks have posted this rank's latest step, and so have read its data of the step before.
 
-        Precedes every write and every post. So a rank is never more than one step ahead of another, and one that is
-        ahead has seen that they agree on the step behind.
+        Comes before every write and every post. So a rank is never more than one step ahead of another, and the rank
+        ahead has seen that both agreed on the previous step.
         """
         if self._seen < self.sequence:
             self._await(self._others)
             self._seen = self.sequence
 
     def post(self) -> None:
-        """Say that this rank's part of the next step is written, and that it has read everything of the last."""
+        """Announce that this rank has written its data of the next step, and has read all data of the last one."""
         if self._seen < self.sequence:
             self.await_readers()
         self.sequence += 1
@@ -185,7 +185,7 @@ class Sync:
         self._acquire()
 
     def _mismatch(self) -> RankError:
-        """Name the calls of all ranks that have come to this step. It is the first of each, so it has their words."""
+        """The error that names the calls of all ranks at this step, which is the first of each call."""
         self.fence()
         here = [r for r, row in enumerate(self.rows) if self.words[row] >> CALL_BITS == self.sequence]
         starts = [self.rows[r] + CALL + (self.sequence & 1) * CALL_WORDS for r in here]
@@ -200,12 +200,12 @@ class Sync:
         """Return once ``missing()``, the ranks (within the group) still waited for, is empty.
 
         Args:
-            missing: asked again and again.
-            name: what is waited for, if not this rank's latest collective.
+            missing: called repeatedly.
+            name: the awaited operation, if it isn't this rank's latest collective.
 
         Raises:
-            RankError: one of them is dead or has given up.
-            CollectiveTimeout: some did not come in time.
+            RankError: one of the ranks is dead or has failed.
+            CollectiveTimeout: some ranks did not arrive in time.
         """
         start = looked = time.monotonic()
         waiting = self._row + WAITING
@@ -214,7 +214,7 @@ class Sync:
             moved = self._progress()
             now = time.monotonic()
             if moved:
-                start, pause = now, 50e-6  # messages may be of any length: the timeout is on silence
+                start, pause = now, 50e-6  # messages may have any length: the timeout is for time without progress
                 continue
             if now - start < YIELDING:
                 os.sched_yield()
@@ -235,7 +235,7 @@ class Sync:
             failed = self.words[self.rows[rank] + FAILED]
             if not failed and self._peers[rank].alive:
                 continue
-            if rank not in missing():  # it came, and left, while we looked
+            if rank not in missing():  # it arrived, and then left, during this check
                 continue
             raise self.fail(self._gone(rank, failed, name))
 
@@ -256,7 +256,7 @@ class Sync:
         return self.make_error(CollectiveTimeout, culprits[0], late, name)
 
     def _cause(self, rank: int) -> int:
-        """Whom ``rank`` waits for, and that one in turn, up to one that doesn't wait or was stopped."""
+        """Follows from ``rank`` to the rank it waits for, and so on, to one that doesn't wait or is stopped."""
         seen = [self.rank]
         while rank not in seen:
             seen.append(rank)
@@ -278,7 +278,7 @@ class Sync:
         )
 
     def fail(self, error: RankError) -> RankError:
-        """Mark this rank as out of the group, so that nobody waits for it, and give the error back to raise."""
+        """Mark this rank as failed, so that no rank waits for it, and return the error to raise."""
         if self.error is None:
             self.error = error
             culprit = self.ranks.index(error.rank) if error.rank in self.ranks else self.rank
@@ -291,6 +291,6 @@ class Sync:
         return type(self.error)(f"this group has failed before: {self.error}", rank=self.error.rank)
 
     def leave(self, why: str) -> None:
-        """This rank takes no further part."""
+        """End this rank's part in the group."""
         rank = self.ranks[self.rank]
         self.fail(RankError(f"rank {rank} {why}", rank=rank))

@@ -1,4 +1,4 @@
-"""Tensors as they must be to be copied: dense, flat, of a kind that this backend takes."""
+"""Preparing tensors to be copied: checked, dense and flat."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from torch import Tensor
 from multicard.errors import UnsupportedError
 
 VIEWS = 256
-"""Views of shared memory that are remembered, as making one costs more than a small copy; decode needs a handful."""
+"""Number of cached views of shared memory. Making one costs more than a small copy; decoding needs only a few."""
 
 
 def check(*tensors: Tensor) -> None:
-    """Refuse what isn't dense and on the CPU."""
+    """Refuse tensors that aren't dense and on the CPU."""
     for x in tensors:
         if not x.is_cpu or x.layout != torch.strided or x.is_quantized:
             raise UnsupportedError(
                 f"backend shm is for dense CPU tensors, not {x.layout} {x.dtype} on {x.device}: "
-                "give such tensors a group of their own device's backend"
+                "use a group with a backend for that device"
             )
 
 
@@ -39,17 +39,17 @@ def plain(x: Tensor) -> Tensor:
 
 
 def dense(x: Tensor) -> Tensor:
-    """``x`` itself if its elements lie in memory in order and as they are."""
+    """``x`` with its elements contiguous in memory, conjugation and sign applied; ``x`` itself if they are."""
     return plain(x).contiguous().resolve_conj().resolve_neg()
 
 
 def flatten(x: Tensor) -> Tensor:
-    """``x``'s elements in one dimension, to be read."""
+    """The elements of ``x`` in one dimension, for reading."""
     return dense(x).view(-1)
 
 
 class Flat:
-    """A tensor's elements in one dimension, to be written; where that takes a copy, leaving writes it back."""
+    """A tensor's elements in one dimension, for writing. If this needs a copy, leaving the context writes it back."""
 
     def __init__(self, tensor: Tensor, write: bool = True) -> None:
         if write:

@@ -1,7 +1,7 @@
-"""Collectives through exchange windows: each rank has one, which all can read, and a step is write, post, wait, read.
+"""Collectives through exchange windows: each rank has one, which all can read; a step is write, post, wait, read.
 
-A step uses one half of every window and the next step the other, so one wait a step is enough: what a rank overwrites
-in step s was read in step s-2, and its peers have said so by posting s-1. Tensors larger than a window go in pieces.
+A step uses one half of every window and the next step the other, so one wait a step is enough: the data that a rank
+overwrites in step s was read in step s-2, as its peers have shown by posting s-1. Larger tensors go in pieces.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from multicard.backends.shm.sync import Sync
 from multicard.backends.shm.tensor import VIEWS, Flat, flatten
 
 FLAT = 1 << 16
-"""Up to this many bytes every rank adds up everything (one wait); above, each adds up its slice (two waits)."""
+"""Up to this many bytes every rank adds up all data (one wait); above, each adds up its slice (two waits)."""
 
 
 class Windows:
@@ -37,7 +37,7 @@ class Windows:
         self.views = functools.lru_cache(VIEWS)(self._views)
 
     def _views(self, half: int, dtype: torch.dtype, shape: torch.Size, at: int) -> tuple[list[Tensor], Tensor]:
-        """Half of every rank's window from byte ``at`` on: as tensors of that shape by rank, and as (ranks, numel)."""
+        """One half of all windows from byte ``at``: as tensors of that shape by rank, and as (ranks, numel)."""
         with torch.inference_mode(False):  # a view made in inference mode could not be written outside
             rows = self._memory[half, :, at : at + shape.numel() * dtype.itemsize].view(dtype)
             return [row.view(shape) for row in rows], rows
@@ -57,7 +57,7 @@ class Windows:
         self._sync.await_all()
 
     def all_reduce(self, x: Tensor, op: str) -> None:
-        """Combine everybody's contiguous ``x`` in place."""
+        """Combine all ranks' contiguous ``x`` in place."""
         if x.numel() * x.itemsize > FLAT:
             for part in x.view(-1).split(WINDOW // x.itemsize // self.size * self.size):
                 self._reduce_piece(part, op)
@@ -70,7 +70,7 @@ class Windows:
         reduce_into(x, slots, op)
 
     def _reduce_piece(self, x: Tensor, op: str) -> None:
-        """Every rank adds up its slice of everybody's, then everybody copies the slices: reduce-scatter, all-gather."""
+        """Every rank adds up its slice of all ranks' data, then all copy the slices: reduce-scatter, all-gather."""
         sync, rank = self._sync, self.rank
         shares = [x[share.start : share.stop] for share in partition.split(x.numel(), self.size)]
         contributions = self._contribute(shares)
@@ -85,13 +85,13 @@ class Windows:
                 share.copy_(slots[r][: share.numel()])
 
     def all_gather(self, outs: Tensor | Sequence[Tensor], x: Tensor, longest: int = 0) -> None:
-        """Everybody's ``x`` into ``outs``.
+        """All ranks' ``x`` into ``outs``.
 
         Args:
-            outs: by rank; or ``(ranks, numel)``, contiguous, where all fit a window, which takes one copy. Empty: this
-                rank wants nothing, and all ranks' ``x`` are of one size.
+            outs: by rank; or ``(ranks, numel)``, contiguous, if all fit a window: then one copy is enough. Empty: this
+                rank reads nothing, and all ranks' ``x`` have one size.
             x: this rank's.
-            longest: the most elements that a rank has, where they may not fit a window.
+            longest: the largest number of elements of any rank, if they may not fit a window.
         """
         sync, half = self._sync, self._sync.sequence + 1 & 1
         if isinstance(outs, Tensor):
@@ -123,12 +123,12 @@ class Windows:
                     part.copy_(slot[: part.numel()])
 
     def reduce(self, x: Tensor, op: str, reads: bool) -> None:
-        """Combine everybody's flat ``x`` in place on the rank that ``reads``."""
+        """Combine all ranks' flat ``x`` in place on the rank that ``reads``."""
         for start, slots in self._show(x, x.numel(), reads):
             reduce_into(x[start : start + slots[0].numel()], slots, op)
 
     def _show(self, x: Tensor, longest: int, reads: bool) -> Iterator[tuple[int, list[Tensor]]]:
-        """Show everybody ``x`` in pieces that fit a window; for a rank that reads, where each starts and all ranks'."""
+        """Write ``x`` to windows in pieces that fit; yields, if ``reads``, each piece's start and all ranks' pieces."""
         sync, piece = self._sync, WINDOW // x.itemsize
         for start in range(0, longest, piece):
             slots, mine = self._slots(x.dtype, torch.Size((min(piece, longest - start),))), x[start : start + piece]
@@ -140,7 +140,7 @@ class Windows:
                 yield start, slots
 
     def broadcast(self, x: Tensor, root: int) -> None:
-        """The ``x`` of ``root`` into everybody's."""
+        """The ``x`` of ``root`` into all ranks' ``x``."""
         if x.numel() * x.itemsize > WINDOW:
             with Flat(x, write=self.rank != root) as flat:
                 for part in flat.split(WINDOW // x.itemsize):
@@ -158,7 +158,7 @@ class Windows:
     # ---- every rank gets its own
 
     def reduce_scatter(self, out: Tensor, parts: Sequence[Tensor], op: str) -> None:
-        """``parts`` are this rank's flat contributions by rank; ``out`` gets everybody's to this one, combined."""
+        """``parts`` are this rank's flat contributions by rank; ``out`` gets all ranks' to this one, combined."""
         room = WINDOW // out.itemsize // self.size
         if parts[self.rank].data_ptr() == out.data_ptr():
             parts = [part.clone() if r == self.rank else part for r, part in enumerate(parts)]
@@ -169,7 +169,7 @@ class Windows:
                 reduce_into(mine, contributions, op)
 
     def _contribute(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """One step: this rank's flat ``parts`` to each rank, in rank order; what all ranks contribute to this one."""
+        """One step: write this rank's flat ``parts`` by rank, in rank order; returns all ranks' parts for this one."""
         sync, rank, slots = self._sync, self.rank, self._whole(parts[0].dtype)
         room = slots[0].numel() // self.size
         sync.await_readers()

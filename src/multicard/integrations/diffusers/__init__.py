@@ -1,4 +1,4 @@
-"""``diffusers`` models and pipelines split over a mesh in place: the pipeline's code stays what it is."""
+"""``diffusers`` models and pipelines split over a mesh in place; the pipeline's code isn't changed."""
 
 from multicard.guidance import BatchPlan
 from multicard.integrations.diffusers.families import SequencePlan

@@ -1,4 +1,4 @@
-"""What a ``diffusers`` model can't be split with, refused before anything is changed."""
+"""Features with which a ``diffusers`` model can't be split, refused before anything is changed."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from multicard.integrations.diffusers.plans import matching
 from multicard.mesh import ParallelMesh
 
 TORCH_BACKENDS = ("native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math")
-"""diffusers' attention backends that end in torch's ``scaled_dot_product_attention``."""
+"""diffusers' attention backends that call torch's ``scaled_dot_product_attention``."""
 
 
 def check_guidance(target: Any) -> None:
     """Refuse pipelines whose attention processors tell guidance branches apart (perturbed attention guidance).
 
     Raises:
-        UnsupportedError: they attend to the sequence twice, each time in another way.
+        UnsupportedError: a processor attends to the sequence twice, in two ways.
     """
     if getattr(target, "_pag_attn_processors", None) is not None:
         name = type(target).__name__
@@ -35,14 +35,14 @@ def check_sequence(model: nn.Module, plan: SequencePlan) -> None:
 
     Raises:
         ConfigError: the plan names modules that the model doesn't have.
-        UnsupportedError: a config entry outside the plan, or an attention backend that isn't torch's own.
+        UnsupportedError: a config value that the plan doesn't cover, or an attention backend that isn't torch's own.
     """
     for key, allowed in plan.refused.items():
         config = getattr(model, "config", {})
         if key in config and config[key] not in allowed:
             raise UnsupportedError(
                 f"{type(model).__name__} with {key}={config[key]!r} can't be split by sequence: it treats some image "
-                "tokens differently by their place; use cfg, tp or dp"
+                "tokens differently by their position; use cfg, tp or dp"
             )
     for pattern in plan.patterns:
         found = list(matching(model, pattern))
@@ -61,7 +61,7 @@ def check_sequence(model: nn.Module, plan: SequencePlan) -> None:
 
 
 def check_uncompiled(model: nn.Module) -> None:
-    """Refuse a compiled model: what was compiled wouldn't notice what is put in."""
+    """Refuse a compiled model: the compiled code wouldn't contain the changes."""
     name = type(uncompiled(model)).__name__
     if uncompiled(model) is not model or model._compiled_call_impl is not None:
         raise UnsupportedError(
@@ -70,7 +70,7 @@ def check_uncompiled(model: nn.Module) -> None:
 
 
 def check_caches(name: str, module: nn.Module, mesh: ParallelMesh) -> None:
-    """Refuse caches between steps where ranks compute different branches or tokens: each would decide by its own."""
+    """Refuse caches between steps if ranks compute different branches or tokens, by which each would decide."""
     if mesh.cfg.size == mesh.sequence.size == 1:
         return
     for part in module.modules():

@@ -19,7 +19,7 @@ NOT_DENOISERS = ("autoencoders", "controlnets", "adapter")  # packages of diffus
 
 
 def denoisers(pipe: Any) -> dict[str, nn.Module]:
-    """The components of ``pipe`` that may run once a step: by their role, never a text encoder or an autoencoder."""
+    """The components of ``pipe`` that may run at each step, by role; never a text encoder or an autoencoder."""
     modules = {name: c for name, c in pipe.components.items() if isinstance(c, nn.Module) and not _is_beside(c)}
     found = {name: module for name, module in modules.items() if NAMES.search(name)} or modules
     if not found:
@@ -28,7 +28,7 @@ def denoisers(pipe: Any) -> dict[str, nn.Module]:
 
 
 def uncompiled(module: nn.Module) -> nn.Module:
-    """What ``torch.compile`` wraps; another module is itself."""
+    """The module inside a ``torch.compile`` wrapper; any other module itself."""
     wrapped = getattr(module, "_orig_mod", module)
     assert isinstance(wrapped, nn.Module)
     return wrapped
@@ -67,7 +67,7 @@ class HookedDenoiser:
         return ModuleState(self._modules)
 
     def freeze(self) -> Callable[[Mapping[str, Any]], Any]:
-        """``run`` with the hooks of now: diffusers' and accelerate's hooks live in ``forward`` of the instance."""
+        """``run`` with the current hooks: those of diffusers and accelerate are in the instance's ``forward``."""
         hooked = self._hooked()
 
         def run(kwargs: Mapping[str, Any]) -> Any:

@@ -1,7 +1,7 @@
 """Doors of a diffusers pipeline: its call, its denoisers' and its schedulers' ``step``, intercepted in place.
 
-At each the ranks of a replica compare what they were given, so that none goes on with another's picture. Behind the
-denoisers' doors stand guidance, which shares out the calls, and the proof that a split sequence was split.
+At each door the ranks of a replica compare their inputs, so that none works on another picture. The denoisers' doors
+lead to guidance, which divides the calls over ranks, and to the proof that a split sequence was split.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from multicard.replica import Replica
 
 
 class Door:
-    """What a denoiser's call goes through: comparison, guidance, proofs."""
+    """A denoiser's door: comparison of inputs, guidance, proofs."""
 
     def __init__(self, mesh: ParallelMesh, batch: BatchPlan, *, step_per_call: bool) -> None:
         self.mesh, self.batch = mesh, batch
@@ -37,7 +37,7 @@ class Door:
         self._inside = False
 
     def __deepcopy__(self, memo: Any) -> Door:
-        return self  # pipelines copy their schedulers; the copies count the same steps
+        return self  # pipelines copy their schedulers; a copy's steps count as the original's
 
     def place(self, name: str, module: nn.Module) -> None:
         """Intercept ``module`` from now on."""
@@ -73,7 +73,7 @@ class Door:
             self._inside = False
 
     def share(self, denoiser: HookedDenoiser, given: Mapping[str, Any]) -> Any:
-        """This rank's part of the call."""
+        """Run this rank's part of the call."""
         return self.branches.call(denoiser, given) if self.branches else denoiser.run(given)
 
 
@@ -86,11 +86,11 @@ class PipelineDoor(Door):
         self._calls = self._steps = 0
 
     def attach(self, pipe: Any) -> None:
-        """Intercept the components that ``pipe`` has now; some may have been replaced since the last call.
+        """Intercept the current components of ``pipe``; some may have been replaced since the last call.
 
         Raises:
-            UnsupportedError: no denoiser, one whose cache keeps state from step to step, or guidance inside attention
-                with the sequence split.
+            UnsupportedError: there is no denoiser, one has a cache that keeps state from step to step, or guidance is
+                inside the attention of a split sequence.
         """
         if self.mesh.sequence.size > 1:
             check_guidance(pipe)
@@ -101,14 +101,14 @@ class PipelineDoor(Door):
                 intercept(component, "step", self, "step")
 
     def share(self, denoiser: HookedDenoiser, given: Mapping[str, Any]) -> Any:
-        if not self._running:  # somebody calls a component of the pipeline by itself
+        if not self._running:  # a component of the pipeline is called directly
             self.place(denoiser.name, denoiser.module)
             return denoiser.run(given)
         self._calls += 1
         return super().share(denoiser, given)
 
     def step(self, scheduler: Any, plain: Plain, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """A scheduler's ``step``: the branches of this step have all been called."""
+        """A scheduler's ``step``: all branches of this step have been called."""
         if not self._running:
             return plain(*args, **kwargs)
         self._steps += 1
@@ -143,7 +143,7 @@ class PipelineDoor(Door):
 
 
 def open_pipeline(pipe: Any, mesh: ParallelMesh, batch: BatchPlan) -> None:
-    """Doors for every later call of ``pipe``, and of pipelines that are made of its components."""
+    """Put doors on every later call of ``pipe``, and of pipelines made from its components."""
     door = PipelineDoor(mesh, batch)
     door.attach(pipe)
     intercept(pipe, "__call__", door, "run")
@@ -151,12 +151,12 @@ def open_pipeline(pipe: Any, mesh: ParallelMesh, batch: BatchPlan) -> None:
 
 
 def open_model(module: nn.Module, mesh: ParallelMesh, batch: BatchPlan) -> None:
-    """A door for every later call of a denoiser that no pipeline calls: with cfg, each call's batch is shared out."""
+    """Put a door on every later call of a denoiser without a pipeline: with cfg, each call's batch is split."""
     ModelDoor(mesh, batch).place(type(module).__name__, module)
 
 
 class ModelDoor(Door):
-    """The door of a denoiser by itself; every call is a step."""
+    """The door of a denoiser without a pipeline; every call is a step."""
 
     def __init__(self, mesh: ParallelMesh, batch: BatchPlan) -> None:
         super().__init__(mesh, batch, step_per_call=True)
@@ -171,7 +171,7 @@ class ModelDoor(Door):
 
 
 def _components(pipe: Any) -> dict[str, Any]:
-    """What a pipeline is made of, as far as ranks can differ in it without an error."""
+    """The parts of a pipeline in which ranks could differ without an error."""
     return {f"component {name}": _component(component) for name, component in pipe.components.items()}
 
 
@@ -190,7 +190,7 @@ def _dtype(module: nn.Module) -> torch.dtype | None:
 
 
 def _hand_on() -> None:
-    """A pipeline made of another's components (``from_pipe``) gets a door like that one's."""
+    """Give a pipeline that is made from a split one's components (``from_pipe``) a door too."""
     import diffusers
 
     pipelines: Any = diffusers.DiffusionPipeline

@@ -1,4 +1,4 @@
-# ruff: noqa: SIM905  lists of names are easier to read and to compare as words
+# ruff: noqa: SIM905  lists of names are easier to read and compare as one string
 """How each ``diffusers`` model is split: a table. What a style does is in ``styles``."""
 
 from __future__ import annotations
@@ -36,27 +36,27 @@ BATCH = BatchPlan(
     dims={**dict.fromkeys([*_DIM_0, "x"], 0), "encoder_hidden_states_llama3": 1},
     items=frozenset(_ITEMS.split()),
 )
-"""Which arguments of diffusers' denoisers carry the batch. Rotary embeddings, token ids of positions, layer numbers and
-scales don't; what is missing here only makes a call unsplittable, since every split is tried against the whole."""
+"""Arguments of diffusers' denoisers that carry the batch; rotary embeddings, position ids, layer numbers and scales
+don't. If one is missing here, a call just can't be split, since every split call is first compared with the whole."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SequencePlan:
-    """Where a model's image tokens are split over the sequence axis, and where they meet.
+    """Where a model's image tokens are split over the sequence axis, and where they are gathered.
 
-    Text tokens stay whole on every rank: they are few, and attention then knows them as joint tokens.
+    Text tokens stay whole on every rank: they are few, and attention handles them as joint tokens.
 
     Attributes:
-        attention: the modules whose queries and keys are the image tokens (and joint tokens), by pattern. Others,
-            such as cross-attention to text, need nothing.
-        joint: where joint tokens stand in those modules: "front" or "rear" of the image tokens.
-        inputs: by module pattern, the dim to split of arguments. A None, and a tensor without that dim, is left alone.
-        outputs: by module pattern, the dim to split of outputs by number.
-        gather: by module pattern, the dim along which its output is made whole; then another sequence may be split.
-        outer_mask: an argument ``(B, joint and image tokens)`` whose outer product with itself the model makes its
-            attention mask, bool or added to scores.
-        whole: what isn't split although the model's own ``_cp_plan`` says so: argument names, "module.number".
-        refused: arguments and config entries that the plan doesn't cover: the values that it does.
+        attention: patterns of the attention modules in which queries and keys are the image tokens (and joint tokens).
+            Other attention, such as cross-attention to text, needs no change.
+        joint: the place of joint tokens in those modules: "front" or "rear" of the image tokens.
+        inputs: by module pattern, the dim to split of each argument. None and tensors without that dim aren't changed.
+        outputs: by module pattern, the dim to split of each output, by number.
+        gather: by module pattern, the dim along which its output is gathered; then another sequence may be split.
+        outer_mask: an argument ``(B, joint and image tokens)``; the model's attention mask is its outer product with
+            itself, bool or added to scores.
+        whole: exceptions to the model's own ``_cp_plan``, which aren't split: argument names, "module.number".
+        refused: by argument or config entry, the values that the plan covers; any other is refused.
     """
 
     attention: tuple[str, ...]
@@ -70,7 +70,7 @@ class SequencePlan:
 
     @property
     def patterns(self) -> tuple[str, ...]:
-        """Every module that the plan means."""
+        """The patterns of all modules in the plan."""
         return (*self.attention, *self.inputs, *self.outputs, *self.gather)
 
 
@@ -157,7 +157,7 @@ SEQUENCE: dict[str, SequencePlan] = {
         gather={"noise_refiner.-1": 1, "norm_out": 1},
     ),
 }
-"""Sequence parallel, by class. Where the model has a ``_cp_plan``, splits and gathers are those plus these."""
+"""Sequence plans, by class. If the model has a ``_cp_plan``, its splits and gathers are added to these."""
 
 _JOINT_BLOCKS = {
     "transformer_blocks.*.{attn,attn2}": "attention",
@@ -203,4 +203,4 @@ TENSOR: dict[str, dict[str, str]] = {
         "{joint,single}_transformer_blocks.*.{ff,ff_context}.out_projection": "row",
     },
 }
-"""Tensor parallel, by class, for models without a ``_tp_plan`` of their own."""
+"""Tensor plans, by class, for models without a ``_tp_plan``."""

@@ -1,4 +1,4 @@
-"""A diffusers pipeline out of its folder: what is refused before anything is loaded, and the loading."""
+"""Loading a diffusers pipeline from its folder, and the checks before it."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class PipelineFolder:
 
     Attributes:
         path: absolute.
-        dtype: of all weights; None: what diffusers makes of the files.
-        variant: which of several weight files a model has, "fp16" say.
+        dtype: of all weights; None: the one in which diffusers loads the files.
+        variant: which of several sets of weight files to load, for example "fp16".
         trust_remote_code: whether Python files in the folder may run.
     """
 
@@ -51,12 +51,12 @@ class PipelineFolder:
     trust_remote_code: bool = False
 
     def check(self, degrees: ParallelConfig) -> None:
-        """Everything that can be refused without starting a rank. Reads configs and the headers of weight files.
+        """Refuse a folder, as far as possible without starting a rank. Reads configs and the headers of weight files.
 
         Raises:
             ConfigError: diffusers isn't installed; no such folder.
-            CheckpointError: a file that is missing, cut or damaged; a class that this diffusers doesn't have.
-            UnsupportedError: pickled weights, code of its own, a model without a plan for these degrees.
+            CheckpointError: a file that is missing, truncated or damaged; a class that this diffusers doesn't have.
+            UnsupportedError: pickled weights, Python code in the folder, a model without a plan for these degrees.
         """
         need("diffusers", "a diffusers pipeline")
         index = self._index()
@@ -69,10 +69,10 @@ class PipelineFolder:
                 _check_plans(self.path / name, cls, degrees)
 
     def load(self, mesh: ParallelMesh) -> Any:
-        """This rank's pipeline, split over ``mesh``. One all-gather tells every rank whether all have it.
+        """This rank's pipeline, split over ``mesh``. One all-gather tells every rank whether all have loaded it.
 
         Raises:
-            CheckpointError: diffusers couldn't load it; the first rank's reason, on every rank.
+            CheckpointError: diffusers couldn't load it; every rank raises with the first rank's reason.
             UnsupportedError: see :func:`multicard.parallelize`.
         """
         import diffusers
@@ -119,7 +119,7 @@ class PipelineFolder:
             raise CheckpointError(f"{self.path}: no such folder; download a pipeline first with `hf download NAME`")
         file = self.path / INDEX
         if not file.is_file():
-            raise CheckpointError(f"{self.path}: no {INDEX} there, so it isn't a diffusers pipeline")
+            raise CheckpointError(f"{self.path}: no {INDEX}, so it isn't a diffusers pipeline")
         return read_json(self.path, INDEX)
 
     def _check_class(self, name: Any) -> None:
@@ -152,10 +152,10 @@ class PipelineFolder:
             return
         if any(any(folder.glob(pattern)) for pattern in PICKLED):
             raise UnsupportedError(f"{folder} holds pickled weights only, which can run code: convert to safetensors")
-        raise CheckpointError(f"{folder}: no safetensors weights there")
+        raise CheckpointError(f"{folder}: no safetensors weights in it")
 
     def _check_variant(self, names: list[str]) -> None:
-        """Each component has the variant that was asked for, or plain weights; and not all of them plain ones."""
+        """Check that each component has the requested variant or plain weights, and at least one has the variant."""
         found = {name: variants(self.path / name) for name in names}
         for name, there in found.items():
             if there and not there & {"", self.variant}:
@@ -181,7 +181,7 @@ class PipelineFolder:
     def _check_code(self, file: str, why: str) -> None:
         if not self.trust_remote_code:
             raise UnsupportedError(
-                f"{why} {file}, Python code of the folder's own: read it, and pass trust_remote_code=True to run it"
+                f"{why} {file}, Python code in the folder: read it, and pass trust_remote_code=True to run it"
             )
 
 
@@ -199,13 +199,13 @@ def _pipeline_modules() -> list[str]:
 
 
 def variants(folder: pathlib.Path) -> set[str]:
-    """Of which variants a component has weights; "" stands for plain ones."""
+    """The variants of a component's weights; "" stands for plain weights."""
     found = [VARIANT.fullmatch(file.name) for file in folder.glob("*.safetensors")]
     return {match.group(1) if match else "" for match in found}
 
 
 def components(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """Library and class of a pipeline's components, by name; those left out are not there."""
+    """Library and class of a pipeline's components, by name, without those that are left out."""
     return {name: (value[0], value[1]) for name, value in _pairs(index).items() if value[0] is not None}
 
 
@@ -227,7 +227,7 @@ def _pairs(index: dict[str, Any]) -> dict[str, list[Any]]:
 
 
 def _check_plans(folder: pathlib.Path, name: str, degrees: ParallelConfig) -> None:
-    """Refuse a denoiser that can't be split so, on a model without memory."""
+    """Refuse a denoiser that can't be split over these degrees, by a dry run on the meta device."""
     import diffusers
 
     cls = getattr(diffusers, name, None)
@@ -238,7 +238,7 @@ def _check_plans(folder: pathlib.Path, name: str, degrees: ParallelConfig) -> No
         with torch.device("meta"):
             model = cls.from_config(config)
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {name} can't be built of it ({_line(error)})") from None
+        raise CheckpointError(f"{folder / 'config.json'}: {name} can't be built from it ({_line(error)})") from None
     if degrees.tp > 1:
         tensor_changes(model, Axis("tp", 0, degrees.tp))
     if degrees.ring * degrees.ulysses > 1:
@@ -255,7 +255,7 @@ def _takes_dtype(diffusers: Any) -> bool:
 
 
 def _hide_bars(rank: int) -> None:
-    """Loading bars are for rank 0's terminal."""
+    """Show loading bars only on rank 0's terminal."""
     if rank == 0 and sys.stderr.isatty():
         return
     import diffusers

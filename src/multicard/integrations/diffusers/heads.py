@@ -1,4 +1,4 @@
-"""Which attention heads each rank computes in a ``diffusers`` attention, and what makes the module believe it."""
+"""Which attention heads each rank computes in a ``diffusers`` attention, and setting its head counts to them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ TO_HEADS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 
 
 def read_heads(attention: Any, axis: Axis, path: str) -> Heads:
-    """The heads of an attention module, split over ``axis``; key/value heads are as many as query heads.
+    """The heads of an attention module, split over ``axis``. It must have as many key/value heads as query heads.
 
     Raises:
-        UnsupportedError: they aren't, or a rank would have none.
+        UnsupportedError: it doesn't, or a rank would have no head.
     """
     heads = attention.heads
     widths = {name: check_linear(getattr(attention, name), f"{path}.{name}")[1] for name in projections(attention)}
@@ -28,12 +28,12 @@ def read_heads(attention: Any, axis: Axis, path: str) -> Heads:
             "aren't covered by tensor parallelism; use ulysses or ring"
         )
     if axis.size > heads:
-        raise UnsupportedError(f"{path}: tp={axis.size} over {heads} heads would leave a rank without; use tp={heads}")
+        raise UnsupportedError(f"{path}: tp={axis.size} over {heads} heads: each rank needs one; use tp={heads}")
     return Heads.split(heads, heads, axis)
 
 
 def localize(attention: Any, heads: Heads) -> None:
-    """The numbers that processors read, for this rank's heads."""
+    """Set the numbers that processors read to those of this rank's heads."""
     mine = len(heads.mine.query)
     attention.heads = mine
     for name in ("inner_dim", "inner_kv_dim"):
@@ -42,5 +42,5 @@ def localize(attention: Any, heads: Heads) -> None:
 
 
 def projections(attention: nn.Module) -> list[str]:
-    """Names of the projections to heads that it has."""
+    """The names of the attention's projections to heads."""
     return [name for name in TO_HEADS if getattr(attention, name, None) is not None]

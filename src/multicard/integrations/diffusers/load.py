@@ -1,4 +1,4 @@
-"""Denoisers read slice by slice: with tensor parallelism a rank reads only its own part of the weights."""
+"""Loading denoisers by slices: with tensor parallelism a rank reads only its own part of the weights."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ HALF = (torch.float16, torch.bfloat16)
 def load_slices(
     cls: type[Any], folder: pathlib.Path, mesh: ParallelMesh, dtype: torch.dtype | None = None
 ) -> tuple[nn.Module, LoadReport] | None:
-    """A denoiser of class ``cls`` out of its folder, its weights split over ``mesh.tp``, and what was read.
+    """A denoiser of class ``cls`` from its folder, with weights split over ``mesh.tp``, and the report.
 
-    None where diffusers has to load it: without accelerate, a quantized one, files whose names it changes on loading.
+    None if diffusers has to load it: without accelerate, if it is quantized, or if diffusers renames its tensors.
 
     Args:
         dtype: of the weights; modules that the class keeps in float32 stay so. None: float32, as diffusers loads them.
 
     Raises:
-        CheckpointError: a file that is cut or can't be read, on some rank: on every rank.
+        CheckpointError: a file is truncated or can't be read on some rank; raised on every rank.
         UnsupportedError: no tensor plan for the class.
     """
     config = json.loads((folder / "config.json").read_text())
@@ -57,7 +57,7 @@ def load_slices(
 
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Modules made here have parameters without memory; buffers are computed."""
+    """Make modules with parameters on the meta device, but with computed buffers."""
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):

@@ -1,4 +1,4 @@
-"""What a pipeline returns, on its way from the ranks to the caller: fields by name, pictures and arrays as tensors.
+"""Sending a pipeline's output from the ranks to the caller: fields by name, pictures and arrays as tensors.
 
 A job's ranks exchange tensors and plain values only, since nothing is unpickled from a socket.
 """
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 MODES = ("L", "RGB", "RGBA")
-"""Kinds of pictures that are nothing but their bytes."""
+"""Picture modes that the bytes describe completely."""
 
 
 def pack(output: Any) -> dict[str, Any]:
-    """The fields of a pipeline's output; of anything else, itself as ``output``."""
+    """The fields of a pipeline's output; any other value as the field ``output``."""
     if dataclasses.is_dataclass(output):
         fields = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
     else:

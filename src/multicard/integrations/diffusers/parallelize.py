@@ -1,4 +1,4 @@
-"""``mc.parallelize`` of a diffusers model or pipeline."""
+"""``mc.parallelize`` for a diffusers model or pipeline."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ PLAN_KEYS = ("batch", "sequence", "tensor")
 
 
 def parallelize(target: Any, mesh: ParallelMesh, plan: Mapping[str, Any] | None = None) -> Any:
-    """Split a pipeline, or a denoiser by itself, over ``mesh`` in place, and return it.
+    """Split a pipeline, or a single denoiser, over ``mesh`` in place, and return it.
 
-    Denoisers are split; text encoders and autoencoders stay whole on every rank, which computes the same with them.
+    Denoisers are split; text encoders and autoencoders stay whole, and every rank computes the same with them.
 
     Args:
         target: a pipeline or a model.
-        mesh: cfg gives guidance branches (of a bare model: the rows of its batch) to different ranks, ring and ulysses
-            split image tokens, tp splits weights; dp changes nothing.
-        plan: instead of ours, any of ``{"batch": BatchPlan, "sequence": SequencePlan, "tensor": {pattern: style}}``.
+        mesh: cfg splits guidance branches (for a single model: its batch), ring and ulysses split image tokens, tp
+            splits weights; dp changes nothing.
+        plan: replaces ours: any of ``{"batch": BatchPlan, "sequence": SequencePlan, "tensor": {pattern: style}}``.
 
     Raises:
         ConfigError: the plan doesn't fit the model.
-        UnsupportedError: a denoiser without a plan for what the mesh asks, or with a cache; before anything is changed.
+        UnsupportedError: a denoiser has no plan for the mesh's axes, or has a cache; before anything is changed.
         MismatchError: ranks have different denoisers.
     """
     plan = plan or {}

@@ -1,4 +1,4 @@
-"""The plans of one ``diffusers`` model: our tables, and what the library's own ``_tp_plan`` and ``_cp_plan`` become."""
+"""The plans of one ``diffusers`` model: from our tables, and from the library's own ``_tp_plan`` and ``_cp_plan``."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ class TensorPlan:
 
 
 def tensor_plan(model: nn.Module, plan: Mapping[str, str] | None = None) -> TensorPlan:
-    """The styles that ``model`` is split by: the caller's plan, the model's own ``_tp_plan``, or ours.
+    """The styles of ``model``: from the caller's plan, the model's own ``_tp_plan``, or ours.
 
     Raises:
         ConfigError: the plan doesn't fit the model.
-        UnsupportedError: there is none, or it has a part that isn't known here.
+        UnsupportedError: there is no plan, or a part of it is unknown.
     """
     name, own = type(model).__name__, getattr(model, "_tp_plan", None)
     ours = plan is None and not own
     if ours and name not in TENSOR:
         raise UnsupportedError(
-            f"{name} has no tensor-parallel plan, of its own or here; docs/diffusion.md lists the models that have. "
+            f"{name} has no tensor-parallel plan, of diffusers or ours; docs/diffusion.md lists the models that have. "
             "Use cfg or dp, or pass plan={'tensor': {pattern: style}}"
         )
     rules = make_plan(plan or (_translate(own) if own else TENSOR[name]), optional=ours)
@@ -50,7 +50,7 @@ def tensor_plan(model: nn.Module, plan: Mapping[str, str] | None = None) -> Tens
 
 
 def _translate(own: Mapping[str, Any]) -> dict[str, str]:
-    """diffusers' plan names every linear layer; here an attention is one thing, because its heads may be uneven."""
+    """diffusers' plan in our styles. It names every linear layer; ours names whole attentions, for uneven heads."""
     plan = {}
     attentions = {path.rpartition(".")[0] for path in own if path.endswith((".to_q", ".to_qkv_mlp_proj"))}
     for path, style in own.items():
@@ -69,7 +69,7 @@ def _translate(own: Mapping[str, Any]) -> dict[str, str]:
 
 
 def sequence_plan(model: nn.Module) -> SequencePlan:
-    """Ours for this class, with the model's own ``_cp_plan`` merged in.
+    """Our plan for this class, with the model's own ``_cp_plan`` merged in.
 
     Raises:
         UnsupportedError: there is none.
@@ -102,7 +102,7 @@ def _merged(plan: SequencePlan, own: Mapping[str, Any]) -> SequencePlan:
 
 
 def matching(model: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module]]:
-    """Modules by pattern, in which a list's items may be counted from its end: ``layers.-1``."""
+    """Modules by pattern; the items of a list may be counted from its end: ``layers.-1``."""
     rule = Rule(pattern, "")
     for path, module in model.named_modules():
         owner, _, number = path.rpartition(".")

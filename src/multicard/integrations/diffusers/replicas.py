@@ -17,13 +17,13 @@ from multicard import partition
 from multicard.errors import UnsupportedError
 
 LEADS = ("prompt", "class_labels", "prompt_embeds", "image", "video", "image_embeds")
-"""Arguments that say how many prompts there are, the first that is given."""
+"""Arguments that determine the number of prompts; the first that is given counts."""
 
 PER_PROMPT = re.compile(r"prompt|class_labels|^(mask_|control_|negative_)?image(_embeds)?$|^video$|^latents$")
 """Names of arguments with one item, or one row of a tensor, for each prompt."""
 
 FOR_ALL = frozenset(["timesteps", "sigmas"])
-"""Lists that are not, whatever their length."""
+"""Lists that have no item for each prompt, whatever their length."""
 
 RANDOM = frozenset(
     "normal normal_ uniform_ bernoulli bernoulli_ multinomial randint randint_like randperm exponential_ poisson "
@@ -35,7 +35,8 @@ RANDOM = frozenset(
 class Batch:
     """The prompts of one request, and which data-parallel replica answers which.
 
-    A list of several prompts is split evenly in order, the first replicas one more; a single prompt goes to the first.
+    A list of several prompts is split evenly in order, with one more for the first replicas; a single prompt goes to
+    the first.
 
     Args:
         arguments: of the pipeline's call, by name.
@@ -51,10 +52,10 @@ class Batch:
         self.shared = replicas > 1 and self.prompts > 1
 
     def arguments(self, replica: int) -> dict[str, Any] | None:
-        """What ``replica`` calls its pipeline with; None: nothing is left for it.
+        """The arguments of ``replica``'s call; None if it has no prompt.
 
         Raises:
-            UnsupportedError: a list or tensor as long as the prompts that may or may not have a row for each.
+            UnsupportedError: a list or tensor is as long as the prompts, and may or may not have a row for each.
         """
         if not self.shares[replica]:
             return None
@@ -63,7 +64,7 @@ class Batch:
         return {name: self._share(name, value, self.shares[replica]) for name, value in self._arguments.items()}
 
     def noise(self, replica: int) -> contextlib.AbstractContextManager[Any]:
-        """While ``replica`` runs: random numbers as the whole batch would draw them."""
+        """Entered while ``replica`` runs: random numbers are those of the whole batch."""
         if not self.shared:
             return contextlib.nullcontext()
         mine = self.shares[replica]
@@ -81,14 +82,13 @@ class Batch:
             return value[mine.start * self.repeats : mine.stop * self.repeats]
         if rows == self.prompts:
             raise UnsupportedError(
-                f"{name} is as long as the {self.prompts} prompts, and whether it has an item for each isn't known: "
-                "use dp=1"
+                f"{name} is as long as the {self.prompts} prompts, and may or may not have an item for each: use dp=1"
             )
         return value
 
 
 class _SharedNoise(TorchFunctionMode):
-    """``torch.randn`` and ``torch.rand`` draw what the whole batch needs, and this replica keeps its images' rows.
+    """Makes ``torch.randn`` and ``torch.rand`` draw for the whole batch, and keeps the rows of this replica's images.
 
     So generators advance as they would with one replica, and each image gets its own noise.
     """
@@ -117,7 +117,7 @@ class _SharedNoise(TorchFunctionMode):
 
     def _refusal(self, does: str) -> UnsupportedError:
         return UnsupportedError(
-            f"the pipeline {does}: its pictures would depend on how dp={self._replicas} replicas share the prompts; "
+            f"the pipeline {does}: its pictures would depend on how dp={self._replicas} replicas divide the prompts; "
             "give one prompt at a time, or use dp=1"
         )
 

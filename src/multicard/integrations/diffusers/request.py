@@ -20,14 +20,14 @@ COUNTS = frozenset(
 SCALES = frozenset(
     "guidance_scale guidance_scale_2 true_cfg_scale image_guidance_scale guidance_rescale strength eta".split()
 )
-"""Finite numbers; anything else (a list with one for each prompt, say) is left to the pipeline."""
+"""Finite numbers; other types (such as a list with one for each prompt) are left to the pipeline."""
 
 
 def check_request(arguments: Mapping[str, Any]) -> None:
     """Refuse counts and scales that no pipeline could use; None is the pipeline's default.
 
     Raises:
-        ConfigError: naming the argument, its value and the limit.
+        ConfigError: names the argument, its value and the limit.
     """
     for name, value in arguments.items():
         if name in COUNTS and value is not None and not is_whole(value, least=1):

@@ -23,10 +23,10 @@ SPLIT = "_multicard_sequence"
 
 
 def shares_sequence(model: nn.Module, mesh: ParallelMesh) -> bool:
-    """Whether the model's sequence is split already: it may be a component of two pipelines.
+    """Whether the model's sequence is already split, as for a component of two pipelines.
 
     Raises:
-        UnsupportedError: it is, at other degrees.
+        UnsupportedError: it is split with other degrees.
     """
     split = split_of(model)
     if split is None:
@@ -34,7 +34,7 @@ def shares_sequence(model: nn.Module, mesh: ParallelMesh) -> bool:
     ring, ulysses = split.mesh.ring.size, split.mesh.ulysses.size
     if (ring, ulysses) != (mesh.ring.size, mesh.ulysses.size):
         name = type(model).__name__
-        raise UnsupportedError(f"{name} is split by ring={ring} and ulysses={ulysses} already: load it once more")
+        raise UnsupportedError(f"{name} is already split by ring={ring} and ulysses={ulysses}: load the model again")
     return True
 
 
@@ -44,21 +44,21 @@ def split_of(model: nn.Module) -> SequenceSplit | None:
 
 
 class SequenceSplit:
-    """One model's image tokens over ``mesh.sequence``; every rank calls the model alike."""
+    """One model's image tokens, split over ``mesh.sequence``; every rank makes the same calls of the model."""
 
     def __init__(self, model: nn.Module, mesh: ParallelMesh, plan: SequencePlan) -> None:
         self.mesh, self.plan = mesh, plan
         self._model, self._name = model, type(model).__name__
         model.__dict__[SPLIT] = self
-        self._length: int | None = None  # tokens of the whole sequence that is split now; None: none is
-        self._outer: Tensor | None = None  # what the plan's outer_mask stands for, inside a forward
+        self._length: int | None = None  # of the split sequence, on all ranks together; None: none is split now
+        self._outer: Tensor | None = None  # the value of the plan's outer_mask, during a forward
         self._hooks = Hooks("diffusers")
         self._attentions: set[nn.Module] = set()
         self._count()
         self._place()
 
     def _place(self) -> None:
-        """Put hooks on the modules that the plan's paths lead to."""
+        """Put hooks on the modules that the plan names."""
         model, plan, hooks = self._model, self.plan, self._hooks
 
         def planned(rules: Mapping[str, Any]) -> Iterator[tuple[nn.Module, Any]]:
@@ -81,7 +81,7 @@ class SequenceSplit:
         hooks.after(model, self._end, always_call=True)
 
     def renew(self) -> None:
-        """Move the hooks to layers that have taken a planned one's place since (peft wraps a layer in an adapter)."""
+        """Move the hooks to layers that have replaced a planned one since (peft wraps a layer in an adapter)."""
         if any(self._model.get_submodule(path) is not module for path, module in self._hooked.items()):
             self._hooks.remove()
             self._place()
@@ -89,13 +89,13 @@ class SequenceSplit:
     # Proof
 
     def _count(self) -> None:
-        """From 0: tensors split, attention modules called and answered by us; whether a split was left open."""
+        """Reset the counts of split tensors and of attention modules, called and computed by us, and the open split."""
         self._splits = self._called = self._attended = 0
         self._left_open = False
 
     @contextlib.contextmanager
     def proved(self) -> Iterator[None]:
-        """While the model runs. Raises UnsupportedError afterwards unless it was split as planned."""
+        """Entered while the model runs; raises UnsupportedError afterwards unless it was split as planned."""
         self._hooks.check()
         self._count()
         yield
@@ -105,7 +105,7 @@ class SequenceSplit:
             raise bypassed(
                 "diffusers",
                 f"{self._called} attention modules of {self._name} ran on a split sequence, and multicard.attend "
-                f"answered {self._attended}",
+                f"computed {self._attended}",
             )
         if self._left_open:
             raise bypassed("diffusers", f"{self._name}'s split sequence was never gathered")
@@ -140,7 +140,7 @@ class SequenceSplit:
         return tuple(self._take(x, numbers[i], what) if i in numbers else x for i, x in enumerate(output))
 
     def _take(self, value: Any, dim: int, what: str) -> Any:
-        """This rank's slice. The first that is split says how long the sequence is, until it is gathered."""
+        """This rank's slice. The first split tensor sets the sequence's length until it is gathered."""
         if isinstance(value, (list, tuple)):
             return type(value)(self._take(item, dim, what) for item in value)
         if not isinstance(value, Tensor) or not -value.dim() <= dim < value.dim():
@@ -160,7 +160,7 @@ class SequenceSplit:
 
     def _gather(self, dim: int, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         whole = collectives.all_gather(output, self.mesh.sequence, dim, [len(share) for share in self._shares()])
-        self._length = None  # what is split next may be another sequence
+        self._length = None  # the next split may be of another sequence
         return whole
 
     def _shares(self) -> tuple[range, ...]:
@@ -175,7 +175,7 @@ class SequenceSplit:
     def _attending(self, forward: Callable[..., Any], path: str) -> Callable[..., Any]:
         @functools.wraps(forward)
         def attending(*args: Any, **kwargs: Any) -> Any:
-            if self._length is None:  # called by itself, outside the model
+            if self._length is None:  # called directly, outside the model
                 return forward(*args, **kwargs)
             mode = SplitAttention(self._name, self.plan, self.mesh, self._length, self._outer)
             with mode:  # not "as mode": Dynamo has no value for that
@@ -192,5 +192,5 @@ class SequenceSplit:
 
 
 def _names(module: nn.Module) -> tuple[str, ...]:
-    """Looked up when a hook is placed: Dynamo, which traces hooks, can't trace signatures."""
+    """Parameters of a module's forward; read when a hook is placed, since Dynamo can't trace signatures in hooks."""
     return parameters(type(module).forward)

@@ -1,4 +1,4 @@
-"""What modules and their attention processors keep beside parameters: attention maps, counters, feature stores."""
+"""State of modules and their attention processors besides parameters: attention maps, counters, feature stores."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
 DEPTH = 4
-"""Objects within objects that are looked into: a processor, its store, the store's lists, their items."""
+"""How deep nested objects are searched: a processor, its store, the store's lists, their items."""
 
 
 class ModuleState:
@@ -20,7 +20,7 @@ class ModuleState:
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._kept: list[Any] = []  # objects are compared by id, so they must stay alive: an id may be used again
+        self._kept: list[Any] = []  # objects are compared by id, so they must stay alive, or an id could be reused
         self._seen: set[int] = set()
         self._facts = list(itertools.chain.from_iterable(self._attributes(module, DEPTH) for module in modules))
 
@@ -44,7 +44,7 @@ class ModuleState:
         if isinstance(value, Tensor):
             yield 0 if value.is_inference() else value._version
         elif isinstance(value, (nn.Module, type)) or callable(getattr(value, "__get__", None)):
-            return  # modules are looked through by themselves, classes and functions keep nothing
+            return  # modules are searched separately; classes and functions keep no state
         elif depth and id(value) not in self._seen:
             self._seen.add(id(value))
             yield from self._inside(value, depth - 1)

@@ -1,5 +1,5 @@
-"""What a ``diffusers`` plan may say of a module: the common styles, those that only this library needs, and names for
-whole blocks, which stand for the styles of their parts.
+"""The styles of a ``diffusers`` plan: the common ones, those that only this library needs, and names for whole blocks,
+which stand for the styles of their parts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PLAIN_ACTIVATIONS, GATED_ACTIVATIONS = ("GELU", "ApproximateGELU", "LinearActiva
 
 
 def heads_norm(module: nn.Module, context: Context) -> Change:
-    """A norm over the features of all heads: its squares are summed over the ranks. One within a head stays."""
+    """Split a norm over the features of all heads; its squares are summed over ranks. A norm within a head is kept."""
     heads, width, norm = context.heads, norm_width(module), module
     if type(norm).__name__ != "RMSNorm" or width is None or getattr(norm, "bias", None) is not None:
         raise UnsupportedError(f"{context.path}: a {type(norm).__name__} over {width} features can't be split")
@@ -36,7 +36,7 @@ def heads_norm(module: nn.Module, context: Context) -> Change:
 
 
 def head_outputs(module: nn.Module, context: Context) -> Change:
-    """A module whose outputs have all heads side by side (rotary embeddings applied before heads are told apart)."""
+    """Split the output of a module that has all heads side by side (rotary embeddings before heads are separated)."""
     heads = context.heads
 
     def take(module: nn.Module, args: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -47,7 +47,7 @@ def head_outputs(module: nn.Module, context: Context) -> Change:
 
 
 def attention_mlp_row(module: nn.Module, context: Context) -> Change:
-    """A row-parallel layer whose input is an attention's heads, then an MLP's features."""
+    """A row-parallel layer; its input is an attention's heads, then an MLP's features."""
     width, _ = check_linear(module, context.path)
     owner = _attention_of(context)
     inner = _inner_width(owner)
@@ -57,7 +57,7 @@ def attention_mlp_row(module: nn.Module, context: Context) -> Change:
 
 
 def attention_mlp_column(module: nn.Module, context: Context) -> Change:
-    """A column-parallel layer whose output is query, key, value, then an MLP's features (Flux 2's gate and up)."""
+    """A column-parallel layer; its output is query, key, value, then an MLP's features (Flux 2's gate and up)."""
     attention = _attention_of(context)
     inner, hidden, mult = _inner_width(attention), attention.mlp_hidden_dim, attention.mlp_mult_factor
     _, width = check_linear(module, context.path)
@@ -88,7 +88,7 @@ STYLES: dict[str, Style] = {
 
 
 def attention(module: Any, path: str) -> dict[str, str]:
-    """Projections to heads by output, those from heads by input, norms over all heads with one sum over the ranks."""
+    """Split projections to heads by output, those from heads by input, norms over all heads with one all-reduce."""
     known = (*projections(module), *FROM_HEADS, *NORMS)
     if other := {name.partition(".")[0] for name, _ in module.named_parameters()} - set(known):
         raise UnsupportedError(f"{path}: tensor parallelism doesn't know its {', '.join(sorted(other))}")
@@ -119,7 +119,7 @@ def attention_mlp(module: Any, path: str) -> dict[str, str]:
 
 
 def gated(module: Any, path: str) -> dict[str, str]:
-    """A linear layer whose output is two halves that meet element by element: "gate_up" by its other name."""
+    """A linear layer with an output of two halves that are combined elementwise: another name for "gate_up"."""
     return {"": "gate_up"}
 
 
@@ -133,7 +133,7 @@ BLOCKS: Mapping[str, Callable[[Any, str], dict[str, str]]] = {
 
 
 def norm_width(norm: nn.Module | None) -> int | None:
-    """Over how many features a norm is taken; None where it doesn't say."""
+    """The number of features of a norm; None if unknown."""
     weight = getattr(norm, "weight", None)
     if isinstance(weight, Tensor):
         return weight.numel()
@@ -142,12 +142,12 @@ def norm_width(norm: nn.Module | None) -> int | None:
 
 
 def _inner_width(attention: Any) -> int:
-    """Features of all heads together."""
+    """The number of features of all heads together."""
     query = getattr(attention, "to_q", None)
     return attention.inner_dim if query is None else check_linear(query, "to_q")[1]
 
 
 def _attention_of(context: Context) -> Any:
-    """The attention that the module is in, or beside which it stands."""
+    """The attention around the module, or next to it."""
     owner = context.model.get_submodule(context.path.rpartition(".")[0])
     return owner if hasattr(owner, "heads") else owner.get_submodule("attn")

@@ -18,7 +18,7 @@ HOOKS = "_multicard_tensor_hooks"
 
 
 def tensor_changes(model: nn.Module, axis: Axis, plan: Mapping[str, str] | None = None) -> list[Change]:
-    """The changes that leave each rank its part of every planned module: checked, not made yet.
+    """The changes that reduce every planned module to this rank's part: checked, not made yet.
 
     Raises:
         ConfigError: the plan doesn't fit the model.
@@ -33,7 +33,7 @@ def tensor_changes(model: nn.Module, axis: Axis, plan: Mapping[str, str] | None 
 
 
 def tensor_hooks(model: nn.Module) -> Hooks | None:
-    """The hooks that the model's split weights rely on; None where they aren't split."""
+    """The hooks that the model's split weights rely on; None if they aren't split."""
     return model.__dict__.get(HOOKS)
 
 

@@ -1,4 +1,4 @@
-"""Attention over a sequence that is split over ranks, as ``transformers``' attention and mask interfaces call it.
+"""Attention over a split sequence, as ``transformers``' attention and mask interfaces call it.
 
 Causality, window and padding come from positions in the whole sequence and the 2-D mask, never from ``position_ids``.
 """
@@ -24,21 +24,21 @@ from multicard.integrations.transformers.cache import Chunk, Spans
 from multicard.mesh import ParallelMesh
 
 NAME = "multicard"
-"""``attn_implementation`` of a model whose sequence is split."""
+"""``attn_implementation`` of a model with a split sequence."""
 
 KNOWN = {"position_ids", "dropout", "scaling", "sliding_window", "is_causal", "use_cache", "output_attentions"}
-"""What models may tell their attention; anything else that isn't None changes the result, and is refused."""
+"""Arguments that models may pass to attention. Any other that isn't None may change the result, and is refused."""
 
 
 @dataclasses.dataclass
 class Step:
-    """What attention has to know about the forward pass that is running.
+    """The current forward pass, for attention.
 
     Attributes:
-        mesh: whose sequence axis the pass is split over.
+        mesh: its sequence axis splits the pass.
         chunk: the new tokens.
-        keys: by rank, the positions of its keys, in the order in which they lie, the new ones included.
-        keep: ``(batch, positions in all)`` bool, False for padding; None: no padding.
+        keys: by rank, the positions of its keys in storage order, including the new ones.
+        keep: ``(batch, all positions)`` bool, False for padding; None: no padding.
         attended: the modules that have called attention.
     """
 
@@ -71,7 +71,7 @@ def attention_forward(
     if strange or attention_mask is not None or dropout:
         raise UnsupportedError(
             f"{type(module).__name__} with {', '.join(strange) or 'a mask or dropout of its own'}: "
-            "not with the sequence split; use tp alone"
+            "unsupported with a split sequence; use tp alone"
         )
     step.attended.add(module)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
@@ -83,7 +83,7 @@ def attention_forward(
 
 
 def _sliced(step: Step, window: int | None, scale: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Every rank has its slice of the new rows, and its keys of all positions."""
+    """Each rank has its slice of the new rows, and its keys of all positions."""
     mesh, rows = step.mesh, step.chunk.held
     mask = None
     if window is not None and window < step.chunk.stop:
@@ -107,7 +107,7 @@ def _sliced(step: Step, window: int | None, scale: float, q: Tensor, k: Tensor, 
 
 
 def _whole(step: Step, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None) -> Tensor:
-    """Every rank has all the new rows, and attends to its own keys; the parts are merged in rank order."""
+    """Every rank has all new rows, and attends to its own keys; the partial outputs are merged in rank order."""
     k, v, mask = _visible(step, k, v, window)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def _whole(step: Step, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scal
 
 
 def _visible(step: Step, k: Tensor, v: Tensor, window: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """This rank's keys that any new row may see, and the mask ``(batch|1, 1, rows|1, keys)`` where one is needed."""
+    """This rank's keys that any new row may see, and the mask ``(batch|1, 1, rows|1, keys)`` if one is needed."""
     chunk, spans = step.chunk, step.keys[step.mesh.sequence.rank]
     first = 0 if window is None else max(chunk.start - window + 1, 0)
     hidden = sum(len(range(span.start, min(span.stop, first))) for span in spans)
@@ -140,15 +140,15 @@ def _visible(step: Step, k: Tensor, v: Tensor, window: int | None) -> tuple[Tens
 
 
 def mask_forward(*args: Any, use_vmap: bool = False, **kwargs: Any) -> None:
-    """The mask interface's function: no mask, as attention makes its own; rules that it can't know are refused."""
+    """The mask interface's function. Gives no mask, as attention makes its own; unknown mask rules are refused."""
     if use_vmap:
         raise UnsupportedError(
-            "a mask rule of the model's own (bidirectional blocks, say) with the sequence split: use tp alone"
+            "the model's own mask rule (for example bidirectional blocks) with a split sequence: use tp alone"
         )
 
 
 def register() -> None:
-    """Make both known to ``transformers``; again: nothing."""
+    """Register both with ``transformers``; a second call does nothing."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, attention_forward)

@@ -1,7 +1,7 @@
-"""A ``transformers`` cache whose keys and values are spread over the ranks of the sequence axis.
+"""A ``transformers`` cache with keys and values sharded over the sequence axis.
 
 A chunk that was computed in slices stays where it was computed; tokens computed by every rank (decoding) go to the
-ranks in turn, a page each. Who holds which position follows from lengths alone, so no exchange is spent on it.
+ranks in turn, a page each. Lengths alone determine which rank holds which position, so no exchange is needed for it.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from multicard.errors import UnsupportedError
 from multicard.integrations.seams import bypassed
 
 PAGE = 32
-"""Consecutive decoded tokens that one rank holds before it is the next one's turn."""
+"""Consecutive decoded tokens on one rank before it is the next rank's turn."""
 
 Spans = tuple[range, ...]
 
 CACHE_NAMES = ("cache", "past_key_values")
-"""What models' ``forward`` calls its cache: since transformers 5.24, and before."""
+"""Names of the cache argument of models' ``forward``: since transformers 5.24, and before."""
 
 
 def cache_name(module: nn.Module) -> str:
-    """What ``module.forward`` calls its cache.
+    """The name of the cache argument of ``module.forward``.
 
     Raises:
-        UnsupportedError: neither name that we know.
+        UnsupportedError: it is neither of the two known names.
     """
     for name in inspect.signature(module.forward).parameters:
         if name in CACHE_NAMES:
@@ -47,7 +47,7 @@ class Chunk:
     """The new tokens of one forward pass.
 
     Attributes:
-        start: how many tokens came before. length: how many are new.
+        start: the number of earlier tokens. length: the number of new ones.
         sliced: each rank computes a zigzag slice of them; otherwise every rank computes all.
         axis: the ranks.
     """
@@ -59,7 +59,7 @@ class Chunk:
 
     @classmethod
     def of(cls, start: int, length: int, axis: Axis) -> Chunk:
-        """Sliced where every rank gets both its zigzag pieces."""
+        """The next chunk, sliced if every rank gets both its zigzag pieces."""
         return cls(start, length, length >= 2 * axis.size, axis)
 
     @property
@@ -101,9 +101,9 @@ def _refusing(what: str, who: str) -> Any:
 
 
 class ShardedLayer(DynamicLayer):
-    """One layer's keys and values, this rank's positions of them: ``(batch, heads, positions here, head_dim)``.
+    """One layer's keys and values at this rank's positions: ``(batch, heads, positions here, head_dim)``.
 
-    Room grows by a page at a time, so a decoded token copies nothing.
+    The buffer grows by a page at a time, so most decoded tokens need no copy.
     """
 
     is_compileable = False
@@ -116,10 +116,10 @@ class ShardedLayer(DynamicLayer):
         self.room: list[Tensor] = []
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store this rank's part of the new keys and values; returns all that it holds."""
+        """Store this rank's part of the new keys and values; returns all its keys and values."""
         chunk = self.cache.chunk
         if chunk is None:
-            raise UnsupportedError("a sharded cache outside the model it was made for: call the model, not its layers")
+            raise UnsupportedError("a sharded cache is used outside its model: call the model, not its layers")
         new = [key_states, value_states]
         if not chunk.sliced:
             new = [take(x, chunk.mine, chunk.start, 2) for x in new]
@@ -145,7 +145,7 @@ class ShardedLayer(DynamicLayer):
         self.used += count
 
     def get_seq_length(self) -> int:
-        """Positions in all, on every rank together."""
+        """The number of positions on all ranks together."""
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -163,11 +163,11 @@ class ShardedLayer(DynamicLayer):
 
 
 class ShardedCache(DynamicCache):
-    """All layers' keys and values, this rank's positions of them.
+    """All layers' keys and values at this rank's positions.
 
     Attributes:
-        chunk: the new tokens of the forward pass that is running, or None.
-        chunks: those of all passes before it.
+        chunk: the new tokens of the current forward pass, or None.
+        chunks: the tokens of all earlier passes.
     """
 
     def __init__(self, axis: Axis) -> None:
@@ -178,12 +178,12 @@ class ShardedCache(DynamicCache):
         self.chunks: list[Chunk] = []
 
     def written(self) -> int:
-        """How many layers have got the running pass's new tokens."""
+        """The number of layers that have stored the current pass's new tokens."""
         assert self.chunk is not None
         return sum(isinstance(layer, ShardedLayer) and layer.seen == self.chunk.stop for layer in self.layers)
 
     def end(self) -> None:
-        """The pass is over: its tokens belong to the past."""
+        """End the current pass: its tokens become earlier ones."""
         chunk, last = self.chunk, self.chunks[-1] if self.chunks else None
         assert chunk is not None
         if last and not last.sliced and not chunk.sliced:
@@ -194,11 +194,11 @@ class ShardedCache(DynamicCache):
 
     @property
     def length(self) -> int:
-        """Positions before the pass that is running, on every rank together."""
+        """The number of positions before the current pass, on all ranks together."""
         return self.chunks[-1].stop if self.chunks else 0
 
     def spans(self) -> tuple[Spans, ...]:
-        """By rank the positions held, in the order in which they lie, those of the running pass included."""
+        """By rank, its positions in storage order, including those of the current pass."""
         chunks = [*self.chunks, *([self.chunk] if self.chunk else [])]
         return tuple(
             partition.merge_spans([span for chunk in chunks for span in chunk.held[rank]])
@@ -211,5 +211,5 @@ class ShardedCache(DynamicCache):
         return sum(layer.nbytes for layer in self.layers if isinstance(layer, ShardedLayer))
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Drop all keys and values."""
         self.layers, self.chunks, self.chunk = [], [], None

@@ -1,6 +1,6 @@
-"""Whether a resolved plan is exact for a model: every module that would see a split tensor must be one that we know.
+"""Whether a resolved plan is exact for a model: every module that would receive a split tensor must be a known one.
 
-Shapes and names only, before anything is changed: what isn't recognised is refused, never guessed.
+The checks use shapes and names only, before anything is changed; unknown modules are refused.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ if TYPE_CHECKING:
 BY_HEADS = (*TO_QUERY, "key_value", "attention_out", "heads", "key_value_heads", "head_columns")
 
 BEFORE_HEADS = re.compile(r"q_a_proj|kv_a_proj\w*|q_a_layernorm|kv_a_layernorm|q_a_norm|kv_a_norm")
-"""Latent attention's low-rank parts: they work on whole tensors."""
+"""The low-rank parts of latent attention, which work on whole tensors."""
 
 PER_HEAD_NORMS = re.compile(r"(q|k|v|query|key|qk)_?(layer)?_?norm(alization)?|norm_[qk]")
 
 
 WHOLE_WIDTHS = {"embed_dim", "hidden_size", "inner_dim", "d_model", "all_head_size"}
-"""Attributes that an attention shapes its output by in some families; those in our table are told the local width."""
+"""Widths by which some families' attention shapes its output; our table's families get the local width instead."""
 
 
 def check_structure(
     model: PreTrainedModel, plan: ResolvedPlan, attentions: Mapping[str, Heads], *, trusted: bool
 ) -> None:
-    """Refuse what can't be split exactly.
+    """Refuse a plan that wouldn't be exact.
 
     Args:
-        model: before anything is split.
+        model: the whole model.
         plan: the styles of its modules.
         attentions: its attention modules' heads, by path.
-        trusted: the plan is the caller's own: only widths are checked, not names.
+        trusted: the plan is the caller's: only widths are checked, not names.
 
     Raises:
-        UnsupportedError: naming the module and what about it isn't known.
+        UnsupportedError: names the module and the reason.
     """
     for path, heads in attentions.items():
         _check_attention(model, plan, path, heads, trusted or plan.family(path).rules != {})
@@ -81,7 +81,7 @@ def _check_attention(model: nn.Module, plan: ResolvedPlan, path: str, heads: Hea
 
 
 def _beside(name: str, path: str) -> bool:
-    """The output projection is the attention's own, or its sibling's (BERT)."""
+    """Whether it is the output projection of the attention, in it or in its sibling (BERT)."""
     parent = path.rpartition(".")[0]
     return name.startswith(f"{path}.") or (
         bool(parent) and re.fullmatch(rf"{re.escape(parent)}\.output\.\w+", name) is not None
@@ -89,14 +89,14 @@ def _beside(name: str, path: str) -> bool:
 
 
 def _head_dims(model: nn.Module, plan: ResolvedPlan, path: str, heads: Heads, style: str) -> set[int]:
-    """How long the heads of the attention's projections of this style are."""
+    """The head sizes of the attention's projections of this style."""
     count = heads.query if style == "query" else heads.kv
     own = [name for name, each in plan.styles.items() if name.rpartition(".")[0] == path and each == style]
     return {features(model.get_submodule(name))[1] // count for name in own}
 
 
 def _check_head_counts(path: str, module: nn.Module, heads: Heads, queries: set[int], keys: set[int]) -> None:
-    """A config may have a number of key/value heads that the attention doesn't read."""
+    """Check that heads have one size: a config may have a number of key/value heads that the attention doesn't use."""
     dim = getattr(module, "head_dim", None)
     fit = (
         any(key == dim for key in keys) if isinstance(dim, int) else any(q % k == 0 for q in queries for k in keys if k)
@@ -113,17 +113,17 @@ def _check_head_counts(path: str, module: nn.Module, heads: Heads, queries: set[
 def _check_bystander(
     path: str, module: nn.Module, name: str, child: nn.Module, plan: ResolvedPlan, widths: set[int]
 ) -> None:
-    """A child of an attention that isn't split must work on whole tensors, or on each head by itself."""
+    """A child of an attention that isn't split must work on whole tensors, or on each head separately."""
     shapes = {n: tuple(p.shape) for n, p in child.named_parameters() if f"{path}.{name}.{n}" not in plan.styles}
     if BEFORE_HEADS.fullmatch(name) or not (shapes or _is_norm(child)):
         return
     per_head = PER_HEAD_NORMS.fullmatch(name) and all(len(s) == 1 and s[0] not in widths for s in shapes.values())
     if not per_head:
-        raise _refused(path, module, f"its part {name!r} ({type(child).__name__}, {shapes}) isn't in the plan")
+        raise _refused(path, module, f"its child {name!r} ({type(child).__name__}, {shapes}) isn't in the plan")
 
 
 def _check_widths(model: nn.Module, plan: ResolvedPlan) -> None:
-    """What column layers give is what the row layer of the same module takes."""
+    """The output width of column layers must be the input width of the row layer in the same module."""
     owners: dict[str, dict[str, set[int]]] = {}
     for path, style in plan.styles.items():
         if style in ("column", "gate_up", "row"):
@@ -134,11 +134,11 @@ def _check_widths(model: nn.Module, plan: ResolvedPlan) -> None:
     for owner, widths in owners.items():
         if widths.get("row") != widths.get("column") or len(widths["row"]) != 1:
             found = {kind: sorted(sizes) for kind, sizes in widths.items()}
-            raise _refused(owner, model.get_submodule(owner), f"the widths that the plan splits don't meet: {found}")
+            raise _refused(owner, model.get_submodule(owner), f"the widths that the plan splits don't match: {found}")
 
 
 def _check_owners(model: nn.Module, plan: ResolvedPlan, attentions: Mapping[str, Heads]) -> None:
-    """Nothing unknown sits between a column and a row layer of a plan that transformers ships."""
+    """Check that nothing unknown is between a column and a row layer of transformers' own plan."""
     owners = {path.rpartition(".")[0] for path, style in plan.styles.items() if style in ("column", "gate_up")}
     for owner in sorted(owners - set(attentions)):
         if plan.family(owner).rules:
@@ -151,11 +151,11 @@ def _check_owners(model: nn.Module, plan: ResolvedPlan, attentions: Mapping[str,
                 raise _refused(owner, module, f"its parameter {name!r} isn't in the plan")
         for name, child in module.named_children():
             if _is_norm(child):
-                raise _refused(owner, module, f"its part {name!r} ({type(child).__name__}) isn't in the plan")
+                raise _refused(owner, module, f"its child {name!r} ({type(child).__name__}) isn't in the plan")
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Whether it is a norm without parameters, of which only the class's name says what it does."""
+    """Whether it is a norm without parameters, which only its class name shows."""
     return "norm" in type(module).__name__.lower() and next(module.parameters(), None) is None
 
 

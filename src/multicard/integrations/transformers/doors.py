@@ -1,6 +1,6 @@
-"""The door of a split ``transformers`` model: what every outermost call of it goes through.
+"""The door of a split ``transformers`` model: every outermost call goes through it.
 
-Ranks compare what they were given, and the seams into the library prove that they were used.
+Ranks compare their inputs there, and the seams into the library prove that they were used.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 
 def open_door(model: PreTrainedModel, mesh: ParallelMesh, hooks: Hooks, sequence: Sequence | None) -> None:
-    """A door for every later call of ``model``, and of the model below its head by itself.
+    """Put a door on every later call of ``model``, and on direct calls of the model below its head.
 
     Args:
-        hooks: those that the split relies on.
+        hooks: the hooks that the split relies on.
         sequence: how the sequence is split; None: it isn't.
     """
     door = ModelDoor(model, mesh, hooks, sequence)
@@ -54,7 +54,7 @@ class ModelDoor:
         return self
 
     def call(self, module: nn.Module, plain: Plain, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The model's ``__call__``. One small all-reduce an axis beside its own collectives."""
+        """The model's ``__call__``. One small all-reduce an axis besides its own collectives."""
         if self._inside:
             return plain(*args, **kwargs)
         given = named(parameters(type(module).forward), args, kwargs)
@@ -89,7 +89,7 @@ class ModelDoor:
         for module in self._segmented:
             if calls[module] and vars(module).get(ATTENDED, 0) == before[module]:
                 raise bypassed(
-                    "transformers", f"{type(module).__name__} didn't call the attention function it was given"
+                    "transformers", f"{type(module).__name__} didn't call its segment-wise attention function"
                 )
         self._seen.add(kind)
         return output
@@ -99,7 +99,7 @@ class ModelDoor:
         if head is not None and isinstance(logits, Tensor) and logits.shape[-1] != head.out_features:
             raise bypassed(
                 "transformers",
-                f"{logits.shape[-1]} logits came out for a vocabulary of {head.out_features}: the parts of its head "
+                f"{logits.shape[-1]} logits came out for a vocabulary of {head.out_features}: the head's shards "
                 "weren't gathered",
             )
 

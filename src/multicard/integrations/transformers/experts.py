@@ -1,4 +1,4 @@
-"""Packed mixture-of-experts weights: every expert's width over the ranks."""
+"""Packed mixture-of-experts weights, split over ranks by every expert's width."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ GROUPED_MM_BYTES = 16
 """torch's grouped matrix product needs rows of a multiple of this many bytes, so experts are split in such units."""
 
 LAYOUTS = {"Llama4TextExperts": (True, True, True)}
-"""Whether packed experts are transposed, have a gate, and have it before the rest, where the class doesn't say."""
+"""If the class doesn't say: whether packed experts are transposed, have a gate, and have it before the rest."""
 
 BIASES = ("gate_up_proj_bias", "up_proj_bias", "down_proj_bias")
 
 
 def experts(module: nn.Module, context: Context) -> Change:
-    """Every expert by width, in place; the module's outputs are added up by one all-reduce.
+    """Split every expert by width, in place; one all-reduce sums the module's outputs.
 
-    Packed weights are ``(experts, out, in)``, transposed where the class says so, and gate and up are one after the
-    other or alternate. A bias after the sum is added by rank 0.
+    Packed weights are ``(experts, out, in)``, or transposed if the class says so; gate and up are one after the other
+    or alternate. A bias after the sum is added by rank 0.
     """
     layout = LAYOUTS.get(type(module).__name__) or tuple(
         getattr(module, name, None) for name in ("is_transposed", "has_gate", "is_concatenated")
@@ -42,7 +42,7 @@ def _split(module: nn.Module, context: Context, transposed: bool, has_gate: bool
     width = down.shape[width_dim]
     shares = _shares(width, context.axis.size, max(GROUPED_MM_BYTES // down.element_size(), 1))
     mine = shares[rank]
-    compute = mine or range(min(width, len(shares[0])))  # no rank may be without: the kernels take no empty width
+    compute = mine or range(min(width, len(shares[0])))  # no rank may have an empty width: the kernels don't take one
     up: Spans = (compute,)
     if has_gate and concatenated:
         up = (compute, range(width + compute.start, width + compute.stop))
@@ -61,7 +61,7 @@ def _split(module: nn.Module, context: Context, transposed: bool, has_gate: bool
 
 
 def _silence(owner: nn.Module, name: str) -> None:
-    """Zeros in place of a parameter: what this rank computes with it adds nothing."""
+    """Zeros in place of a parameter, so that this rank's product with it adds nothing."""
     parameter = owner.get_parameter(name)
     owner._parameters[name] = zeros(parameter, tuple(parameter.shape))
 

@@ -11,15 +11,15 @@ from collections.abc import Mapping
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What is particular to a family of models.
+    """How one family of models is split.
 
     Attributes:
-        rules: style by pattern; they stand instead of the library's for what they match.
-        optional: the same, for what only some checkpoints of the family have.
-        head_inputs: arguments of the attention with a head dimension (position biases), cut to this rank's heads.
-        query_widths: attributes of the attention that count its query features.
+        rules: style by pattern; they replace the library's rules for the modules that they match.
+        optional: the same, for modules that only some checkpoints of the family have.
+        head_inputs: arguments of the attention with a head dimension (position biases), sliced to this rank's heads.
+        query_widths: attributes of the attention that hold the number of its query features.
         kv_widths: the same for its key features.
-        whole_groups: the attention can't share a key/value head between ranks unless there is only one.
+        whole_groups: a key/value head can't be shared between ranks unless there is only one.
         refuse: settings of the config that can't be split, and why.
     """
 

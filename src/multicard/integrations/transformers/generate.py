@@ -1,6 +1,6 @@
-"""``generate()`` on several ranks: all draw the same tokens, and what can't be exact is refused before a forward.
+"""``generate()`` on several ranks: all choose the same tokens; settings that can't be exact are refused beforehand.
 
-Logits are gathered, so all ranks see the same bits; with the same generator state too they can't choose differently.
+Logits are gathered, so all ranks have the same bits, and the same generator state: they can't choose differently.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 
 FIXED = {
-    "set_attn_implementation": "modules were split for the implementation that they had: choose it before the split",
+    "set_attn_implementation": "modules were split for their current implementation: choose one before the split",
     "resize_token_embeddings": "the vocabulary is split: resize it before the split",
     "save_pretrained": "no rank has whole weights: save the model before the split",
 }
-"""Methods that a split model no longer has, and why."""
+"""Methods that a split model doesn't support, and why."""
 
 
 def guard(model: PreTrainedModel, mesh: ParallelMesh) -> None:
-    """Make ``model.generate`` agree over ``mesh``: transformers' own method, with checks before it."""
+    """Make ``model.generate`` give the same on all of ``mesh``: transformers' own method, with checks before it."""
     if mesh.tp.size * mesh.sequence.size == 1:
         return
     name, replica = type(model).__name__, Replica(mesh)
@@ -47,7 +47,7 @@ def guard(model: PreTrainedModel, mesh: ParallelMesh) -> None:
         replica.compare(f"the end of {name}.generate", {"tokens": getattr(tokens, "sequences", tokens)})
         return tokens
 
-    # A static cache made ahead would have every key/value head; one made by the first step has this rank's.
+    # A static cache made in advance would have all key/value heads; one made by the first step has this rank's.
     ours = {
         "generate": checked,
         "generate_batch": functools.partial(
@@ -60,10 +60,10 @@ def guard(model: PreTrainedModel, mesh: ParallelMesh) -> None:
 
 
 def check(model: PreTrainedModel, mesh: ParallelMesh, kwargs: dict[str, Any]) -> None:
-    """Refuse generation settings that ranks can't agree on, or that a sharded sequence can't do.
+    """Refuse generation settings on which ranks can't agree, or that don't work with a split sequence.
 
     Raises:
-        UnsupportedError: naming the setting.
+        UnsupportedError: names the setting.
     """
     config = kwargs.get("generation_config") or model.generation_config
 
@@ -79,7 +79,7 @@ def check(model: PreTrainedModel, mesh: ParallelMesh, kwargs: dict[str, Any]) ->
     if setting("cache_implementation") not in (None, "dynamic", "dynamic_full"):
         raise UnsupportedError(f"cache_implementation={setting('cache_implementation')!r} {where}: use 'dynamic'")
     if setting("use_cache") is False:
-        raise UnsupportedError(f"use_cache=False {where}: the cache is what is split; leave it on")
+        raise UnsupportedError(f"use_cache=False {where}: a split sequence needs the cache; leave it on")
     if (setting("num_beams") or 1) > 1:
         raise UnsupportedError(f"num_beams={setting('num_beams')} {where}: use greedy or sampling, or tp alone")
     if any(setting(name) for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")):

@@ -1,8 +1,8 @@
-"""Which attention heads each rank computes in a ``transformers`` module, and what makes the module believe it.
+"""Which attention heads each rank computes in a ``transformers`` module.
 
-A module is told its local head counts (its own attributes and its own copy of the config; the model's is not touched).
-Where a rank's query heads don't read its key/value heads evenly, its attention runs segment by segment through a
-function registered with ``transformers``' attention interface.
+A module's head counts are set to the local ones (in its attributes and its own copy of the config; the model's config
+isn't changed). If a rank's query heads aren't spread evenly over its key/value heads, its attention runs segment by
+segment through a function registered with ``transformers``' attention interface.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ QUERY_WIDTHS = ("all_head_size",)
 SEGMENTED = "multicard_segments"
 """The name under which segment-by-segment attention is registered."""
 ATTENDED = "_multicard_attended"
-"""Where a module counts its segment-by-segment attentions."""
+"""The attribute in which a module counts its segment-by-segment attention calls."""
 
 
 def read_heads(module: nn.Module, model: PreTrainedModel, family: Family, axis: Axis, path: str) -> Heads:
@@ -54,7 +54,7 @@ def read_heads(module: nn.Module, model: PreTrainedModel, family: Family, axis: 
 
 
 def _setting(config: Any, name: str) -> int | None:
-    """A number in a config; None where it has none, or one for each layer (which the layer's module then knows)."""
+    """A number in a config; None if it has none, or one for each layer (which the layer's module then has)."""
     try:
         return getattr(config, name, None)
     except RuntimeError:
@@ -72,7 +72,7 @@ def uses_interface(module: nn.Module) -> bool:
 
 
 def localize(module: nn.Module, heads: Heads, family: Family, hooks: Hooks) -> None:
-    """Tell an attention module that it has this rank's heads only, and how to attend with them."""
+    """Set an attention module's head counts to this rank's, and its attention function."""
     mine = heads.mine
     for counts, widths, whole, local in (
         (QUERY_COUNTS, (*QUERY_WIDTHS, *family.query_widths), heads.query, len(mine.query)),
@@ -116,7 +116,7 @@ def _cut_head_input(
 
 
 def _cut_heads(x: Tensor, heads: Heads) -> Tensor:
-    """``(batch, heads, ...)`` or ``(batch · heads, ...)`` with this rank's heads; what all heads share, as it is."""
+    """``(batch, heads, ...)`` or ``(batch · heads, ...)`` with this rank's heads; unchanged if all heads share it."""
     mine = slice(heads.mine.query.start, heads.mine.query.stop)
     if x.dim() == 4:
         return x[:, mine] if x.shape[1] == heads.query and heads.query > 1 else x
@@ -124,7 +124,7 @@ def _cut_heads(x: Tensor, heads: Heads) -> Tensor:
 
 
 class _Segment:
-    """One segment's view of an attention module: everything is the module's but what counts heads."""
+    """One segment's view of an attention module: all attributes are the module's, except head counts."""
 
     def __init__(self, module: nn.Module, query: range, kv: range) -> None:
         self.module, self.query, self.kv = module, slice(query.start, query.stop), slice(kv.start, kv.stop)
@@ -136,11 +136,11 @@ class _Segment:
 
 
 def _attend_by_segments(module: nn.Module, shard: HeadShard) -> None:
-    if hasattr(module, "_multicard_sequence"):  # attention over a split sequence takes segments as they are
+    if hasattr(module, "_multicard_sequence"):  # attention over a split sequence handles segments itself
         object.__setattr__(module, "_multicard_segments", shard.segments)
         return
     register()
-    # Plain attributes, not submodules: a segment refers back to its module.
+    # Plain attributes, not submodules, because a segment refers back to its module.
     object.__setattr__(module, "_multicard_segments", [_Segment(module, *segment) for segment in shard.segments])
     config = module.config.__dict__  # the module's own copy; a part of a larger model may have its own implementation
     object.__setattr__(module, "_multicard_attention", config.get("_attn_implementation_internal") or "eager")
@@ -148,7 +148,7 @@ def _attend_by_segments(module: nn.Module, shard: HeadShard) -> None:
 
 
 def attention_function(module: nn.Module, name: str) -> Any:
-    """transformers' attention function ``name`` as ``module`` would pick it."""
+    """transformers' attention function ``name`` for ``module``."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
@@ -158,7 +158,7 @@ def attention_function(module: nn.Module, name: str) -> Any:
 def attend_by_segments(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Attention of heads that don't read their key/value heads evenly: one grouped-query call a segment.
+    """Attention of query heads that aren't spread evenly over key/value heads: one grouped-query call a segment.
 
     Args and result are those of ``transformers``' attention interface: ``(batch, heads, length, head_dim)`` in,
     ``(batch, length, heads, head_dim)`` out.
@@ -183,7 +183,7 @@ def _segment_input(x: Any, segment: _Segment, heads: int) -> Any:
 
 
 def register() -> None:
-    """Make segment-by-segment attention known to ``transformers``; again: nothing."""
+    """Register segment-by-segment attention with ``transformers``; a second call does nothing."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(SEGMENTED, attend_by_segments)

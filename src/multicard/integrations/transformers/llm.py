@@ -1,4 +1,4 @@
-"""``transformers`` models called as our own decoder is: what ``LLM`` falls back to for other architectures."""
+"""``transformers`` models with the interface of our own decoder: ``LLM`` uses them for other architectures."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """What a request is checked against.
+    """The limits that a request is checked against.
 
     Attributes:
         vocab_size: token ids are below it.
-        context: positions that the model knows.
+        context: the most positions that the model supports.
         eos: ids that end an answer.
-        window: None: windows are the model's own business here.
+        window: None: the model handles sliding windows itself.
     """
 
     vocab_size: int
@@ -50,15 +50,15 @@ class ModelConfig:
 
 
 def check_folder(path: str | os.PathLike[str], degrees: ParallelConfig) -> ModelConfig:
-    """Everything that can be refused without starting a rank: a dry run of the split, on the meta device.
+    """Refuse a checkpoint, as far as that is possible without starting a rank: a dry run of the split on "meta".
 
     Raises:
-        CheckpointError: no config there, or none that transformers knows.
+        CheckpointError: there is no config, or none that transformers knows.
         UnsupportedError: the architecture can't be split over these degrees, or doesn't generate text.
     """
     model = loading.build(path, None, None)
     if not model.can_generate() or model.config.is_encoder_decoder:
-        raise UnsupportedError(f"{type(model).__name__} doesn't go on from a prompt: use mc.from_pretrained")
+        raise UnsupportedError(f"{type(model).__name__} doesn't generate text from a prompt: use mc.from_pretrained")
     Checkpoint(path).close()
     config = ModelConfig.of(model)
     parallelize(model, _outline(degrees))
@@ -66,7 +66,7 @@ def check_folder(path: str | os.PathLike[str], degrees: ParallelConfig) -> Model
 
 
 def _outline(degrees: ParallelConfig) -> ParallelMesh:
-    """The first rank's mesh, without groups: nothing can be sent on it."""
+    """The first rank's mesh, without groups: collectives can't run on it."""
     axes: dict[str, Any] = {name: Axis(name, 0, degree) for name, degree in degrees.degrees.items()}
     sequence = Axis("sequence", 0, degrees.ring * degrees.ulysses)
     world = Axis("world", 0, degrees.world_size)
@@ -78,9 +78,9 @@ class Cache:
     """The tokens so far.
 
     Attributes:
-        starts: for every prompt how many padding tokens stand before it.
-        length: tokens so far, padding included.
-        past: transformers' own cache, once there is one.
+        starts: the number of padding tokens before every prompt.
+        length: tokens so far, including padding.
+        past: transformers' own cache; None before the first step.
     """
 
     starts: tuple[int, ...]
@@ -89,9 +89,9 @@ class Cache:
 
 
 class TransformersDecoder:
-    """A split ``transformers`` model, called as our own decoder is: token ids and a cache in, logits out.
+    """A split ``transformers`` model with the interface of our own decoder: token ids and a cache in, logits out.
 
-    Every rank gets all logits, so towards sampling it stands on a mesh of one.
+    Every rank gets all logits, so sampling sees a mesh of one rank.
     """
 
     def __init__(self, model: PreTrainedModel, mesh: ParallelMesh) -> None:
@@ -103,11 +103,11 @@ class TransformersDecoder:
 
     @property
     def lm_head(self) -> TransformersDecoder:
-        """Whose ``vocabulary`` the logits are of."""
+        """Stands in for the decoder's head: its ``vocabulary`` is the range of the logits' ids."""
         return self
 
     def new_cache(self, capacity: int, starts: Sequence[int] = (0,)) -> Cache:
-        """An empty cache for prompts padded in front; it grows by itself."""
+        """An empty cache for prompts padded in front; it grows as needed."""
         return Cache(tuple(starts))
 
     def __call__(self, ids: Tensor, cache: Cache, last_only: bool = True) -> Tensor:
@@ -130,6 +130,6 @@ class TransformersDecoder:
 def load_decoder(
     mesh: ParallelMesh, folder: str | os.PathLike[str], dtype: torch.dtype | None = None, checksums: bool = False
 ) -> Iterator[float | tuple[TransformersDecoder, LoadReport]]:
-    """The decoder in ``folder``, called as :func:`multicard.models.load.load_decoder` is."""
+    """The decoder in ``folder``; the interface is that of :func:`multicard.models.load.load_decoder`."""
     for done in load_model(folder, mesh, dtype=dtype, checksums=checksums):
         yield done if isinstance(done, float) else (TransformersDecoder(done[0], mesh), done[1])

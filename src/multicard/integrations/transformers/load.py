@@ -1,8 +1,9 @@
-"""``from_pretrained``: a ``transformers`` checkpoint of which every rank reads its own slices only.
+"""``from_pretrained``: loads a ``transformers`` checkpoint; every rank reads only its own slices.
 
-The model is built and split on the meta device; each parameter's shard rule then says which bytes to read. Checkpoints
-whose layout isn't the model's are converted by ``transformers``' own rules: renaming, and experts packed out of single
-ones, by slices; any other conversion by reading what it needs whole, one group of tensors at a time.
+The model is built and split on the meta device; each parameter's shard rule then says which bytes to read. If a
+checkpoint's layout differs from the model's, it is converted by ``transformers``' own rules. Renamed tensors, and
+packed experts made from single ones, are read by slices; for any other conversion the tensors are read whole, one group
+at a time.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ def build(
     """The model of a checkpoint's config on the meta device; ``overrides`` change the config.
 
     Raises:
-        CheckpointError: no config there, or none that transformers knows.
+        CheckpointError: there is no config, or none that transformers knows.
         ConfigError: an override that the config doesn't have.
-        UnsupportedError: quantized weights, or a class that has to be named.
+        UnsupportedError: quantized weights, or a class that must be given as ``model_class``.
     """
     from transformers import AutoConfig, GenerationConfig
 
@@ -51,11 +52,11 @@ def build(
     if unknown:
         raise ConfigError(
             f"from_pretrained: {', '.join(sorted(unknown))}: neither a setting of {type(config).__name__} nor an "
-            "argument of ours (model_class, dtype, plan); where weights go is said by the mesh"
+            "argument of ours (model_class, dtype, plan); the mesh determines where weights are placed"
         )
     if getattr(config, "quantization_config", None):
         raise UnsupportedError(f"{path} holds quantized weights, which can't be split: use an unquantized checkpoint")
-    if dtype == "auto":  # as transformers calls the config's
+    if dtype == "auto":  # transformers' name for the config's dtype
         dtype = None
     choose_implementations(config, overrides)
     kind = _model_class(config, model_class)
@@ -88,7 +89,7 @@ def load(
 
     Args:
         sources: made before the model was split.
-        checksums: compare the files with the folder's SHA256SUMS first; ranks share the files.
+        checksums: first compare the files with the folder's SHA256SUMS; the files are divided over the ranks.
 
     Raises:
         CheckpointError: a tensor is missing, of another shape, or damaged; the same on every rank.
@@ -102,10 +103,10 @@ def load(
 
 
 def _compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Buffers that no checkpoint holds (rotary frequencies), as transformers makes them; the rest stays as it is."""
+    """Compute buffers that no checkpoint holds (rotary frequencies), as transformers does; nothing else changes."""
     nothing: Any = set()
     move = internal(model, "_move_missing_keys_from_meta_to_device")
-    move(nothing, {"": device}, None, None)  # nothing is missing, but buffers are on the meta device
+    move(nothing, {"": device}, None, None)  # no parameter is missing, but buffers are on the meta device
     temporary = {name for name, _ in model.named_non_persistent_buffers()}
     persistent = [buffer for name, buffer in model.named_buffers() if name not in temporary]
     for tensor in (*model.parameters(), *persistent):

@@ -1,4 +1,4 @@
-"""``transformers`` models split over a mesh in place: ``generate()`` and the modelling code stay what they are."""
+"""``transformers`` models split over a mesh in place; ``generate()`` and the modelling code aren't changed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh, plan: Mapping[str, s
     """Split ``model`` over ``mesh`` in place, and return it. Every rank must call it on the same model.
 
     Args:
-        model: any ``transformers`` model with a plan of its own or of ours; on the meta device it stays there.
+        model: any ``transformers`` model with its own plan or one of ours; a model on the meta device stays there.
         mesh: its tp axis splits weights; ring and ulysses split the prompt and the cache.
         plan: ``{pattern: style}`` instead of ours, with the styles of ``styles.STYLES``.
 
@@ -53,7 +53,7 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh, plan: Mapping[str, s
 
 
 def _split(model: PreTrainedModel, mesh: ParallelMesh, plan: Mapping[str, str] | None) -> tuple[Hooks, Sequence | None]:
-    """Weights over tp, the sequence over ring and ulysses; what can't be is refused before anything is changed."""
+    """Split weights over tp, the sequence over ring and ulysses; refuse, if necessary, before anything is changed."""
     hooks, split = Hooks("transformers"), None
     if mesh.sequence.size > 1:
         from multicard.integrations.transformers import sequence
@@ -82,7 +82,7 @@ def from_pretrained(
     plan: Mapping[str, str] | None = None,
     **overrides: Any,
 ) -> PreTrainedModel:
-    """A ``transformers`` checkpoint as a model split over ``mesh``; every rank reads its own slices only.
+    """A ``transformers`` checkpoint as a model split over ``mesh``; every rank reads only its own slices.
 
     Args:
         path: a folder with a config and safetensors files.

@@ -1,4 +1,4 @@
-"""The plan of one ``transformers`` model: our table's rules, and what the library's own ``tp_plan`` becomes."""
+"""The plan of one ``transformers`` model: our table's rules and, in our styles, the library's own ``tp_plan``."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ class ResolvedPlan:
 
     @property
     def attentions(self) -> list[str]:
-        """Paths of the attention modules that are split: those that own a projection to query heads."""
+        """Paths of the attention modules that are split: those with a projection to query heads."""
         return sorted({path.rpartition(".")[0] for path, style in self.styles.items() if style in TO_QUERY})
 
     def family(self, path: str) -> Family:
-        """The family of the innermost known model that holds ``path``."""
+        """The family of the innermost model around ``path`` that the table knows."""
         holders = [root for root in self.families if not root or path == root or path.startswith(root + ".")]
         return self.families[max(holders, key=len)] if holders else Family()
 
 
 def resolve_plan(model: PreTrainedModel, plan: Mapping[str, str] | None = None) -> ResolvedPlan:
-    """The styles that ``model`` is split by: the caller's plan, or ours over the one that transformers ships.
+    """The styles of ``model``: from the caller's plan, or from transformers' plan with our rules in place of its own.
 
     Raises:
-        ConfigError: a rule of ours or the caller's that matches nothing, or two that match one module.
+        ConfigError: a rule matches nothing, or two match one module.
         UnsupportedError: no plan for this family, or a setting of its config that can't be split.
     """
     what = f"{type(model).__name__} (model_type={model.config.model_type!r})"
@@ -62,7 +62,7 @@ def resolve_plan(model: PreTrainedModel, plan: Mapping[str, str] | None = None) 
     if not any(style not in ("whole", "embedding", "head") for style in styles.values()):
         raise UnsupportedError(
             f"{what} has no tensor-parallel plan, neither in transformers nor in multicard: "
-            f"pass plan={{pattern: style}}, styles being {', '.join(STYLES)}"
+            f"pass plan={{pattern: style}} with the styles {', '.join(STYLES)}"
         )
     return ResolvedPlan(styles, families)
 
@@ -72,7 +72,7 @@ def _within(name: str, root: str) -> bool:
 
 
 def _families(model: PreTrainedModel) -> Iterator[tuple[str, Family]]:
-    """Roots of the models inside ``model`` that our table knows, outermost first (a pipeline's towers differ)."""
+    """The models inside ``model`` that our table knows, outermost first (a multimodal model's towers differ)."""
     from transformers import PreTrainedModel
 
     found: dict[str, str] = {}
@@ -101,7 +101,7 @@ GATHERED = ("colwise_gather_output", "colwise_rep", "rowwise_split_input", "roww
 
 
 def _shipped(model: PreTrainedModel, names: list[str], what: str) -> dict[str, str]:
-    """transformers' own plan in our styles; what it would only gather again stays whole."""
+    """transformers' own plan in our styles; modules whose output it would only gather stay whole."""
     theirs = dict(model.tp_plan or {})
     known = {*IGNORED, *GATHERED, "colwise", "rowwise", "embedding_rowwise"}
     known |= {"moe_tp_experts", "packed_colwise", "packed_rowwise"}

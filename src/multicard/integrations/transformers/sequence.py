@@ -1,7 +1,7 @@
-"""Prompts and caches longer than one card: hooks that split a ``transformers`` decoder's sequence over ranks.
+"""Prompts and caches too long for one card: hooks that split a ``transformers`` decoder's sequence over ranks.
 
-The decoder sees this rank's slice of a long prompt and puts its keys in a sharded cache; short chunks and decoded
-tokens are computed by every rank. ``generate()`` and the modelling code stay what they are.
+The decoder gets this rank's slice of a long prompt and puts its keys in a sharded cache; short chunks and decoded
+tokens are computed by every rank. ``generate()`` and the modelling code aren't changed.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ FAMILIES = (
 
 
 def check(model: PreTrainedModel, mesh: ParallelMesh) -> None:
-    """Refuse what a split sequence can't do, before anything is changed.
+    """Refuse models that can't have a split sequence, before anything is changed.
 
     Raises:
-        UnsupportedError: naming the model and why.
+        UnsupportedError: names the model and the reason.
     """
     kind, name = model.config.model_type, type(model).__name__
     why = None
@@ -63,12 +63,12 @@ def check(model: PreTrainedModel, mesh: ParallelMesh) -> None:
 
 
 def _is_causal(holder: object) -> bool:
-    """Unless it says otherwise, as Gemma 3's embedding models do."""
+    """Whether it is causal: unless its config says otherwise, as those of Gemma 3's embedding models do."""
     return getattr(holder, "is_causal", True) is not False
 
 
 def attach(model: PreTrainedModel, mesh: ParallelMesh, hooks: Hooks) -> Sequence:
-    """Split the sequence of ``model`` over ``mesh.sequence`` from now on. Before its weights are split."""
+    """Split the sequence of ``model`` over ``mesh.sequence`` from now on. To be called before its weights are split."""
     attention.register()
     model.config._attn_implementation = attention.NAME
     decoder = model.get_decoder()
@@ -86,10 +86,10 @@ def attach(model: PreTrainedModel, mesh: ParallelMesh, hooks: Hooks) -> Sequence
 
 
 class Sequence:
-    """One model's split sequence: what the hooks tell each other during a forward pass.
+    """One model's split sequence: the state that its hooks share during a forward pass.
 
     Attributes:
-        step: the pass that is running, or None.
+        step: the current pass, or None.
     """
 
     def __init__(
@@ -102,17 +102,17 @@ class Sequence:
         self.positions: Tensor | None = None
         self.logits_to_keep = 0
         self._attentions, self._has_rotary = attentions, has_rotary
-        self._rotations = [0, 0]  # rotary embeddings that were begun and ended in this pass
+        self._rotations = [0, 0]  # calls of rotary embeddings that began and ended in this pass
         self._passes = 0
 
     def begin_call(self, given: Mapping[str, Any]) -> None:
-        """The whole model is called, with these arguments."""
-        wanted = given.get("logits_to_keep", 0)  # the decoder never hears of it
+        """Called before the whole model runs, with its arguments."""
+        wanted = given.get("logits_to_keep", 0)  # the decoder doesn't get this argument
         self.logits_to_keep = wanted if isinstance(wanted, int) else 0
         self._passes, self.step = 0, None
 
     def end_call(self) -> None:
-        """The call has ended.
+        """Called after the whole model has run.
 
         Raises:
             UnsupportedError: the decoder did not run through our hooks.
@@ -148,8 +148,8 @@ class Sequence:
             return cache
         if cache is not None and (type(cache).__name__ != "DynamicCache" or cache.get_seq_length()):
             raise UnsupportedError(
-                f"a {type(cache).__name__} of {cache.get_seq_length()} tokens with the sequence split: pass an empty "
-                "DynamicCache or none, and go on with the one that comes back"
+                f"a {type(cache).__name__} of {cache.get_seq_length()} tokens with a split sequence: pass an empty "
+                "DynamicCache or none, and continue with the returned one"
             )
         wanted = given.get("use_cache", getattr(self.config, "use_cache", False))
         return ShardedCache(self.mesh.sequence) if wanted or cache is not None else None
@@ -165,7 +165,7 @@ class Sequence:
                 given[name] = take(given[name], chunk.mine, chunk.start, 1)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """The decoder's hook: every rank gets the rows that the head will read. One all-gather."""
+        """The decoder's forward hook: give every rank the rows that the head reads. One all-gather."""
         step, cache = self.step, self.cache
         assert step is not None
         self._prove(step, cache)
@@ -185,24 +185,24 @@ class Sequence:
             raise bypassed(
                 "transformers",
                 f"{len(step.attended & self._attentions)} of {count} attention modules called the attention function "
-                "that knows of the split sequence",
+                "for a split sequence",
             )
         if cache is not None and cache.written() != count:
             raise bypassed(
                 "transformers",
                 f"{cache.written()} of {count} attention modules wrote the {step.chunk.length} new tokens into the "
-                "cache that is split over ranks",
+                "sharded cache",
             )
         begun, ended = self._rotations
         if step.chunk.sliced and self._has_rotary and (begun != ended or not begun):
-            raise bypassed("transformers", "rotary embeddings weren't made from all positions")
+            raise bypassed("transformers", "rotary embeddings weren't computed from all positions")
 
     def _gather(self, hidden: Tensor, chunk: Chunk) -> Tensor:
         """``(batch, rows here, hidden)`` to the last ``logits_to_keep`` rows of the chunk, or all, on every rank."""
         first = max(chunk.stop - self.logits_to_keep, chunk.start) if self.logits_to_keep else chunk.start
         wanted = [tuple(range(max(s.start, first), s.stop) for s in spans if s.stop > first) for spans in chunk.held]
         skipped = hidden.shape[1] - sum(map(len, wanted[chunk.axis.rank]))
-        mine = hidden[:, skipped:].contiguous()  # a rank's rows are in rising order
+        mine = hidden[:, skipped:].contiguous()  # a rank's rows are in increasing order
         rows = collectives.all_gather(mine, chunk.axis, 1, [sum(map(len, spans)) for spans in wanted])
         return to_natural_order(rows, flatten(wanted), 1)
 
@@ -224,12 +224,12 @@ class Sequence:
 
 
 def _padding(mask: Tensor | None, chunk: Chunk) -> Tensor | None:
-    """The 2-D mask as bool, or None where nothing is padding."""
+    """The 2-D mask as bool, or None if there is no padding."""
     if mask is None:
         return None
     if mask.dim() != 2 or mask.shape[1] != chunk.stop:
         raise UnsupportedError(
-            f"attention_mask of shape {tuple(mask.shape)} with the sequence split: must be (batch, {chunk.stop}), "
+            f"attention_mask of shape {tuple(mask.shape)} with a split sequence: must be (batch, {chunk.stop}), "
             "ones and zeros for all tokens so far"
         )
     keep = mask.bool()
@@ -239,13 +239,13 @@ def _padding(mask: Tensor | None, chunk: Chunk) -> Tensor | None:
 def _refuse_arguments(given: dict[str, Any], config: Any, shape: torch.Size, *, fresh: bool) -> None:
     for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
         if given.get(name, getattr(config, name, False)):
-            raise UnsupportedError(f"{name}=True with the sequence split would give slices: use tp alone")
+            raise UnsupportedError(f"{name}=True with a split sequence would give slices: use tp alone")
     if given.get("return_dict") is False:
-        raise UnsupportedError("return_dict=False with the sequence split: leave it True")
+        raise UnsupportedError("return_dict=False with a split sequence: leave it True")
     known = {"input_ids", "inputs_embeds", "attention_mask", "position_ids"}
     for name, value in given.items():
         if name not in known and isinstance(value, Tensor) and value.dim() >= 2 and value.shape[1] == shape[1] > 1:
-            raise UnsupportedError(f"{name} of shape {tuple(value.shape)} with the sequence split: use tp alone")
+            raise UnsupportedError(f"{name} of shape {tuple(value.shape)} with a split sequence: use tp alone")
     positions, packed = given.get("position_ids"), "attention_mask" not in given and fresh
     if positions is not None and packed and bool((positions.diff(dim=-1) != 1).any()):
-        raise UnsupportedError("position_ids of packed sequences with the sequence split: pass one sequence a row")
+        raise UnsupportedError("position_ids of packed sequences with a split sequence: pass one sequence a row")

@@ -1,4 +1,4 @@
-"""Which tensors of a ``transformers`` checkpoint make each parameter: the library's own renamings and converters."""
+"""The source of each parameter in a ``transformers`` checkpoint, by the library's own renamings and converters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Sources:
-    """How a checkpoint's names become the model's; made before the model is split."""
+    """How a checkpoint's names map to the model's; made before the model is split."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         from transformers import conversion_mapping, core_model_loading
@@ -33,7 +33,7 @@ class Sources:
         self.tied: dict[str, str] = dict(internal(model, "all_tied_weights_keys"))
 
     def find(self, checkpoint: Checkpoint) -> SourceOf:
-        """Where every parameter and persistent buffer comes from."""
+        """The source of every parameter and persistent buffer."""
         from transformers import core_model_loading
 
         natural = internal(core_model_loading, "dot_natural_key")
@@ -46,7 +46,7 @@ class Sources:
             if name not in self.names and key in self.names:
                 name, pattern = key, None
             if name not in self.names:
-                continue  # another task's head, or an old version's buffer: completeness is what counts
+                continue  # another task's head, an old version's buffer: only missing tensors are errors
             if pattern is None:
                 found[name] = Plain(key)
             else:
@@ -62,10 +62,10 @@ class Sources:
         return found.get
 
     def _converted(self, name: str, converter: Any, keys: dict[str, list[str]]) -> dict[str, Source]:
-        """What a converter of ``transformers`` makes of tensors, by the pattern that each matched.
+        """The source of a parameter that a converter of ``transformers`` makes of tensors, by the pattern each matched.
 
-        Single experts stacked, and perhaps gate and up put one after the other, can be read by slices. Anything else is
-        made of whole tensors.
+        Stacked experts, with or without gate and up put one after the other, can be read by slices. Any other
+        conversion needs whole tensors.
         """
         kinds = [(type(op).__name__, getattr(op, "dim", None)) for op in converter.operations]
         if kinds in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):
@@ -79,12 +79,12 @@ class Sources:
             made = once.convert(name, model=_Whole(self.model), config=self.model.config)
             return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
 
-        targets = converter.target_patterns  # the name has the first one in it
+        targets = converter.target_patterns  # the name contains the first one
         return dict.fromkeys((name.replace(targets[0], target) for target in targets), Converted(convert))
 
 
 class _Whole:
-    """A model as converters see it that ask for the sizes of its parameters: those before the split."""
+    """The model for converters that ask for the sizes of its parameters: it has the sizes before the split."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
@@ -97,13 +97,13 @@ class _Whole:
 
 
 def internal(owner: Any, name: str) -> Any:
-    """What transformers keeps for itself, and loading by slices needs."""
+    """A private name of transformers that loading by slices needs."""
     import transformers
 
     found = getattr(owner, name, None)
     if found is None:
         raise UnsupportedError(
-            f"transformers {transformers.__version__} has no {name}, which mc.from_pretrained builds on: install a "
+            f"transformers {transformers.__version__} has no {name}, which mc.from_pretrained needs: install a "
             "version of transformers that this multicard was tested with, or load the model yourself and use "
             "mc.parallelize"
         )

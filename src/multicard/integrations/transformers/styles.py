@@ -1,4 +1,4 @@
-"""What a ``transformers`` plan may say of a module: the common styles, and those that only this library needs."""
+"""The styles of a ``transformers`` plan: the common ones, and those that only this library needs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from multicard.integrations.transformers.experts import experts
 
 
 def head_columns(module: nn.Module, context: Context) -> Change:
-    """A table with a column for every query head (position biases)."""
+    """Split a table that has a column for every query head (position biases)."""
     mine = context.heads.query_shares(module.get_parameter("weight").shape[1])[context.axis.rank]
     return lambda: cut_parameter(module, "weight", 1, mine)
 
@@ -22,4 +22,4 @@ STYLES: dict[str, Style] = {
     "embedding": styles.whole,
     "head": styles.whole,
 }
-"""By name. The vocabulary's own modules are split by their role (see ``vocabulary``), whatever a plan says of them."""
+"""By name. Embeddings and output heads are split by their role (see ``vocabulary``), whatever their style is."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def tensor_changes(
     model: PreTrainedModel, axis: Axis, hooks: Hooks, plan: Mapping[str, str] | None = None
 ) -> list[Change]:
-    """The changes that leave each rank its part of every planned module: checked, not made yet."""
+    """The changes that reduce every planned module to this rank's part: checked, not made yet."""
     if axis.size == 1:
         return []
     resolved = resolve_plan(model, plan)

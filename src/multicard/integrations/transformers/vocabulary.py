@@ -1,4 +1,4 @@
-"""A ``transformers`` model's vocabulary over ranks: its embedding tables and its output head, tied or not."""
+"""Splits a ``transformers`` model's vocabulary: its embedding tables and its output head, tied or not."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 def vocabulary_changes(model: PreTrainedModel, axis: Axis, hooks: Hooks) -> list[Change]:
-    """Input embeddings and the output head by vocabulary rows, one shared parameter where they are tied.
+    """Split input embeddings and output head by vocabulary, with one shared parameter if they are tied.
 
-    Either stays whole on every rank where its class does something that isn't known here.
+    An embedding or head of an unknown class stays whole on every rank.
     """
     try:
         table, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -72,7 +72,7 @@ def _is_scaled(table: nn.Embedding) -> bool:
 
 
 def _scaler(table: nn.Embedding) -> Callable[..., Tensor]:
-    """What a scaled embedding multiplies with: a number, or (Gemma) one rounded to the weights' type."""
+    """The factor of a scaled embedding: a number, or (Gemma) a number rounded to the weights' dtype."""
     plain: Any = table.embed_scale
     rounded = getattr(table, "scalar_embed_scale", None)
 
