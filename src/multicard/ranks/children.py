@@ -53,7 +53,7 @@ class Children:
         if hosts.count > 1:
             if hosts.index == 0:
                 self._store = host_store(settings.start_timeout, hosts.address, hosts.port)
-            self._neighbours = Neighbours(hosts, settings.start_timeout, settings.timeout)
+            self._neighbours = Neighbours(hosts, len(settings.ranks), settings.start_timeout, settings.timeout)
         self._supervisor = Supervisor(settings, port, server)
         self._record = Record(self._supervisor)
 

@@ -152,8 +152,6 @@ def death(rank: int, returncode: int, tail: Iterable[str], out_of_memory: bool, 
         what = f"rank {rank} was killed by {names.get(number, 'a signal')} (signal {number}) {doing}"
     if number == signal.SIGKILL and out_of_memory:
         what += ": the kernel ran out of memory; use more ranks, a smaller dtype or a shorter context"
-    elif number == signal.SIGKILL:
-        what += ": unless someone sent it, likely out of memory"
     stderr = "\n".join(tail)
     error = RankError(what, rank=rank, signal=number, stderr=stderr)
     if stderr:

@@ -19,6 +19,7 @@ import socket
 import sys
 
 from multicard.ranks import rank
+from multicard.ranks.family import adopt_orphans, kill_descendants, reap
 
 NEEDED = ("multicard.mesh", "multicard.backends.shm")
 """What every rank imports, beside :mod:`multicard.ranks.rank`."""
@@ -40,6 +41,8 @@ def main() -> None:
             sys.exit("ranks can't be forked here")
         gc.freeze()  # imported objects are never garbage; scanning them would copy their memory in every rank
         gc.enable()
+        rank.die_with_parent(int(parent), signal.SIGCONT)  # from here on it ends ranks and what they started first
+        adopt_orphans()
         pipes = _serve(channel)
     rank.main(*pipes)  # in a rank: the server never gets here
 
@@ -78,11 +81,13 @@ def _serve(channel: socket.socket) -> tuple[int, int, int]:
     while True:
         text, fds, _, _ = socket.recv_fds(channel, LONGEST_REQUEST, DESCRIPTORS)
         if not text:
+            kill_descendants(server)
             os._exit(0)
         request = json.loads(text)
         if (pid := request.get("bury")) is not None:
             fds = [statuses.pop(pid)]
             _tell(fds[0], code=os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+            reap(keep=statuses)
         elif len(fds) == DESCRIPTORS:  # else this process may have no more: the caller sees the closed status pipe
             pid = _fork(fds[0])
             if not pid:

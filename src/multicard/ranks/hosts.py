@@ -16,7 +16,7 @@ from multicard.errors import RankError
 from multicard.ranks import patience
 from multicard.ranks.failure import OWN, Failure
 
-_FAILED, _DONE = "multicard/failed", "multicard/done"
+_FAILED, _DONE, _ALIVE = "multicard/failed", "multicard/done", "multicard/alive"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +42,15 @@ class Neighbours:
     """This host's view of the other hosts' parents.
 
     The store has ``start_timeout`` seconds for its first answer; ``timeout`` without another mean that the link is cut.
+    Each host counts up a number of its own there, as a sign of life. ``ranks`` are those of each host.
     """
 
-    def __init__(self, hosts: Hosts, start_timeout: float, timeout: float) -> None:
+    def __init__(self, hosts: Hosts, ranks: int, start_timeout: float, timeout: float) -> None:
         import torch.distributed  # noqa: F401  before ranks start: they are quick, and the watch has to be as early
 
-        self._hosts = hosts
+        self._hosts, self._ranks = hosts, ranks
+        self._signs: dict[int, tuple[int, float]] = {}  # each other host's number, and when it last changed
+        self._store_is_gone = False
         self._start_timeout = self._limit = start_timeout
         self._timeout = timeout
         self._heard = time.monotonic()
@@ -71,7 +74,27 @@ class Neighbours:
                 f"no answer from {self._hosts.address}:{self._hosts.port} for {silent:.0f} s: is the link cut?"
             )
             return Failure(0, OWN, now, error)
-        return None
+        return self.lost(self._timeout)
+
+    def lost(self, seconds: float) -> Failure | None:
+        """A host without a sign of life for so long, or host 0 once its store has closed."""
+        now = time.monotonic()
+        if self._all_done.is_set():
+            return None
+        gone = [index for index, (_, moment) in self._signs.items() if now - moment > seconds]
+        if self._store_is_gone:
+            gone, why = [0], "has closed the job's store"
+        elif gone and now - self._heard < seconds:
+            why = f"has given no sign of life for {now - self._signs[gone[0]][1]:.1f} s"
+        else:
+            return None
+        rank = gone[0] * self._ranks
+        error = RankError(
+            f"host {gone[0]} (ranks {rank} to {rank + self._ranks - 1}) {why}: multicard was killed there, or the link "
+            "is cut",
+            rank=rank,
+        )
+        return Failure(rank, OWN, now, error)
 
     def tell(self, error: BaseException) -> None:
         """Write this host's failure for the others; waits at most ``patience.STORE_NEWS``."""
@@ -83,9 +106,9 @@ class Neighbours:
             time.sleep(patience.STORE_NEWS)
 
     def await_failure(self, seconds: float) -> Failure | None:
-        """The failure of another host, once it is known; None if ``seconds`` have passed."""
+        """The failure or the loss of another host, once it is known; None if ``seconds`` have passed."""
         deadline = time.monotonic() + seconds
-        while (found := self.failure) is None and time.monotonic() < deadline:
+        while (found := self.failure or self.lost(patience.STORE_LOST)) is None and time.monotonic() < deadline:
             time.sleep(patience.STORE / 10)
         return found
 
@@ -110,6 +133,7 @@ class Neighbours:
         except Exception:  # the connection is lost; ``failure`` notices the silence
             if self._finished.is_set():  # host 0 closes the store when all are done
                 self._all_done.set()
+            self._store_is_gone = bool(self._signs)
 
     def _exchange(self, store: Any) -> None:
         """Write this host's failure and read the others', until a host fails or all are done."""
@@ -127,6 +151,13 @@ class Neighbours:
             if said_done and store.add(_DONE, 0) == self._hosts.count:
                 self._all_done.set()
             self._heard, self._limit = time.monotonic(), self._timeout
+            self._look_for_signs(store)
             self._wake.wait(patience.STORE)
             if said_done:
                 time.sleep(patience.STORE / 5)
+
+    def _look_for_signs(self, store: Any) -> None:
+        for index in range(self._hosts.count):
+            number = store.add(f"{_ALIVE}/{index}", int(index == self._hosts.index))
+            if index != self._hosts.index and number and self._signs.get(index, (0, 0.0))[0] != number:
+                self._signs[index] = number, time.monotonic()

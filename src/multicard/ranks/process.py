@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from multiprocessing import connection
 
 from multicard.ranks import starter, wire
+from multicard.ranks.family import kill_descendants
 from multicard.ranks.pipes import pipe
 
 TAIL = 40
@@ -76,6 +77,10 @@ class RankProcess:
             return [], True
         except (EOFError, OSError):
             return [], False
+        except (ValueError, TypeError):
+            self.tail.append("multicard: a function on this rank has written to a descriptor of multicard's")
+            self.kill()
+            return [], False
 
     def read_output(self, fd: int, last: bool = False) -> tuple[list[str], bool]:
         """Whole lines of what it printed, and whether more may come; the ``last`` one has no newline maybe."""
@@ -111,6 +116,7 @@ class RankProcess:
         """Send SIGKILL to the rank, which may have left its process group, and to all processes that it started."""
         if self._process.returncode is not None:  # its process id may have been reused
             return
+        kill_descendants(self.pid)
         for kill in (os.killpg, os.kill):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 kill(self.pid, signal.SIGKILL)

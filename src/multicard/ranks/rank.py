@@ -19,6 +19,7 @@ import threading
 from typing import Any
 
 from multicard.ranks import activity, failure, wire
+from multicard.ranks.family import kill_descendants
 from multicard.ranks.kept import Shelf
 
 PR_SET_PDEATHSIG = 1
@@ -37,6 +38,7 @@ class Rank:
         self._shelf = Shelf()
         self._streams: dict[int, Any] = {}
         self.ran_script = False
+        self._pid = os.getpid()
 
     def listen(self) -> None:
         """Read commands until their pipe closes, as it does when the parent dies: then so do we, and our children."""
@@ -48,6 +50,7 @@ class Rank:
                         self._report("activity", message.call, activity.report())
                     else:
                         self._inbox.put(message)
+        kill_descendants(os.getpid())
         os.killpg(0, signal.SIGKILL)
 
     def serve(self) -> None:
@@ -61,11 +64,19 @@ class Rank:
             del message  # what a call was given is the caller's, not ours to hold on to
 
     def _report(self, kind: str, call: int, value: Any) -> None:
+        if os.getpid() != self._pid:  # a function has called os.fork(), and its child has come back from it
+            os._exit(0)
         with contextlib.suppress(Exception):
             sys.stdout.flush()
         message = wire.pack(kind, call, value)
         with self._writing:
-            wire.write(self._reports, message)
+            try:
+                wire.write(self._reports, message)
+            except OSError as error:
+                os.write(
+                    2, f"multicard: a function on this rank has closed its pipe to the parent ({error})\n".encode()
+                )
+                os._exit(1)
 
     def do_start(self, message: wire.Message) -> None:
         import multicard.collectives  # noqa: F401  the seconds that this takes are spent before ranks wait for each other
@@ -118,10 +129,10 @@ class Rank:
                 raise
 
 
-def die_with_parent(parent: int) -> None:
-    """Have the kernel send SIGKILL when the thread that started this rank ends: it reaches even a stopped rank."""
+def die_with_parent(parent: int, sent: signal.Signals = signal.SIGKILL) -> None:
+    """Have the kernel send a signal when the thread that started this process ends: it reaches even a stopped one."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, sent)
     if os.getppid() != parent:  # the parent died before this call
         os._exit(1)
 

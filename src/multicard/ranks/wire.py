@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _LENGTH = struct.Struct("<I")
 _CHUNK = 1 << 20
+_LONGEST_HEADER = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,14 +59,24 @@ class Reader:
 
     def __init__(self) -> None:
         self._buffer = bytearray()
+        self._large: memoryview | None = None  # what is missing of a large part
         self._messages = self._parse()
 
     def read(self, fd: int) -> Iterator[Message]:
-        """The messages that one read of ``fd`` completes. Raises EOFError at the end, BlockingIOError without data."""
-        chunk = os.read(fd, _CHUNK)
-        if not chunk:
+        """The messages that one read of ``fd`` completes.
+
+        Raises:
+            EOFError at the end, BlockingIOError without data, ValueError where something else than messages arrives.
+        """
+        if self._large is None:
+            chunk = os.read(fd, _CHUNK)
+            self._buffer += chunk
+            count = len(chunk)
+        else:
+            count = os.readv(fd, [self._large])
+            self._large = self._large[count:]
+        if not count:
             raise EOFError("the other end of the pipe is closed")
-        self._buffer += chunk
         while (message := next(self._messages)) is not None:
             yield message
 
@@ -73,6 +84,8 @@ class Reader:
         """Messages in order, and None wherever more bytes have to arrive first."""
         while True:
             (length,) = _LENGTH.unpack((yield from self._take(_LENGTH.size)))
+            if length > _LONGEST_HEADER:
+                raise ValueError(f"a header of {length} bytes")
             kind, call, sizes = json.loads((yield from self._take(length)))
             parts = []
             for size in sizes:
@@ -80,14 +93,20 @@ class Reader:
             yield Message(kind, call, tuple(parts))
 
     def _take(self, size: int) -> Generator[None, None, bytearray]:
-        while len(self._buffer) < size:
+        """The next ``size`` bytes; large parts are read to where they stay."""
+        while len(self._buffer) < size <= _CHUNK:
             yield None
-        if size == len(self._buffer):  # the usual case for a large value: hand it over instead of copying it
-            taken, self._buffer = self._buffer, bytearray()
-            return taken
         taken = self._buffer[:size]
         del self._buffer[:size]
-        return taken
+        if (there := len(taken)) == size:
+            return taken
+        large = bytearray(size)
+        large[:there] = taken
+        self._large = memoryview(large)[there:]
+        while self._large:
+            yield None
+        self._large = None
+        return large
 
 
 def write(fd: int, message: Message) -> None:
