@@ -295,6 +295,19 @@ def test_a_rank_killed_on_another_host_is_named_on_both(hosts, script):
     assert all("rank 1 was killed by SIGKILL" in stderr.splitlines()[-1] for _, stderr in outputs), outputs
 
 
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_host_whose_parent_is_killed_is_named_on_the_other(hosts, script, killed):
+    both = [start_host(hosts, i, script, "4", "steps") for i in range(2)]
+    for host in both:
+        host.stdout.readline()  # under way
+    both[killed].kill()
+    other = both[1 - killed]
+    _, stderr = other.communicate(timeout=60)
+    both[killed].communicate(timeout=60)
+    assert other.returncode == 1
+    assert f"host {killed} (ranks {2 * killed} to {2 * killed + 1})" in stderr.splitlines()[-1], stderr
+
+
 def test_a_cut_link_ends_both_hosts(hosts, script):
     both = [start_host(hosts, i, script, "4", "steps", timeout="3") for i in range(2)]
     for host in both:

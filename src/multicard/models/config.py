@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -105,16 +106,11 @@ class DecoderConfig:
             UnsupportedError: an architecture, rope type or feature that the decoder lacks.
         """
         raw = read_json(pathlib.Path(folder), "config.json")
-        try:
+        with _naming(f"{folder}/config.json"):
             config = cls.from_dict(raw)
-        except KeyError as error:
-            raise CheckpointError(f"{folder}/config.json has no {error.args[0]!r}") from None
-        except MulticardError:
-            raise
-        except (TypeError, ValueError, AttributeError, ArithmeticError) as error:  # a value of another kind
-            raise CheckpointError(f"{folder}/config.json is damaged ({type(error).__name__}: {error})") from None
         generation = read_json(pathlib.Path(folder), "generation_config.json", optional=True)
-        eos = _ids(generation.get("eos_token_id"))
+        with _naming(f"{folder}/generation_config.json"):
+            eos = _ids(generation.get("eos_token_id"))
         return dataclasses.replace(config, eos=eos) if eos else config
 
     @classmethod
@@ -152,6 +148,19 @@ class DecoderConfig:
             eos=_ids(raw.get("eos_token_id")),
             dtype=FLOAT_TYPES.get(str(raw.get("dtype", raw.get("torch_dtype", "float32"))), torch.float32),
         )
+
+
+@contextlib.contextmanager
+def _naming(file: str) -> Iterator[None]:
+    """Errors about a file's content begin with its name."""
+    try:
+        yield
+    except KeyError as error:
+        raise CheckpointError(f"{file} has no {error.args[0]!r}") from None
+    except MulticardError as error:
+        raise type(error)(f"{file}: {error}") from None
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:  # a value of another kind
+        raise CheckpointError(f"{file} is damaged ({type(error).__name__}: {error})") from None
 
 
 def _refuse(raw: Mapping[str, Any]) -> None:

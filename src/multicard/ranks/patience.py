@@ -41,5 +41,5 @@ GRACE = 0.3  # for ranks to end by themselves once one has died or the job is cl
 EXIT_GRACE = 10.0  # for a script's exit handlers, which may write files, once it has ended well on every rank
 STORE = 0.25  # between two reads of the job's store by a host: four small requests a second
 STORE_NEWS = 4 * STORE  # for a host's failure to reach the store, and on host 0 for others to read it before that ends
-STORE_LOST = 6 * STORE  # without a sign of life from a host, once something has failed here
-STORE_CAUSE = 8 * STORE  # for the failure on another host that caused the one here: both hosts have to access the store
+STORE_LOST = 5 * STORE  # without a sign of life from a host, once something has failed here
+STORE_CAUSE = 10 * STORE  # for the failure on another host that caused the one here: both hosts access the store

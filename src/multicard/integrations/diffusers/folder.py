@@ -20,7 +20,7 @@ from multicard.integrations.diffusers.load import load_slices
 from multicard.integrations.diffusers.parallelize import parallelize
 from multicard.integrations.diffusers.plans import sequence_plan
 from multicard.integrations.diffusers.tensor import tensor_changes
-from multicard.integrations.untrusted import offline, read_config
+from multicard.integrations.untrusted import blamed_on, offline, read_config
 from multicard.mesh import ParallelMesh
 from multicard.values import did_you_mean
 from multicard.weights import agree
@@ -231,14 +231,12 @@ def _check_plans(folder: pathlib.Path, name: str, degrees: ParallelConfig) -> No
     import diffusers
 
     cls = getattr(diffusers, name, None)
-    if cls is None or not issubclass(cls, torch.nn.Module):
-        return
+    if not isinstance(cls, type) or not issubclass(cls, torch.nn.Module):
+        raise CheckpointError(f"{folder.parent / INDEX}: diffusers {diffusers.__version__} has no model {name!r}")
     config = {key: value for key, value in read_json(folder, "config.json").items() if key != "quantization_config"}
-    try:
-        with torch.device("meta"):
-            model = cls.from_config(config)
-    except (TypeError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {name} can't be built from it ({_line(error)})") from None
+    where = f"{folder / 'config.json'}: {name} can't be built from it"
+    with offline(), blamed_on(where), torch.device("meta"):
+        model = cls.from_config(config)
     if degrees.tp > 1:
         tensor_changes(model, Axis("tp", 0, degrees.tp))
     if degrees.ring * degrees.ulysses > 1:

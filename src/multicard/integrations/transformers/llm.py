@@ -18,6 +18,7 @@ from multicard.errors import UnsupportedError
 from multicard.integrations.transformers import load as loading
 from multicard.integrations.transformers.cache import cache_name
 from multicard.integrations.transformers.parallelize import load_model, parallelize
+from multicard.integrations.untrusted import blamed_on
 from multicard.mesh import ParallelMesh
 from multicard.weights import Checkpoint, LoadReport
 
@@ -60,7 +61,8 @@ def check_folder(path: str | os.PathLike[str], degrees: ParallelConfig) -> Model
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise UnsupportedError(f"{type(model).__name__} doesn't generate text from a prompt: use mc.from_pretrained")
     Checkpoint(path).close()
-    config = ModelConfig.of(model)
+    with blamed_on(f"{path}: config.json or generation_config.json is damaged"):
+        config = ModelConfig.of(model)
     parallelize(model, _outline(degrees))
     return config
 

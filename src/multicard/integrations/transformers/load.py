@@ -78,7 +78,8 @@ def _model_class(config: PreTrainedConfig, model_class: type[PreTrainedModel] | 
     if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
         return found
     raise UnsupportedError(
-        f"the config says architectures={config.architectures}, which this transformers doesn't have: pass model_class="
+        f"{config.name_or_path}/config.json says architectures={config.architectures}, which this transformers doesn't "
+        "have: pass model_class="
     )
 
 
