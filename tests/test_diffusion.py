@@ -277,7 +277,7 @@ def test_bad_input_before_ranks_start(tmp_path, monkeypatch, fault):
         mc.DiffusionPipeline(folder, **degrees)
 
 
-def testvariants_that_diffusers_loads(tmp_path):
+def test_variants_that_diffusers_loads(tmp_path):
     folder = tmp_path / "pipeline"
     shutil.copytree(DIGITS, folder)
     PipelineFolder(folder).check(mc.ParallelConfig())

@@ -73,3 +73,14 @@ def test_links_lead_somewhere():
             if "://" not in target and not (page.parent / target).exists():
                 broken.append(f"{page.name}: {target}")
     assert not broken
+
+
+def test_each_promise_of_the_security_page_names_tests_that_exist():
+    page = (ROOT / "docs" / "security.md").read_text()
+    rows = [row for row in page.partition("| promise | test |\n|---|---|\n")[2].splitlines() if row.startswith("|")]
+    code = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    assert len(rows) > 10
+    for row in rows:
+        named = re.findall(r"`(test_\w+)`", row)
+        assert named, row
+        assert all(f"def {name}(" in code for name in named), row

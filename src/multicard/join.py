@@ -7,6 +7,7 @@ import importlib
 import os
 import re
 import socket
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -30,7 +31,7 @@ def pick_backend(backend: str, device: torch.device, one_host: bool = True) -> s
             raise UnsupportedError(f"the check of collectives is for CPU ranks, not {device.type}: run without it")
         return backend if backend != "auto" else f"cpu:gloo,{device.type}:{ACCELERATOR_BACKENDS[device.type]}"
     if backend == "auto":
-        backend = "shm" if one_host and hasattr(os, "memfd_create") else "gloo"  # Linux has it
+        backend = "shm" if one_host and sys.platform == "linux" else "gloo"
     known = {"shm": "cpu:shm", "gloo": "cpu:checked_gloo" if checking() else "gloo"}
     return known.get(backend.removeprefix("cpu:"), backend)
 

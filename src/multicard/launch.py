@@ -111,7 +111,7 @@ class Ranks:
             progress: called with each fraction that rank 0 yields.
         """
         kept = Kept(next(self._keys))
-        self._make(kept, fn, args, kwargs, progress)
+        self._make(self._crew, kept, fn, args, kwargs, progress)
         self._kept[kept] = (fn, args, kwargs)
         weakref.finalize(kept, _drop, weakref.ref(self), kept.key)
         return kept
@@ -134,13 +134,15 @@ class Ranks:
             raise UnsupportedError("restart() inside a job: a launcher started its ranks; start the job again")
         self.close()
         self._settings = dataclasses.replace(self._settings, log_mode="a")
-        self._crew = self._start()
+        crew = self._start()
         try:
             for kept, (fn, args, kwargs) in sorted(self._kept.items(), key=lambda item: item[0].key):
-                self._make(kept, fn, args, kwargs, progress)
+                self._make(crew, kept, fn, args, kwargs, progress)
         except BaseException:  # without their kept values the ranks would fail in later calls
-            self.close()
+            crew.end("closed", GRACE)
             raise
+        finally:
+            self._crew = crew  # not before: another thread's call would not find what is kept
 
     def close(self) -> None:
         """End the ranks. Further calls raise. A job's ranks end with the job."""
@@ -153,8 +155,11 @@ class Ranks:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _make(self, kept: Kept, fn: Any, args: Any, kwargs: Any, progress: Callable[[float], None] | None) -> None:
-        for share in self._crew.keep(kept.key, fn, args, kwargs):
+    @staticmethod
+    def _make(
+        crew: Crew, kept: Kept, fn: Any, args: Any, kwargs: Any, progress: Callable[[float], None] | None
+    ) -> None:
+        for share in crew.keep(kept.key, fn, args, kwargs):
             if progress is not None:
                 progress(share)
 

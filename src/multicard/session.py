@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
@@ -35,6 +36,7 @@ class Session:
     ) -> None:
         self.degrees = degrees
         self._bar, self._closed = bar, False
+        self._restarting = threading.RLock()  # requests of several threads may find at once that the ranks have ended
         self._ranks = Ranks(degrees, **options)
         try:
             with bar() as show:
@@ -51,9 +53,10 @@ class Session:
 
     def restart(self) -> None:
         """End the ranks, start new ones, and load again."""
-        with self._bar() as show:
-            self._ranks.restart(progress=show)
-        self._after_loading()
+        with self._restarting:
+            with self._bar() as show:
+                self._ranks.restart(progress=show)
+            self._after_loading()
 
     def close(self) -> None:
         """End the ranks."""
@@ -81,6 +84,7 @@ class Session:
         """The ranks, restarted if they have ended and a request has raised for it."""
         if self._closed:
             raise ConfigError(f"this {type(self).__name__} is closed: make another")
-        if not self._ranks.alive and self._ranks.told:
-            self.restart()
+        with self._restarting:
+            if not self._ranks.alive and self._ranks.told:
+                self.restart()
         return self._ranks

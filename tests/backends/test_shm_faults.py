@@ -194,3 +194,12 @@ def test_a_rank_without_a_whole_handshake_is_named(left):
         handshake.complete(timeout=20)
     assert caught.value.rank == 6
     assert repr(left.encode()) in str(caught.value)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_memory_of_another_user_is_refused():
+    store = dist.HashStore()
+    invited, reader = (Handshake(store, rank, (4, 6)) for rank in range(2))
+    os.fchown(invited.fd, 65534, 65534)
+    with pytest.raises(RankError, match=r"the store was tampered with: .*rank 4's memory .* belongs to user 65534"):
+        reader.complete(timeout=20)

@@ -231,7 +231,7 @@ def _check_plans(folder: pathlib.Path, name: str, degrees: ParallelConfig) -> No
     import diffusers
 
     cls = getattr(diffusers, name, None)
-    if not isinstance(cls, type) or not issubclass(cls, torch.nn.Module):
+    if not isinstance(cls, type) or not issubclass(cls, diffusers.ModelMixin):
         raise CheckpointError(f"{folder.parent / INDEX}: diffusers {diffusers.__version__} has no model {name!r}")
     config = {key: value for key, value in read_json(folder, "config.json").items() if key != "quantization_config"}
     where = f"{folder / 'config.json'}: {name} can't be built from it"
