@@ -162,7 +162,7 @@ def change(random, value):
             if random.random() < 0.2:
                 del at[key]
             else:
-                at[key] = random.choice(VALUES)
+                at[key] = copy.deepcopy(random.choice(VALUES))
             break
     return value
 

@@ -124,3 +124,18 @@ def test_what_is_no_file_is_refused_and_not_waited_for(folder, tmp_path):
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors").mkdir()
     assert not check(lambda: check_folder(tmp_path, ParallelConfig()))
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        (b'{"a": 1, "a": 2}', "'a' twice"),
+        (b'{"__metadata__": {"format": 3}}', "__metadata__ holds what isn't text"),
+        (b'{"__metadata__": [1]}', "AttributeError"),
+        (b'{"a": {"data_offsets":' * 200_000, "a header of 200000 tensors; 131072 at most"),
+    ],
+)
+def test_headers_that_are_refused_by_file(tmp_path, header, said):
+    write(tmp_path / "model.safetensors", header)
+    with pytest.raises(MulticardError, match=rf"model.safetensors: .*{said}"):
+        Checkpoint(tmp_path)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from typing import Annotated, Any
 
 import typer
 
 from multicard.cli import early, options
-from multicard.errors import ConfigError
 
 
 @options.starts_ranks("tp", "ring", "ulysses", "dp")
@@ -37,7 +35,7 @@ def generate(
     from multicard.llm import LLM
     from multicard.models.sampling import Sampling
 
-    texts = [_text(prompt) for prompt in prompts]
+    texts = [early.text(prompt) for prompt in prompts]
 
     class Asked(LLM):
         def _before_loading(self) -> None:
@@ -70,20 +68,6 @@ def generate(
             print(json.dumps(_described(llm, answers)))
         else:
             print("\n\n".join(str(answer.text) for answer in answers))
-
-
-def _text(argument: str) -> str:
-    """The argument's bytes as UTF-8, whatever the locale is.
-
-    Raises:
-        ConfigError: they aren't.
-    """
-    try:
-        return os.fsencode(argument).decode()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"the prompt isn't UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}") from None
-    except UnicodeEncodeError:  # called from Python, with text that no command line holds
-        return argument
 
 
 def _described(llm: Any, answers: list[Any]) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def image(
 
     target = _target(output)
     asked = {
-        "prompt": _one_or_list(prompts or []),
+        "prompt": _one_or_list([early.text(prompt) for prompt in prompts or []]),
         "negative_prompt": _one_or_list([negative_prompt] * max(1, len(prompts or []))),
         "class_labels": class_label or None,
         "num_inference_steps": steps,

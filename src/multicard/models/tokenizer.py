@@ -11,12 +11,11 @@ from tokenizers.decoders import DecodeStream
 
 from multicard.errors import CheckpointError, ConfigError
 from multicard.models.template import ChatTemplate, Messages
+from multicard.values import check_text
 from multicard.weights.folder import read_json, read_text
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 SAMPLE = "Hello, world 123! é"
-LONGEST = 1 << 24
-"""Characters of a prompt: a hundred times what the longest contexts hold."""
 
 
 class Tokenizer:
@@ -81,23 +80,6 @@ class Tokenizer:
         rest = self.decode(seen)[len(written) :]  # bytes of an incomplete character
         if rest:
             yield rest
-
-
-def check_text(text: str) -> None:
-    """Refuse a prompt that no tokenizer takes.
-
-    Raises:
-        ConfigError: it is too long, or not Unicode (a lone surrogate, which invalid UTF-8 on a command line becomes).
-    """
-    if len(text) > LONGEST:
-        raise ConfigError(f"a prompt of {len(text)} characters: {LONGEST} at most")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError(
-            f"the prompt isn't Unicode: character {error.start} is the lone surrogate {text[error.start]!a}; text on a "
-            "command line has to be UTF-8"
-        ) from None
 
 
 def _guarded(fails: Callable[[str], Exception], call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from multicard.errors import ConfigError
-from multicard.values import is_whole
+from multicard.values import check_text, is_whole
 
 COUNTS = frozenset(
     "num_inference_steps height width num_frames "
@@ -24,12 +24,15 @@ SCALES = frozenset(
 
 
 def check_request(arguments: Mapping[str, Any]) -> None:
-    """Refuse counts and scales that no pipeline could use; None is the pipeline's default.
+    """Refuse counts, scales and texts that no pipeline could use; None is the pipeline's default.
 
     Raises:
         ConfigError: names the argument, its value and the limit.
     """
     for name, value in arguments.items():
+        for each in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(each, str):
+                check_text(each)
         if name in COUNTS and value is not None and not is_whole(value, least=1):
             raise ConfigError(f"{name}={value!r}: a whole number of 1 or more, or None for the pipeline's default")
         if name in SCALES and not _may_be_scale(value):
