@@ -11,6 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import multicard as mc
 from multicard.launch import Ranks
+from multicard.ranks import environment, starter
+from multicard.ranks.settings import Settings
 
 SLOW = """
 test_check test_compile test_diffusion test_disagreements test_docs test_ends test_examples test_families test_faults
@@ -19,6 +21,12 @@ test_loading test_logs test_long_context test_memory test_model_seams test_model
 test_shm_ecosystem test_shm_faults test_shm_stress test_smollm2 test_start test_support
 """
 """Modules that start processes of their own, compile, or run whole models: `make test-fast` leaves them out."""
+
+PRELOADED = {
+    "diffusers": "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl",
+    "transformers": "transformers.models.llama.modeling_llama",
+}
+"""By the folder of the tests that need it: a module whose import brings most of that library in."""
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would the ranks
 
@@ -35,13 +43,20 @@ def on_mesh(mesh, config, fn, args):
 
 
 @pytest.fixture(scope="session")
-def pools():
-    """Pools of ranks by (number of ranks, backend), started when first asked for."""
+def pools(request):
+    """Pools of ranks by (number of ranks, backend), started when first asked for.
+
+    Importing diffusers or transformers takes every rank as long as most of the tests that need them. So the fork server
+    does it, as it does for the command line, if any such test is to run.
+    """
     started: dict[tuple[int, str], Ranks] = {}
+    folders = {part for item in request.session.items for part in item.path.parts}
+    modules = [module for folder, module in PRELOADED.items() if folder in folders]
 
     def get(size: int, backend: str) -> Ranks:
         ranks = started.get((size, backend))
         if ranks is None or not ranks.alive:
+            starter.server(environment.shared(Settings(mc.ParallelConfig(dp=size))), modules)
             ranks = started[size, backend] = Ranks(mc.ParallelConfig(dp=size), backend=backend, timeout=30, check=True)
         return ranks
 
