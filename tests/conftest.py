@@ -22,11 +22,17 @@ test_shm_ecosystem test_shm_faults test_shm_stress test_smollm2 test_start test_
 """
 """Modules that start processes of their own, compile, or run whole models: `make test-fast` leaves them out."""
 
+KINDS = """
+albert bert bloom clip cohere cohere2 deepseek_v2 deepseek_v3 dinov2 distilbert electra falcon gemma gemma2 gemma3 glm
+glm4 glm4_moe gpt2 gpt_bigcode gpt_neo gpt_neox gpt_oss gptj granite helium llama llama4 ministral mistral mixtral mpnet
+mpt mt5 nemotron olmo olmo2 olmo3 olmoe opt phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe roberta seed_oss siglip
+smollm3 stablelm starcoder2 t5 umt5 vit xglm
+"""
 PRELOADED = {
-    "diffusers": "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl",
-    "transformers": "transformers.models.llama.modeling_llama",
+    "diffusers": ["diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl"],
+    "transformers": [f"transformers.models.{kind}.modeling_{kind}" for kind in KINDS.split()],
 }
-"""By the folder of the tests that need it: a module whose import brings most of that library in."""
+"""By the folder of the tests that need them: modules whose import takes a rank longer than those tests do."""
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would the ranks
 
@@ -46,12 +52,11 @@ def on_mesh(mesh, config, fn, args):
 def pools(request):
     """Pools of ranks by (number of ranks, backend), started when first asked for.
 
-    Importing diffusers or transformers takes every rank as long as most of the tests that need them. So the fork server
-    does it, as it does for the command line, if any such test is to run.
+    The fork server imports what the tests that are to run need, once for all ranks, as it does for the command line.
     """
     started: dict[tuple[int, str], Ranks] = {}
     folders = {part for item in request.session.items for part in item.path.parts}
-    modules = [module for folder, module in PRELOADED.items() if folder in folders]
+    modules = [module for folder in PRELOADED if folder in folders for module in PRELOADED[folder]]
 
     def get(size: int, backend: str) -> Ranks:
         ranks = started.get((size, backend))
