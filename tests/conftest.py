@@ -28,11 +28,14 @@ glm4 glm4_moe gpt2 gpt_bigcode gpt_neo gpt_neox gpt_oss gptj granite helium llam
 mpt mt5 nemotron olmo olmo2 olmo3 olmoe opt phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe roberta seed_oss siglip
 smollm3 stablelm starcoder2 t5 umt5 vit xglm
 """
+COMPILER = ["torch._dynamo", "torch._functorch.aot_autograd"]
 PRELOADED = {
-    "diffusers": ["diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl"],
+    "test_compile": COMPILER,
+    "test_shm_ecosystem": COMPILER,
+    "diffusers": ["diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl", *COMPILER],
     "transformers": [f"transformers.models.{kind}.modeling_{kind}" for kind in KINDS.split()],
 }
-"""By the folder of the tests that need them: modules whose import takes a rank longer than those tests do."""
+"""By the folder or module of the tests that need them: modules whose import takes a rank longer than those tests do."""
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would the ranks
 
@@ -55,13 +58,13 @@ def pools(request):
     The fork server imports what the tests that are to run need, once for all ranks, as it does for the command line.
     """
     started: dict[tuple[int, str], Ranks] = {}
-    folders = {part for item in request.session.items for part in item.path.parts}
-    modules = [module for folder in PRELOADED if folder in folders for module in PRELOADED[folder]]
+    parts = {part for item in request.session.items for part in (*item.path.parts, item.path.stem)}
+    modules = dict.fromkeys(module for part in PRELOADED if part in parts for module in PRELOADED[part])
 
     def get(size: int, backend: str) -> Ranks:
         ranks = started.get((size, backend))
         if ranks is None or not ranks.alive:
-            starter.server(environment.shared(Settings(mc.ParallelConfig(dp=size))), modules)
+            starter.server(environment.shared(Settings(mc.ParallelConfig(dp=size))), [*modules])
             ranks = started[size, backend] = Ranks(mc.ParallelConfig(dp=size), backend=backend, timeout=30, check=True)
         return ranks
 
