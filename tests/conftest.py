@@ -8,6 +8,7 @@ import cloudpickle
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else every rank that compiles starts processes for it
 
 import multicard as mc
 from multicard.launch import Ranks
@@ -31,6 +32,7 @@ smollm3 stablelm starcoder2 t5 umt5 vit xglm
 COMPILER = ["torch._dynamo", "torch._functorch.aot_autograd"]
 PRELOADED = {
     "test_compile": COMPILER,
+    "test_memory": COMPILER,
     "test_shm_ecosystem": COMPILER,
     "diffusers": ["diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl", *COMPILER],
     "transformers": [f"transformers.models.{kind}.modeling_{kind}" for kind in KINDS.split()],
