@@ -8,7 +8,6 @@ import cloudpickle
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else every rank that compiles starts processes for it
 
 import multicard as mc
 from multicard.launch import Ranks
