@@ -11,6 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import multicard as mc
 from multicard.launch import Ranks
+from multicard.ranks import environment, starter
+from multicard.ranks.settings import Settings
 
 SLOW = """
 test_check test_compile test_diffusion test_disagreements test_docs test_ends test_examples test_families test_faults
@@ -19,6 +21,22 @@ test_loading test_logs test_long_context test_memory test_model_seams test_model
 test_shm_ecosystem test_shm_faults test_shm_stress test_smollm2 test_start test_support
 """
 """Modules that start processes of their own, compile, or run whole models: `make test-fast` leaves them out."""
+
+KINDS = """
+albert bert bloom clip cohere cohere2 deepseek_v2 deepseek_v3 dinov2 distilbert electra falcon gemma gemma2 gemma3 glm
+glm4 glm4_moe gpt2 gpt_bigcode gpt_neo gpt_neox gpt_oss gptj granite helium llama llama4 ministral mistral mixtral mpnet
+mpt mt5 nemotron olmo olmo2 olmo3 olmoe opt phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe roberta seed_oss siglip
+smollm3 stablelm starcoder2 t5 umt5 vit xglm
+"""
+COMPILER = ["torch._dynamo", "torch._functorch.aot_autograd"]
+PRELOADED = {
+    "test_compile": COMPILER,
+    "test_memory": COMPILER,
+    "test_shm_ecosystem": COMPILER,
+    "diffusers": ["diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl", *COMPILER],
+    "transformers": [f"transformers.models.{kind}.modeling_{kind}" for kind in KINDS.split()],
+}
+"""By the folder or module of the tests that need them: modules whose import takes a rank longer than those tests do."""
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would the ranks
 
@@ -35,13 +53,19 @@ def on_mesh(mesh, config, fn, args):
 
 
 @pytest.fixture(scope="session")
-def pools():
-    """Pools of ranks by (number of ranks, backend), started when first asked for."""
+def pools(request):
+    """Pools of ranks by (number of ranks, backend), started when first asked for.
+
+    The fork server imports what the tests that are to run need, once for all ranks, as it does for the command line.
+    """
     started: dict[tuple[int, str], Ranks] = {}
+    parts = {part for item in request.session.items for part in (*item.path.parts, item.path.stem)}
+    modules = dict.fromkeys(module for part in PRELOADED if part in parts for module in PRELOADED[part])
 
     def get(size: int, backend: str) -> Ranks:
         ranks = started.get((size, backend))
         if ranks is None or not ranks.alive:
+            starter.server(environment.shared(Settings(mc.ParallelConfig(dp=size))), [*modules])
             ranks = started[size, backend] = Ranks(mc.ParallelConfig(dp=size), backend=backend, timeout=30, check=True)
         return ranks
 

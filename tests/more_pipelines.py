@@ -180,6 +180,7 @@ def hidream():
     )  # fmt: skip
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     pipe = diffusers.HiDreamImagePipeline(scheduler, tiny_vae(), *(None,) * 8, transformer)
+    pipe.default_sample_size = 8  # every picture is scaled to this size: 4096 tokens otherwise
     return pipe, {
         **SQUARE, "prompt_embeds_t5": embeds(1, 9, 32), "prompt_embeds_llama3": embeds(2, 1, 9, 16),
         "negative_prompt_embeds_t5": NEGATIVE, "negative_prompt_embeds_llama3": embeds(2, 1, 9, 16, seed=2),

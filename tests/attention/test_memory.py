@@ -6,7 +6,7 @@ import torch
 
 from multicard import attention
 
-ROWS, HEADS, DIM, RANKS = 4096, 1, 64, 4  # 16384 positions on four ranks
+ROWS, HEADS, DIM, RANKS = 2048, 1, 64, 4  # 8192 positions on four ranks
 BLOCK = ROWS * HEADS * DIM * 4
 
 

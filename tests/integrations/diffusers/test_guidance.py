@@ -152,23 +152,27 @@ RULES = [
 ]  # fmt: skip
 
 
-def errors_of_rules(mesh):
+@pytest.fixture(scope="module")
+def alone():
+    """By rule and batch, what one process has."""
+    cases = [(rule, batch) for rule in RULES for batch in ((1,) if rule is casts_and_slices else (1, 3))]
+    return {(rule, batch): sample(scripted(), {"rule": rule, "batch": batch}) for rule, batch in cases}
+
+
+def errors_of_rules(mesh, alone):
     """For every rule and batch: the largest error of two runs, and whether the runs end bitwise the same everywhere."""
     errors = {}
-    for rule in RULES:
-        for batch in (1,) if rule is casts_and_slices else (1, 3):
-            arguments = {"rule": rule, "batch": batch}
-            expected = sample(scripted(), arguments)
-            pipe = mc.parallelize(scripted(), mesh)
-            runs = [sample(pipe, arguments) for _ in range(2)]
-            scale = expected.abs().max()
-            errors[rule.__name__, batch] = (max(float((run - expected).abs().max() / scale) for run in runs), runs)
+    for (rule, batch), expected in alone.items():
+        pipe = mc.parallelize(scripted(), mesh)
+        runs = [sample(pipe, {"rule": rule, "batch": batch}) for _ in range(2)]
+        scale = expected.abs().max()
+        errors[rule.__name__, batch] = (max(float((run - expected).abs().max() / scale) for run in runs), runs)
     return errors
 
 
 @pytest.mark.parametrize("cfg", [pytest.param(2, marks=pytest.mark.seam), 3])
-def test_exact_whatever_the_pipeline_does(run_on, cfg):
-    by_rank = run_on(errors_of_rules, cfg=cfg)
+def test_exact_whatever_the_pipeline_does(run_on, alone, cfg):
+    by_rank = run_on(errors_of_rules, alone, cfg=cfg)
     wrong = {case: error for case, (error, _) in by_rank[0].items() if not error < 1e-5}
     differ = [
         case
