@@ -283,7 +283,7 @@ def test_a_shard_that_does_not_fit_names_the_degree_that_would(run_on, checkpoin
     messages = run_on(free_memory_of, folder, int(size * 0.4), tp=2)
     assert messages[0] == messages[1]
     assert re.search(r"a shard takes .* GiB at tp=2 .* tp=3 would fit; dtype='bfloat16' takes half", messages[0])
-    assert "none up to tp=6 would here" in run_on(free_memory_of, folder, 1000, tp=2)[0]
+    assert "no degree up to tp=6 would fit here" in run_on(free_memory_of, folder, 1000, tp=2)[0]
 
 
 # The command line

@@ -39,6 +39,11 @@ def generate(
 
     class Asked(LLM):
         def _before_loading(self) -> None:
+            if self.engine != "multicard":
+                print(
+                    f"{model}: not an architecture of multicard's own decoder, so it runs on {self.engine}",
+                    file=sys.stderr,
+                )
             self._request(texts, max_new_tokens, Sampling(temperature, top_k, top_p, seed), ignore_eos, raw)
 
     asked: dict[str, Any] = {
@@ -51,10 +56,6 @@ def generate(
         "raw": raw,
     }
     with Asked(model, dtype=dtype, verify=verify, **degrees, **ranks) as llm:
-        if llm.engine != "multicard":
-            print(
-                f"{model}: not an architecture of multicard's own decoder, so it runs on {llm.engine}", file=sys.stderr
-            )
         live = sys.stdout.isatty() and not as_json and not place.in_job()
         if live and len(prompts) == 1 and llm.tokenizer is not None:
             for piece in llm.stream(texts[0], **asked):

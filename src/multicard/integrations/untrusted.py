@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 IMPLEMENTATIONS = {"attn_implementation", "experts_implementation"}
 """Settings that name the code of a kind of layer. transformers takes a name with a slash for a package of the hub."""
+SPELLED = re.compile(rf"_?({'|'.join(IMPLEMENTATIONS)})(_internal)?")
 COUNTS = re.compile(r".*(layers|blocks|depth|experts)\w*")
 MOST_MODULES, LARGEST = 4096, 1 << 40
 
@@ -34,7 +35,7 @@ def read_config(folder: pathlib.Path, name: str = "config.json") -> dict[str, An
 
 def _check(raw: dict[str, Any], where: pathlib.Path) -> None:
     for key, value in raw.items():
-        if key.strip("_").removesuffix("_internal") in IMPLEMENTATIONS and "/" in str(value):
+        if SPELLED.fullmatch(key) and "/" in str(value):
             raise UnsupportedError(f"{where}: {key}={value!r} is code from the hub, which a checkpoint can't ask for")
         most = MOST_MODULES if COUNTS.fullmatch(key) else LARGEST
         for each in value if isinstance(value, list) else [value]:

@@ -20,7 +20,7 @@ def test_every_position_is_held_once_and_in_rising_order(ranks, lengths):
     cache = ShardedCache(Axis("sequence", 0, 1))
     cache.axis = axis = dataclasses.replace(cache.axis, size=ranks)
     for length in lengths:
-        cache.begin(Chunk.of(cache.length, length, axis))
+        cache.chunk = Chunk.of(cache.length, length, axis)
         cache.end()
     held = [[position for span in spans for position in span] for spans in cache.spans()]
     assert cache.length == sum(lengths)
