@@ -48,12 +48,7 @@ def _check(raw: dict[str, Any], where: pathlib.Path) -> None:
 def choose_implementations(config: PreTrainedConfig, chosen: Mapping[str, Any]) -> None:
     """Take the code of its layers from the caller's choice, or else from transformers' own, never from the file."""
     for name in IMPLEMENTATIONS:
-        setattr(config, f"_{name}_internal", chosen.get(name))
-    for sub in (getattr(config, name, None) for name in config.sub_configs):
-        if sub is not None:
-            choose_implementations(sub, {})
-    for name in IMPLEMENTATIONS & chosen.keys():
-        setattr(config, f"_{name}", chosen[name])  # of the models inside it too
+        setattr(config, f"_{name}", chosen.get(name))  # and so those of the configs inside it
 
 
 @contextlib.contextmanager
