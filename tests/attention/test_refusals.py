@@ -22,7 +22,7 @@ KEEP = torch.ones(2, 6, dtype=torch.bool)
         ({"joint": (Q, KV, KV), "joint_position": "middle"}, r"joint_position='middle': must be one of front, rear"),
         ({"seq_len": 7}, r"seq_len=7 .* 7 positions, and it holds 6"),
         ({"kv_seq_len": 5}, r"kv_seq_len=5 .* 5 positions, and it holds 6"),
-        ({"replicated_kv": True, "kv_seq_len": 9}, r"kv_seq_len=9, but k holds 6"),
+        ({"replicated_kv": True, "kv_seq_len": 9}, r"kv_seq_len=9, but k has 6"),
         ({"key_mask": KEEP.float()}, r"key_mask .* must be bool \(2, 6\)"),
         ({"key_mask": KEEP[:1]}, r"key_mask has shape \(1, 6\)"),
         ({"mask": KEEP}, r"mask has shape \(2, 6\): must be \(batch\|1, heads\|1, local rows, all keys\)"),

@@ -85,7 +85,7 @@ def test_a_head_that_multiplies_in_its_own_way_stays_whole(run_on):
     ("name", "spoil", "why"),
     [
         ("llama", with_a_scaled_projection, r"down_proj is a Scaled, not a plain linear layer"),
-        ("llama", with_a_norm_over_all_heads, r"its part 'sub_norm' \(L2Norm"),
+        ("llama", with_a_norm_over_all_heads, r"its child 'sub_norm' \(L2Norm"),
         ("biogpt", as_it_is, r"9 query heads of \[8\] features and 3 key/value heads of \[24\]"),
     ],
     ids=["a projection", "a norm", "a number of heads"],

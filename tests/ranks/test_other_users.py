@@ -99,7 +99,8 @@ def folder():
     with tempfile.TemporaryDirectory() as made:
         path = pathlib.Path(made)
         path.chmod(0o755)
-        tiny_decoders.write(path, "llama-7-heads")
+        for file in tiny_decoders.write(path, "llama-7-heads")[0].iterdir():
+            file.chmod(0o644)
         yield path
 
 
