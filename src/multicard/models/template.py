@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import select
 import signal
 import subprocess
 import sys
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from multiprocessing import connection
 from typing import Any
 
 from multicard.errors import CheckpointError, ConfigError
@@ -85,13 +85,13 @@ class _Renderer:
             try:
                 process.stdin.write(request.encode() + b"\n")
                 process.stdin.flush()
-                if _ready(process.stdout.fileno()):
+                if connection.wait([process.stdout.fileno()], PATIENCE):
                     line = process.stdout.readline()
             except BrokenPipeError:
                 pass
             if line.endswith(b"\n"):
                 return json.loads(line)
-            if _ready(process.stdout.fileno(), 0):
+            if connection.wait([process.stdout.fileno()], 0):
                 process.wait()
                 why = _end(process.returncode)
             process.kill()
@@ -122,12 +122,6 @@ def _stop(process: subprocess.Popen[bytes], owner: int) -> None:
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
                 pipe.close()
-
-
-def _ready(fd: int, seconds: float = PATIENCE) -> bool:
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return bool(poll.poll(seconds * 1000))
 
 
 def _end(code: int) -> str:

@@ -31,9 +31,9 @@ def reap(keep: Collection[int]) -> None:
     """Wait for this process's children that have ended but for ``keep``; without any to keep, end the others first."""
     if not keep:
         kill_descendants(os.getpid())
-    with contextlib.suppress(ChildProcessError):
-        while not keep:
-            os.waitpid(-1, 0)
+        with contextlib.suppress(ChildProcessError):
+            while True:  # what the ended ones had started too: it becomes this process's
+                os.waitpid(-1, 0)
     for child in psutil.Process().children():
         if child.pid not in keep:
             with contextlib.suppress(ChildProcessError):

@@ -85,7 +85,7 @@ class PipelineFolder:
             wanted["dtype" if _takes_dtype(diffusers) else "torch_dtype"] = self.dtype
         failure: MulticardError | None = None
         try:
-            with offline():
+            with offline(), blamed_on(f"{self.path}: diffusers can't load it"):
                 pipe = diffusers.DiffusionPipeline.from_pretrained(
                     str(self.path),
                     use_safetensors=True,
@@ -97,8 +97,6 @@ class PipelineFolder:
                 )
         except MulticardError as error:
             failure = error
-        except Exception as error:
-            failure = CheckpointError(f"{self.path}: diffusers can't load it ({type(error).__name__}: {_line(error)})")
         agree(failure, mesh.world, mesh.device)
         return parallelize(pipe, mesh).to(mesh.device)
 
@@ -241,10 +239,6 @@ def _check_plans(folder: pathlib.Path, name: str, degrees: ParallelConfig) -> No
         tensor_changes(model, Axis("tp", 0, degrees.tp))
     if degrees.ring * degrees.ulysses > 1:
         check_sequence(model, sequence_plan(model))
-
-
-def _line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "")
 
 
 def _takes_dtype(diffusers: Any) -> bool:
