@@ -218,8 +218,10 @@ class Children:
         """This host's failure, which is reported to the others, or the failure on another host that caused it."""
         if self._neighbours is None:
             return first
-        if first.kind != failure.OWN and (elsewhere := self._neighbours.await_failure(patience.STORE_CAUSE)):
-            return elsewhere
+        if first.kind != failure.OWN:
+            broke = first.moment if first.kind == failure.CONSEQUENCE else None
+            if (elsewhere := self._neighbours.await_failure(patience.STORE_CAUSE, broke)) is not None:
+                return elsewhere
         self._neighbours.tell(first.error)
         return first
 

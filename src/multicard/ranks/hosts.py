@@ -50,7 +50,7 @@ class Neighbours:
 
         self._hosts, self._ranks = hosts, ranks
         self._signs: dict[int, tuple[int, float]] = {}  # each other host's number, and when it last changed
-        self._store_is_gone = False
+        self._connected = self._store_is_gone = False
         self._start_timeout = self._limit = start_timeout
         self._timeout = timeout
         self._heard = time.monotonic()
@@ -76,21 +76,31 @@ class Neighbours:
             return Failure(0, OWN, now, error)
         return self.lost(self._timeout)
 
-    def lost(self, seconds: float) -> Failure | None:
-        """A host without a sign of life for so long, or host 0 once its store has closed."""
+    def lost(self, seconds: float, broke: float | None = None) -> Failure | None:
+        """A host without a sign of life for so long: host 0 where its store is closed or doesn't answer.
+
+        ``broke``: when a connection between ranks broke. From then on a host that has given no sign yet counts too:
+        ranks may meet before their parents, which repeat an early connection at growing intervals.
+        """
         now = time.monotonic()
-        if self._all_done.is_set():
+        if self._all_done.is_set() or not (self._connected or broke):
             return None
-        gone = [index for index, (_, moment) in self._signs.items() if now - moment > seconds]
+        others = [index for index in range(self._hosts.count) if index != self._hosts.index]
+        last = {index: self._signs.get(index, (0, broke or now))[1] for index in others}
+        silent = {index: now - moment for index, moment in last.items() if now - moment > seconds}
+        unanswered = now - (self._heard if self._connected else broke or now)
         if self._store_is_gone:
-            gone, why = [0], "has closed the job's store"
-        elif gone and now - self._heard < seconds:
-            why = f"has given no sign of life for {now - self._signs[gone[0]][1]:.1f} s"
+            index, why = 0, "has closed the job's store"
+        elif unanswered > seconds:
+            index, why = 0, f"has not answered for {unanswered:.1f} s"
+        elif silent:
+            index = min(silent)
+            why = f"has given no sign of life for {silent[index]:.1f} s"
         else:
             return None
-        rank = gone[0] * self._ranks
+        rank = index * self._ranks
         error = RankError(
-            f"host {gone[0]} (ranks {rank} to {rank + self._ranks - 1}) {why}: multicard was killed there, or the link "
+            f"host {index} (ranks {rank} to {rank + self._ranks - 1}) {why}: multicard was killed there, or the link "
             "is cut",
             rank=rank,
         )
@@ -105,10 +115,10 @@ class Neighbours:
         if self._hosts.index == 0:  # the store ends with this process: let the others read it first
             time.sleep(patience.STORE_NEWS)
 
-    def await_failure(self, seconds: float) -> Failure | None:
+    def await_failure(self, seconds: float, broke: float | None) -> Failure | None:
         """The failure or the loss of another host, once it is known; None if ``seconds`` have passed."""
         deadline = time.monotonic() + seconds
-        while (found := self.failure or self.lost(patience.STORE_LOST)) is None and time.monotonic() < deadline:
+        while (found := self.failure or self.lost(patience.STORE_LOST, broke)) is None and time.monotonic() < deadline:
             time.sleep(patience.STORE / 10)
         return found
 
@@ -129,11 +139,12 @@ class Neighbours:
             store = dist.TCPStore(
                 self._hosts.address, self._hosts.port, is_master=False, wait_for_workers=False, timeout=limit
             )
+            self._connected, self._heard = True, time.monotonic()
             self._exchange(store)
         except Exception:  # the connection is lost; ``failure`` notices the silence
             if self._finished.is_set():  # host 0 closes the store when all are done
                 self._all_done.set()
-            self._store_is_gone = bool(self._signs)
+            self._store_is_gone = self._connected
 
     def _exchange(self, store: Any) -> None:
         """Write this host's failure and read the others', until a host fails or all are done."""
