@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import os
 import pathlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from multicard.errors import CheckpointError, ConfigError, MulticardError, Unsup
 from multicard.extras import command, has
 from multicard.mesh import ParallelMesh
 from multicard.models import generate as decoding
+from multicard.models.compiled import Compilation, why_not
 from multicard.models.generate import Request
 from multicard.models.load import check_folder, load_decoder
 from multicard.models.sampling import Sampling
@@ -26,6 +28,8 @@ from multicard.replica import Replica
 from multicard.session import Session
 from multicard.weights import LoadReport
 from multicard.weights.folder import folder_path, parse_dtype
+
+LOG = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Text, token ids, or chat messages (``{"role": ..., "content": ...}``)."""
@@ -63,13 +67,16 @@ class LLM(Session):
         ring, ulysses: ranks that share the sequence and its cache.
         dp: replicas, over which a list of prompts is divided.
         dtype: "auto" (the checkpoint's), "float32", "bfloat16", "float16".
+        compile: the decode step of single prompts on CPUs; our own decoder's only. "auto": beside the first answers, if
+            there is a C++ compiler, for this and later runs; True: before the first answer; False: not at all.
         verify: compare the files with SHA256SUMS in their folder first.
         progress: show a bar on standard error while loading; None: only on a terminal.
         options: how ranks are started, as for :func:`multicard.launch`.
 
     Raises:
         ConfigError, UnsupportedError, CheckpointError: before a rank starts, if the folder and the degrees show it;
-            ConfigError if a shard doesn't fit in memory, naming a degree at which it would.
+            ConfigError if a shard doesn't fit in memory, naming a degree at which it would, or if compile=True isn't
+            possible here.
     """
 
     def __init__(
@@ -81,14 +88,18 @@ class LLM(Session):
         ulysses: int = 1,
         dp: int = 1,
         dtype: str | torch.dtype = "auto",
+        compile: bool | str = "auto",
         verify: bool = False,
         progress: bool | None = None,
         **options: Unpack[Options],
     ) -> None:
         degrees = ParallelConfig(tp=tp, ring=ring, ulysses=ulysses, dp=dp)
         self.path = folder_path(path)
-        loading = (str(self.path), parse_dtype(dtype), verify)
+        _check_compile(compile)
+        loading = (str(self.path), parse_dtype(dtype), verify, compile)
         self.config, self.engine = _check_folder(self.path, degrees)
+        if compile is True and self.engine != "multicard":
+            raise UnsupportedError(f"compile=True for a model that {self.engine} runs: only our own decoder is compiled")
         self.tokenizer = Tokenizer.from_folder(self.path)
         self._before_loading()
         bar = functools.partial(loading_bar, progress, f"loading {self.path.name} on {degrees}")
@@ -197,6 +208,7 @@ class _Loaded:
     model: Any
     report: LoadReport
     replicas: Replica
+    compilation: Compilation | None
 
 
 def _check_folder(path: pathlib.Path, degrees: ParallelConfig) -> tuple[Any, str]:
@@ -229,19 +241,41 @@ def _check_with_transformers(path: pathlib.Path, degrees: ParallelConfig) -> Any
 
 
 def _load(
-    mesh: ParallelMesh, engine: str, path: str, dtype: torch.dtype | None, verify: bool
+    mesh: ParallelMesh, engine: str, path: str, dtype: torch.dtype | None, verify: bool, compile: bool | str
 ) -> Generator[float, None, _Loaded]:
     replicas = Replica(mesh, whole_mesh=True)
-    replicas.compare("loading an LLM", {"engine": engine, "dtype": dtype, "verify": verify})
-    load: Any = load_decoder
+    replicas.compare("loading an LLM", {"engine": engine, "dtype": dtype, "verify": verify, "compile": compile})
+    compiles = engine == "multicard" and _compiles(mesh, compile)
     if engine == "transformers":
-        from multicard.integrations.transformers.llm import load_decoder as load
-    for step in load(mesh, path, dtype, verify):
+        from multicard.integrations.transformers.llm import load_decoder as load_with_transformers
+
+        steps: Iterator[Any] = load_with_transformers(mesh, path, dtype, verify)
+    else:
+        steps = load_decoder(mesh, path, dtype, verify, reorder=not compiles)
+    for step in steps:
         if isinstance(step, float):
             yield step
         else:
             model, report = step
-    return _Loaded(model, report, replicas)
+    compilation = Compilation(model, path, wait=compile is True) if compiles else None
+    return _Loaded(model, report, replicas, compilation)
+
+
+def _check_compile(compile: object) -> None:
+    if compile not in (True, False, "auto"):
+        raise ConfigError(f"compile={compile!r}: must be True, False or 'auto'")
+
+
+def _compiles(mesh: ParallelMesh, compile: bool | str) -> bool:
+    """Whether this rank compiles; where it can't, ``compile=True`` raises, and "auto" says so on the first rank."""
+    if compile is False:
+        return False
+    obstacle = why_not(mesh.device)
+    if obstacle and compile is True:
+        raise ConfigError(f"compile=True: {obstacle}")
+    if obstacle and mesh.rank == 0:
+        LOG.warning("decoding stays uncompiled, which gives the same tokens but slower: %s", obstacle)
+    return obstacle is None
 
 
 def _report(mesh: ParallelMesh, loaded: _Loaded) -> dict[str, Any]:
@@ -250,13 +284,13 @@ def _report(mesh: ParallelMesh, loaded: _Loaded) -> dict[str, Any]:
 
 def _generate(mesh: ParallelMesh, loaded: _Loaded, request: Request) -> tuple[list[list[int]], dict[str, float]]:
     loaded.replicas.compare("LLM.generate", vars(request))
-    return decoding.answer(loaded.model, mesh, request)
+    return decoding.answer(loaded.model, mesh, request, loaded.compilation)
 
 
 def _stream(mesh: ParallelMesh, loaded: _Loaded, request: Request) -> Iterator[int]:
     # Every data-parallel replica computes the stream: the others have nothing else to do.
     loaded.replicas.compare("LLM.stream", vars(request))
-    for step in decoding.generate(loaded.model, request):
+    for step in decoding.generate(loaded.model, request, loaded.compilation):
         yield step[0]  # type: ignore[misc]
 
 

@@ -24,6 +24,14 @@ def generate(
     seed: Annotated[int, typer.Option(help="The same seed gives the same answer at every degree.")] = 0,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Continue after an end token.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Use no chat template: continue the text itself.")] = False,
+    compile: Annotated[
+        bool | None,
+        typer.Option(
+            help="Compile the decode step before the first answer, or not at all; else beside it, where there is a C++ "
+            "compiler.",
+            show_default=False,
+        ),
+    ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Compare the files with SHA256SUMS first.")] = False,
     dtype: options.Dtype = "auto",
     ranks: dict[str, Any],
@@ -55,7 +63,8 @@ def generate(
         "ignore_eos": ignore_eos,
         "raw": raw,
     }
-    with Asked(model, dtype=dtype, verify=verify, **degrees, **ranks) as llm:
+    compiles = "auto" if compile is None else compile
+    with Asked(model, dtype=dtype, compile=compiles, verify=verify, **degrees, **ranks) as llm:
         live = sys.stdout.isatty() and not as_json and not place.in_job()
         if live and len(prompts) == 1 and llm.tokenizer is not None:
             for piece in llm.stream(texts[0], **asked):

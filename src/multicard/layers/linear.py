@@ -170,10 +170,17 @@ class RowParallelLinear(_ParallelLinear):
         """``(..., this rank's features)``, or all of them, to ``(..., out_features)``, the same on every rank."""
         if self.axis.size == 1:
             return self.multiply(x, self.weight, self.bias)
+        return self.finish(collectives.all_reduce(self.partial(x), self.axis))
+
+    def partial(self, x: Tensor) -> Tensor:
+        """This rank's product ``(..., out_features)``, to be added to the other ranks'. No collective."""
         if not self.input_is_parallel:
             x = Shard(tuple(x.shape), x.dim() - 1, self.spans).take(x)
-        y = collectives.all_reduce(self.multiply(x, self.weight, None), self.axis)
-        return y if self.bias is None else y + self.bias
+        return self.multiply(x, self.weight, None)
+
+    def finish(self, total: Tensor) -> Tensor:
+        """The output, from the sum of all ranks' products."""
+        return total if self.bias is None else total + self.bias
 
 
 def _cat_biases(linears: Sequence[nn.Linear]) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Weights in the order in which the CPU's matrix kernel reads them.
+"""Weights in the order in which the CPU's matrix kernel reads them, for steps that aren't compiled.
 
 Multiplying a single row is as fast as reading the weight. MKL reads a weight in row order, as checkpoints have it, at
 half of the memory bandwidth; a weight reordered into oneDNN's blocks is read at nearly all of it, in float32 and in
@@ -45,7 +45,7 @@ def pack(layer: nn.Module, keep_weight: bool = False) -> bool:
         return False
     if not _can_be_packed(layer.weight):
         return False
-    layer.multiply = _multiply
+    layer.multiply = multiply
     if not keep_weight:
         layer.weight = _reordered(layer.weight)
     return not keep_weight
@@ -85,7 +85,7 @@ def pack_tied(embedding: VocabParallelEmbedding, head: ParallelLMHead) -> bool:
     blocks = _blocks(packed, weight)
     if blocks is None:
         return pack(head, keep_weight=True)
-    head.multiply, head.weight = _multiply, packed
+    head.multiply, head.weight = multiply, packed
     embedding.lookup, embedding.weight = BlockedRows(blocks, weight.shape[1]), packed
     return True
 
@@ -129,5 +129,6 @@ def _reordered(weight: Tensor) -> nn.Parameter:
     return sharded(torch.ops.mkldnn._reorder_linear_weight(weight.detach()), shard_of(weight))
 
 
-def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x Aᵀ + b`` by oneDNN; a weight in row order is reordered in each call."""
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")

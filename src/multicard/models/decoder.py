@@ -77,15 +77,19 @@ class ParallelAttention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache, layer: int) -> Tensor:
         """``(batch, tokens, hidden)``, the same on every rank, to the same."""
         batch, tokens, _ = x.shape
+        return self.o_proj(cache.attend(layer, *self.project(x, cos, sin)).reshape(batch, tokens, -1))
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values ``(batch, tokens, this rank's heads, head_dim)``, rotated. No collective."""
+        batch, tokens, _ = x.shape
         q_heads, k_heads, _ = self.local
         qkv = self.qkv_proj(x).view(batch, tokens, -1, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k, v = qkv.split(self.local, dim=2)
-            q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        else:
-            both, v = qkv.split((q_heads + k_heads, k_heads), dim=2)
-            q, k = rotate(both, cos, sin).split((q_heads, k_heads), dim=2)
-        return self.o_proj(cache.attend(layer, q, k, v).reshape(batch, tokens, -1))
+            return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v
+        both, v = qkv.split((q_heads + k_heads, k_heads), dim=2)
+        q, k = rotate(both, cos, sin).split((q_heads, k_heads), dim=2)
+        return q, k, v
 
 
 class ParallelMLP(nn.Module):
@@ -111,8 +115,12 @@ class ParallelMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., hidden)``, the same on every rank, to the same."""
+        return self.down_proj(self.widen(x))
+
+    def widen(self, x: Tensor) -> Tensor:
+        """``(..., hidden)`` to ``(..., this rank's intermediate size)``. No collective."""
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate).mul_(up))
+        return F.silu(gate).mul_(up)
 
 
 class ParallelTransformerLayer(nn.Module):

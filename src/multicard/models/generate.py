@@ -12,6 +12,7 @@ from multicard import collectives, partition
 from multicard.errors import ConfigError, UnsupportedError
 from multicard.layers.head import GatherLastDim
 from multicard.mesh import ParallelMesh
+from multicard.models.compiled import Compilation
 from multicard.models.config import DecoderConfig
 from multicard.models.decoder import ParallelTransformer
 from multicard.models.sampling import Sampling, choose
@@ -61,7 +62,9 @@ class Request:
                 )
 
 
-def generate(model: ParallelTransformer, request: Request) -> Iterator[list[int | None]]:
+def generate(
+    model: ParallelTransformer, request: Request, compilation: Compilation | None = None
+) -> Iterator[list[int | None]]:
     """At each step, every prompt's new token, or None if its answer has ended.
 
     An answer ends at a stop id, at ``max_new_tokens``, or at the end of the model's context; the generator ends with
@@ -78,23 +81,25 @@ def generate(model: ParallelTransformer, request: Request) -> Iterator[list[int 
     rows = range(request.first, request.first + len(request.prompts))
     vocabulary = model.lm_head.vocabulary
     running = [True] * len(rows)
-    for step in range(max(room)):
+    for number in range(max(room)):
         with torch.inference_mode():
-            logits = model(ids, cache)[:, -1]
-            ids = choose(logits, model.mesh.tp, vocabulary, request.sampling, rows, step)[:, None]
+            # Compiling waits for the first token, and a batch is computed by the model itself.
+            step = compilation.step() if compilation and number and len(rows) == 1 else None
+            logits = (step or model)(ids, cache)[:, -1]
+            ids = choose(logits, model.mesh.tp, vocabulary, request.sampling, rows, number)[:, None]
             ids = collectives.broadcast(
                 ids, model.mesh.sequence
             )  # each has chosen the same; the broadcast guarantees it
         tokens = ids[:, 0].tolist()
         yield [token if alive else None for token, alive in zip(tokens, running, strict=True)]
         for row, token in enumerate(tokens):
-            running[row] = running[row] and token not in request.stop and step + 1 < room[row]
+            running[row] = running[row] and token not in request.stop and number + 1 < room[row]
         if not any(running):
             return
 
 
 def answer(
-    model: ParallelTransformer, mesh: ParallelMesh, request: Request
+    model: ParallelTransformer, mesh: ParallelMesh, request: Request, compilation: Compilation | None = None
 ) -> tuple[list[list[int]], dict[str, float]]:
     """Every prompt's new tokens, on every rank, and timings; each data-parallel replica answers some of the prompts."""
     mine = partition.split(len(request.prompts), mesh.dp.size)[mesh.dp.rank]
@@ -102,7 +107,7 @@ def answer(
     tokens: list[list[int]] = [[] for _ in mine]
     begin = time.perf_counter()
     first, steps = begin, 0
-    for step in generate(model, part):
+    for step in generate(model, part, compilation):
         steps += 1
         if steps == 1:
             first = time.perf_counter()

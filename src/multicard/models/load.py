@@ -13,6 +13,9 @@ from multicard import mesh as meshes
 from multicard.axis import Axis
 from multicard.config import ParallelConfig
 from multicard.errors import ConfigError, MulticardError
+from multicard.layers import rows
+from multicard.layers.head import ParallelLMHead
+from multicard.layers.linear import ColumnParallelLinear, RowParallelLinear
 from multicard.layers.packed import pack, pack_tied
 from multicard.mesh import ParallelMesh
 from multicard.models.config import DecoderConfig
@@ -43,15 +46,20 @@ def check_folder(folder: str | os.PathLike[str], degrees: ParallelConfig) -> Dec
 
 
 def load_decoder(
-    mesh: ParallelMesh, folder: str | os.PathLike[str], dtype: torch.dtype | None = None, checksums: bool = False
+    mesh: ParallelMesh,
+    folder: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    checksums: bool = False,
+    reorder: bool = True,
 ) -> Iterator[float | tuple[ParallelTransformer, LoadReport]]:
     """This rank's part of the decoder in ``folder``. Yields the fraction done, then the model and the report.
 
-    Every rank yields equally often. On the CPU, weights are reordered for its matrix kernel as they are read.
+    Every rank yields equally often.
 
     Args:
         dtype: None: the checkpoint's.
         checksums: first compare the files with the folder's SHA256SUMS; the files are divided over the ranks.
+        reorder: on the CPU, reorder weights for its matrix kernel as they are read; compiled steps can't read those.
 
     Raises:
         CheckpointError, ConfigError: the same on every rank; ConfigError if a shard doesn't fit in memory.
@@ -72,7 +80,7 @@ def load_decoder(
         lambda checkpoint: source_of,
         ignored=functools.partial(is_ignored, config),
         checksums=checksums,
-        finish=functools.partial(_reorder, model),
+        finish=functools.partial(_reorder, model) if reorder else _in_row_order,
     ):
         yield (model, done) if isinstance(done, LoadReport) else done
 
@@ -83,6 +91,13 @@ def _reorder(model: ParallelTransformer, module: torch.nn.Module) -> int:
         size = model.lm_head.weight.nbytes
         return size if pack_tied(model.embed_tokens, model.lm_head) else 0
     pack(module)
+    return 0
+
+
+def _in_row_order(module: torch.nn.Module) -> int:
+    if isinstance(module, ColumnParallelLinear | RowParallelLinear | ParallelLMHead):
+        if module.weight.device.type == "cpu":
+            module.multiply = rows.multiply
     return 0
 
 

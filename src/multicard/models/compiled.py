@@ -1,0 +1,159 @@
+"""A compiled decode step: stages of machine code, with reads of the cache and all-reduces between them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from multicard import collectives
+from multicard.errors import ConfigError, MulticardError
+from multicard.models import artifacts, stages
+from multicard.models.decoder import Cache, ParallelTransformer
+
+LOG = logging.getLogger(__name__)
+LOOK = 0.25  # seconds between two looks for what another process compiles
+IDLE = 19  # the compiler's niceness while ranks answer: it takes the time that they leave
+LINES = 20  # of what a failed compiler has said
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why no step can be compiled for ``device`` here; None if it can."""
+    if device.type != "cpu":
+        return f"compiled decode steps are for CPUs so far, not for {device.type}"
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        return f"there is no C++ compiler ({compiler}): install g++, or set CXX"
+    try:
+        artifacts.cache_folder()
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+class CompiledStep:
+    """The model's step for a single sequence and token, with the interface of the model itself.
+
+    Args:
+        model: its parameters are used where they are.
+        runners: for each stage what runs its compiled code, ``(weights, state, cos, sin)`` in a flat list.
+    """
+
+    def __init__(self, model: ParallelTransformer, runners: dict[str, Callable[[list[Tensor]], list[Tensor]]]) -> None:
+        self._model = model
+        self._stages = [(runners[s.name], stages.weights_of(s), s.exchange) for s in stages.stages_of(model)]
+
+    def __call__(self, ids: Tensor, cache: Cache) -> Tensor:
+        """``(1, 1)`` ids to ``(1, 1, this rank's vocabulary)``."""
+        model, layer = self._model, 0
+        ids, positions = cache.advance(ids)
+        cos, sin = model.rope(positions, cache.length)
+        y = model.embed_tokens(ids)
+        x = torch.zeros_like(y)
+        for run, weights, exchange in self._stages:
+            x, *found = run([*weights, x, y, cos, sin])
+            if exchange == "attend":
+                y = cache.attend(layer, *found).reshape(1, 1, -1)
+                layer += 1
+            else:
+                (y,) = found
+                if exchange == "sum":
+                    y = collectives.all_reduce(y, model.mesh.tp)
+        return y
+
+
+class Compilation:
+    """A model's compiled step, as soon as there is one: from the disk, or from a process of little priority.
+
+    Args:
+        model: whose.
+        checkpoint: its folder.
+        wait: compile now, rather than beside the first answers.
+
+    Raises:
+        MulticardError: with ``wait``, the compiler failed.
+    """
+
+    def __init__(self, model: ParallelTransformer, checkpoint: str, wait: bool) -> None:
+        self._model, self._checkpoint = model, checkpoint
+        self._folder = artifacts.folder_of(model)
+        self._names = [stage.name for stage in stages.different(model)]
+        self._nice = 0 if wait else IDLE
+        self._process: subprocess.Popen[str] | None = None
+        self._step: CompiledStep | None = None
+        self._failure: str | None = None
+        self._looked = -LOOK
+        while wait and self.step() is None:
+            if self._failure is not None:
+                raise MulticardError(f"the decode step could not be compiled; compile=False needs none: {self._failure}")
+            time.sleep(LOOK)
+
+    def step(self) -> CompiledStep | None:
+        """The compiled step; None while it is being compiled, here or by another rank with the same shapes."""
+        if self._step is None and self._failure is None and time.monotonic() >= self._looked + LOOK:
+            self._looked = time.monotonic()
+            if not artifacts.missing(self._folder, self._names):
+                paths = {name: artifacts.path_of(self._folder, name) for name in self._names}
+                self._step = CompiledStep(self._model, {name: _runner(path) for name, path in paths.items()})
+            elif self._process is None:
+                self._process = self._start()
+            elif self._process.poll() is not None:
+                self._failure = self._said() or f"the compiler ended with code {self._process.returncode}"
+                LOG.warning("decoding stays uncompiled: %s", self._failure)
+        return self._step
+
+    def _start(self) -> subprocess.Popen[str] | None:
+        """A process that compiles what is missing; None if another rank has started one."""
+        lock = artifacts.lock(self._folder)
+        if lock is None:
+            return None
+        tp = self._model.mesh.tp
+        asked = {
+            "target": str(self._folder),
+            "checkpoint": self._checkpoint,
+            "rank": tp.rank,
+            "size": tp.size,
+            "dtype": str(self._model.dtype).removeprefix("torch."),
+            "nice": self._nice,
+        }
+        own = {
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),  # the code has its number of threads built in
+            "TORCHINDUCTOR_CACHE_DIR": str(self._folder.parent / "inductor"),
+        }
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  read when the process has ended
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "multicard.models.compiler"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=self._errors,
+                text=True,
+                env=os.environ | own,
+                pass_fds=[lock],  # it holds the lock until it ends
+            )
+        finally:
+            os.close(lock)
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(asked) + "\n")  # and stays open: the process ends with this one
+        process.stdin.flush()
+        return process
+
+    def _said(self) -> str:
+        self._errors.seek(0)
+        return "\n".join(self._errors.read().strip().splitlines()[-LINES:])
+
+
+def _runner(path: pathlib.Path) -> Callable[[list[Tensor]], list[Tensor]]:
+    # aoti_load_package returns the same, after three seconds of imports, with 100 µs more for each call
+    run: Callable[[list[Tensor]], list[Tensor]] = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1).run
+    return run

@@ -1,0 +1,150 @@
+"""A decode step of one sequence as stages: what a rank computes between two exchanges, or reads of the cache.
+
+A stage has no collective, no cache and no shape that changes from token to token, so it can be compiled once, and the
+same code serves all layers: weights are arguments. Its operations are the decoder's own modules.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from multicard.models.decoder import ParallelTransformer, ParallelTransformerLayer
+from multicard.models.rope import Rope
+
+State = tuple[Tensor, ...]
+"""``(x, y)``: the residual stream, and what is to be added to it or was attended to; after :class:`Project`
+``(x, q, k, v)``, after :class:`Head` ``(x, logits)``."""
+
+
+class Project(nn.Module):
+    """Norm and projection to queries, keys and values, rotated. ``bias`` belongs to the sum ``y``."""
+
+    def __init__(self, layer: ParallelTransformerLayer, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.norm, self.attention, self.bias = layer.input_layernorm, layer.self_attn, bias
+
+    def forward(self, state: State, cos: Tensor, sin: Tensor) -> State:
+        x = _add(state, self.bias)
+        return x, *self.attention.project(self.norm(x), cos, sin)
+
+
+class Output(nn.Module):
+    """The attention's output projection: this rank's part of the sum ``y``."""
+
+    def __init__(self, layer: ParallelTransformerLayer) -> None:
+        super().__init__()
+        self.projection = layer.self_attn.o_proj
+
+    def forward(self, state: State, cos: Tensor, sin: Tensor) -> State:
+        x, attended = state
+        return x, self.projection.partial(attended)
+
+
+class FeedForward(nn.Module):
+    """Norm and MLP: this rank's part of the sum. ``bias`` belongs to the attention's output."""
+
+    def __init__(self, layer: ParallelTransformerLayer) -> None:
+        super().__init__()
+        self.norm, self.mlp, self.bias = layer.post_attention_layernorm, layer.mlp, layer.self_attn.o_proj.bias
+
+    def forward(self, state: State, cos: Tensor, sin: Tensor) -> State:
+        x = _add(state, self.bias)
+        return x, self.mlp.down_proj.partial(self.mlp.widen(self.norm(x)))
+
+
+class Head(nn.Module):
+    """Norm and logits of this rank's part of the vocabulary."""
+
+    def __init__(self, model: ParallelTransformer, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.norm, self.head, self.bias = model.norm, model.lm_head, bias
+
+    def forward(self, state: State, cos: Tensor, sin: Tensor) -> State:
+        x = _add(state, self.bias)
+        return x, self.head(self.norm(x))
+
+
+class Stage(nn.Module):
+    """Operations without an exchange in between.
+
+    Attributes:
+        exchange: what follows: "attend" (``q, k, v`` to the attention's output), "sum" (an all-reduce of ``y``), or
+            None at the end.
+        name: its operations; stages of the same name differ in nothing but their weights.
+    """
+
+    def __init__(self, operations: list[nn.Module], exchange: str | None) -> None:
+        super().__init__()
+        self.operations, self.exchange = nn.ModuleList(operations), exchange
+        names = [type(operation).__name__.lower() for operation in operations]
+        self.name = "-".join([*names, str(len(list(self.parameters())))])  # the first layer may have fewer
+
+    def forward(self, state: State, cos: Tensor, sin: Tensor) -> State:
+        for operation in self.operations:
+            state = operation(state, cos, sin)
+        return state
+
+
+class Applied(nn.Module):
+    """A stage with its weights as arguments, ``(weights, state, cos, sin)``, for the compiler."""
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__()
+        self._stage = (stage,)  # in a tuple its parameters aren't this module's
+
+    def forward(self, weights: list[Tensor], state: State, cos: Tensor, sin: Tensor) -> State:
+        (stage,) = self._stage
+        named = dict(zip(dict(stage.named_parameters()), weights, strict=True))
+        result: State = torch.func.functional_call(stage, named, (state, cos, sin))
+        return result
+
+
+def stages_of(model: ParallelTransformer) -> list[Stage]:
+    """The stages of a step in order; without tensor parallel everything between two reads of the cache is one."""
+    stages: list[Stage] = []
+    pending: list[nn.Module] = []
+    for operation, exchange in _operations(model):
+        pending.append(operation)
+        if exchange != "sum" or model.mesh.tp.size > 1:
+            stages.append(Stage(pending, exchange))
+            pending = []
+    return stages
+
+
+def different(model: ParallelTransformer) -> list[Stage]:
+    """One stage of each name."""
+    return list({stage.name: stage for stage in stages_of(model)}.values())
+
+
+def weights_of(stage: Stage) -> list[Tensor]:
+    return [parameter.detach() for parameter in stage.parameters()]
+
+
+def example(stage: Stage, model: ParallelTransformer) -> tuple[list[Tensor], State, Tensor, Tensor]:
+    """Arguments of :class:`Applied` with the shapes and dtypes of a step, whose memory is never touched."""
+    config = model.config
+    hidden = torch.empty(1, 1, config.hidden, dtype=model.dtype)
+    heads = len(model.layers[0].self_attn.heads.query)
+    attended = torch.empty(1, 1, heads * config.head_dim, dtype=model.dtype)
+    y = attended if isinstance(stage.operations[0], Output) else hidden.clone()
+    turn = torch.empty(1, 1, 1, config.head_dim, dtype=model.dtype)
+    return [torch.empty(p.shape, dtype=p.dtype) for p in stage.parameters()], (hidden, y), turn, turn.clone()
+
+
+def _operations(model: ParallelTransformer) -> Iterator[tuple[nn.Module, str | None]]:
+    bias = None
+    for layer in model.layers:
+        yield Project(layer, bias), "attend"
+        yield Output(layer), "sum"
+        yield FeedForward(layer), "sum"
+        bias = layer.mlp.down_proj.bias
+    yield Head(model, bias), None
+
+
+def _add(state: State, bias: nn.Parameter | None) -> Tensor:
+    x, y = state
+    return x + (y if bias is None else y + bias)
