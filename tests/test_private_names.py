@@ -62,6 +62,16 @@ def hooked():
     return module
 
 
+def runs_compiled_code(name):
+    return hasattr(getattr(torch._C, name).AOTIModelContainerRunnerCpu, "run")
+
+
+def compiles_ahead(name):
+    import torch._inductor
+
+    return hasattr(torch._inductor, "aot_compile")
+
+
 LLM, DIFFUSERS = "integrations/transformers", "integrations/diffusers"
 TABLE = {
     "python": {
@@ -81,8 +91,12 @@ TABLE = {
         "_world": Use("all groups, and their ranks", ("ranks/activity.py",), has(dist.distributed_c10d)),
     },
     "torch": {
-        "_C": Use("DisableTorchFunctionSubclass", ("guidance/lazy.py",), has(torch)),
+        "_C": Use(
+            "DisableTorchFunctionSubclass, compiled code", ("guidance/lazy.py", "models/compiled.py"), has(torch)
+        ),
+        "_aoti": Use("AOTIModelContainerRunnerCpu: compiled code", ("models/compiled.py",), runs_compiled_code),
         "_compiled_call_impl": Use("whether a model is compiled", (f"{DIFFUSERS}/checks.py",), has(torch.nn.Module)),
+        "_inductor": Use("aot_compile", ("models/compiler.py",), compiles_ahead),
         "_is_mkldnn_bf16_supported": Use(
             "whether this processor multiplies packed bfloat16", ("layers/packed.py",), has(torch.ops.mkldnn)
         ),

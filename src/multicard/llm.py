@@ -12,6 +12,7 @@ from typing import Any, Unpack
 
 import torch
 
+from multicard import place
 from multicard.config import ParallelConfig
 from multicard.errors import CheckpointError, ConfigError, MulticardError, UnsupportedError
 from multicard.extras import command, has
@@ -68,7 +69,8 @@ class LLM(Session):
         dp: replicas, over which a list of prompts is divided.
         dtype: "auto" (the checkpoint's), "float32", "bfloat16", "float16".
         compile: the decode step of single prompts on CPUs; our own decoder's only. "auto": beside the first answers, if
-            there is a C++ compiler, for this and later runs; True: before the first answer; False: not at all.
+            there is a C++ compiler and unless MULTICARD_COMPILE=0, for this and later runs; True: before the first
+            answer; False: not at all.
         verify: compare the files with SHA256SUMS in their folder first.
         progress: show a bar on standard error while loading; None: only on a terminal.
         options: how ranks are started, as for :func:`multicard.launch`.
@@ -99,7 +101,7 @@ class LLM(Session):
         loading = (str(self.path), parse_dtype(dtype), verify, compile)
         self.config, self.engine = _check_folder(self.path, degrees)
         if compile is True and self.engine != "multicard":
-            raise UnsupportedError(f"compile=True for a model that {self.engine} runs: only our own decoder is compiled")
+            raise UnsupportedError(f"compile=True: {self.engine} runs this model; only our own decoder is compiled")
         self.tokenizer = Tokenizer.from_folder(self.path)
         self._before_loading()
         bar = functools.partial(loading_bar, progress, f"loading {self.path.name} on {degrees}")
@@ -268,7 +270,7 @@ def _check_compile(compile: object) -> None:
 
 def _compiles(mesh: ParallelMesh, compile: bool | str) -> bool:
     """Whether this rank compiles; where it can't, ``compile=True`` raises, and "auto" says so on the first rank."""
-    if compile is False:
+    if compile is False or (compile == "auto" and not place.compiling()):
         return False
     obstacle = why_not(mesh.device)
     if obstacle and compile is True:

@@ -109,5 +109,10 @@ def comparing() -> bool:
     return _switch("MULTICARD_COMPARE_INPUTS", "1")
 
 
+def compiling() -> bool:
+    """Whether ranks compile without being asked to: unless MULTICARD_COMPILE=0."""
+    return _switch("MULTICARD_COMPILE", "1")
+
+
 def _switch(name: str, default: str) -> bool:
     return os.environ.get(name, default) not in ("", "0")

@@ -7,7 +7,7 @@ import torch
 
 from multicard import partition
 from multicard.errors import ConfigError, MulticardError
-from multicard.models.sampling import Sampling, choose, gumbel, noise_key
+from multicard.models.sampling import Sampling, choose, gumbel, noise_key, read
 
 VOCABULARY = 1003
 ONE = [
@@ -99,7 +99,7 @@ def not_finite(mesh):
     if mesh.tp.rank == 1:
         local[0, 0] = math.nan
     try:
-        choose(local, mesh.tp, vocabulary, Sampling(), [0], 0)
+        read(choose(local, mesh.tp, vocabulary, Sampling(), [0], 0))
     except MulticardError as error:
         return str(error)
 

@@ -16,7 +16,7 @@ PACKAGES = ("multicard", "torch_npu", *versions.BY_NAME)
 
 def info(as_json: options.Json = False) -> None:
     """Print devices, backends and versions."""
-    found = {"devices": _devices(), "backends": _backends(), "versions": _versions()}
+    found = {"devices": _devices(), "backends": _backends(), "compiling": _compiling(), "versions": _versions()}
     untested = {name: remark for name in PACKAGES if (remark := versions.untested(name))}
     if as_json:
         print(json.dumps(found | {"untested": untested}))
@@ -62,6 +62,15 @@ def _backends() -> dict[str, Any]:
         "xccl": _yes(getattr(dist, "is_xccl_available", bool)()),
         "hccl": _yes(importlib.util.find_spec("torch_npu") is not None),
     }
+
+
+def _compiling() -> dict[str, Any]:
+    import torch
+
+    from multicard.models import artifacts, compiled
+
+    obstacle = compiled.why_not(torch.device("cpu"))
+    return {"decode step": obstacle or f"with {compiled.cxx()}, kept in {artifacts.cache_folder()}"}
 
 
 def _yes(here: bool) -> str:

@@ -23,6 +23,7 @@ class VocabParallelEmbedding(nn.Module):
         num_embeddings: the vocabulary's size, any number; the first ranks hold one row more.
         embedding_dim: size of a vector.
         axis: the ranks that share the vocabulary.
+        checks: look for ids that aren't in the vocabulary, which waits for the device; False: the caller has done so.
     """
 
     lookup: Callable[[Tensor, Tensor], Tensor] = staticmethod(F.embedding)  # packing changes it
@@ -34,9 +35,11 @@ class VocabParallelEmbedding(nn.Module):
         axis: Axis,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        *,
+        checks: bool = True,
     ) -> None:
         super().__init__()
-        self.num_embeddings, self.embedding_dim, self.axis = num_embeddings, embedding_dim, axis
+        self.num_embeddings, self.embedding_dim, self.axis, self.checks = num_embeddings, embedding_dim, axis, checks
         self.vocabulary = partition.split(num_embeddings, axis.size)[axis.rank]
         shard = Shard((num_embeddings, embedding_dim), 0, (self.vocabulary,) if self.vocabulary else ())
         self.weight = empty(shard, dtype, device)
@@ -55,9 +58,10 @@ class VocabParallelEmbedding(nn.Module):
         """Integer ``(...)``, the same on every rank, to ``(..., embedding_dim)``, the same on every rank.
 
         Raises:
-            ConfigError: an id that is negative or not in the vocabulary, on every rank alike.
+            ConfigError: an id that is negative or not in the vocabulary, on every rank alike, if this layer checks.
         """
-        self._check(ids)
+        if self.checks:
+            self._check(ids)
         if self.axis.size == 1:
             return self.lookup(ids, self.weight)
         if self.vocabulary:

@@ -49,8 +49,7 @@ def folder_of(model: ParallelTransformer) -> pathlib.Path:
     """Where the compiled stages of such a model are, or will be, for this processor and number of threads."""
     shapes = [(s.name, [(n, tuple(p.shape)) for n, p in s.named_parameters()]) for s in stages.different(model)]
     config = model.config
-    local = model.layers[0].self_attn.local
-    fixed = (config.head_dim, config.norm_eps, config.hidden, config.qk_norm, model.dtype, local)
+    fixed = (model.heads, config.head_dim, config.norm_eps, config.hidden, config.qk_norm, model.dtype)
     return cache_folder() / _digest([shapes, fixed, _here(), torch.get_num_threads()])
 
 
@@ -59,7 +58,7 @@ def missing(folder: pathlib.Path, names: Sequence[str]) -> list[str]:
 
 
 def path_of(folder: pathlib.Path, name: str) -> pathlib.Path:
-    return folder / f"{name}.pt2"
+    return folder / f"{name}.so"
 
 
 def lock(folder: pathlib.Path) -> int | None:

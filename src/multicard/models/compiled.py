@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -20,25 +21,31 @@ from multicard import collectives
 from multicard.errors import ConfigError, MulticardError
 from multicard.models import artifacts, stages
 from multicard.models.decoder import Cache, ParallelTransformer
+from multicard.models.kv_cache import KVCache
 
 LOG = logging.getLogger(__name__)
 LOOK = 0.25  # seconds between two looks for what another process compiles
 IDLE = 19  # the compiler's niceness while ranks answer: it takes the time that they leave
 LINES = 20  # of what a failed compiler has said
+EXCEPTION = re.compile(r"[\w.]+(Error|Exception): ")
 
 
 def why_not(device: torch.device) -> str | None:
     """Why no step can be compiled for ``device`` here; None if it can."""
     if device.type != "cpu":
         return f"compiled decode steps are for CPUs so far, not for {device.type}"
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        return f"there is no C++ compiler ({compiler}): install g++, or set CXX"
+    if shutil.which(cxx()) is None:
+        return f"there is no C++ compiler ({cxx()}): install g++, or set CXX"
     try:
         artifacts.cache_folder()
     except ConfigError as error:
         return str(error)
     return None
+
+
+def cxx() -> str:
+    """The C++ compiler that torch uses."""
+    return os.environ.get("CXX", "g++")
 
 
 class CompiledStep:
@@ -58,18 +65,21 @@ class CompiledStep:
         model, layer = self._model, 0
         ids, positions = cache.advance(ids)
         cos, sin = model.rope(positions, cache.length)
-        y = model.embed_tokens(ids)
-        x = torch.zeros_like(y)
+        found = [model.embed_tokens(ids)]
+        x = torch.zeros_like(found[0])
         for run, weights, exchange in self._stages:
-            x, *found = run([*weights, x, y, cos, sin])
-            if exchange == "attend":
-                y = cache.attend(layer, *found).reshape(1, 1, -1)
+            x, *found = run([*weights, x, *found, cos, sin])
+            if exchange == "keep":
+                assert isinstance(cache, KVCache)
+                q, k, v = found
+                found = [q, *cache.keep(layer, k, v)]
                 layer += 1
-            else:
-                (y,) = found
-                if exchange == "sum":
-                    y = collectives.all_reduce(y, model.mesh.tp)
-        return y
+            elif exchange == "attend":
+                found = [cache.attend(layer, *found).flatten(2)]
+                layer += 1
+            elif exchange == "sum":
+                found = [collectives.all_reduce(found[0], model.mesh.tp)]
+        return found[0]
 
 
 class Compilation:
@@ -95,7 +105,7 @@ class Compilation:
         self._looked = -LOOK
         while wait and self.step() is None:
             if self._failure is not None:
-                raise MulticardError(f"the decode step could not be compiled; compile=False needs none: {self._failure}")
+                raise MulticardError(f"decoding can't be compiled, which compile=False leaves out: {self._failure}")
             time.sleep(LOOK)
 
     def step(self) -> CompiledStep | None:
@@ -123,13 +133,10 @@ class Compilation:
             "checkpoint": self._checkpoint,
             "rank": tp.rank,
             "size": tp.size,
+            "sequence": self._model.mesh.sequence.size,
             "dtype": str(self._model.dtype).removeprefix("torch."),
-            "nice": self._nice,
         }
-        own = {
-            "OMP_NUM_THREADS": str(torch.get_num_threads()),  # the code has its number of threads built in
-            "TORCHINDUCTOR_CACHE_DIR": str(self._folder.parent / "inductor"),
-        }
+        threads = str(torch.get_num_threads())  # the code has their number built in
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  read when the process has ended
         try:
             process = subprocess.Popen(
@@ -138,22 +145,28 @@ class Compilation:
                 stdout=subprocess.DEVNULL,
                 stderr=self._errors,
                 text=True,
-                env=os.environ | own,
+                env=os.environ | {"OMP_NUM_THREADS": threads},
                 pass_fds=[lock],  # it holds the lock until it ends
+                start_new_session=True,
             )
         finally:
             os.close(lock)
+        os.setpriority(os.PRIO_PROCESS, process.pid, self._nice)
         assert process.stdin is not None
         process.stdin.write(json.dumps(asked) + "\n")  # and stays open: the process ends with this one
         process.stdin.flush()
         return process
 
     def _said(self) -> str:
+        """What the compiler's process has said: its exception, without the traceback before it."""
         self._errors.seek(0)
-        return "\n".join(self._errors.read().strip().splitlines()[-LINES:])
+        lines = self._errors.read().strip().splitlines()
+        starts = [number for number, line in enumerate(lines) if EXCEPTION.match(line)]
+        return "\n".join(lines[starts[-1] if starts else -1 :][:LINES])
 
 
 def _runner(path: pathlib.Path) -> Callable[[list[Tensor]], list[Tensor]]:
-    # aoti_load_package returns the same, after three seconds of imports, with 100 µs more for each call
-    run: Callable[[list[Tensor]], list[Tensor]] = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1).run
+    """What runs a compiled stage: arguments to results, in a flat list. It checks no shapes."""
+    # torch's own loader (aoti_load_package) first imports the whole compiler, and takes 100 µs more for each call
+    run: Callable[[list[Tensor]], list[Tensor]] = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1).run
     return run

@@ -10,6 +10,8 @@ import json
 import logging
 import os
 import pathlib
+import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -24,50 +26,66 @@ from multicard.layers.rows import one_row
 from multicard.models import artifacts, stages
 from multicard.models.config import DecoderConfig
 from multicard.models.decoder import ParallelTransformer
+from multicard.models.load import MULTIPLYING
 
 OPTIONS = {
     "realize_reads_threshold": 0,  # a norm is computed once, not again in the inner loop of each product
-    "aot_inductor.package": True,
 }
 
 
-def outline(folder: str, rank: int, size: int, dtype: torch.dtype) -> ParallelTransformer:
-    """This rank's part of the decoder, without memory and with two layers: they have every kind of stage."""
+def outline(folder: str, rank: int, size: int, sequence: int, dtype: torch.dtype) -> ParallelTransformer:
+    """What rank ``rank`` of ``size`` has of the decoder, without memory and with two layers: all kinds of stages."""
     config = DecoderConfig.from_folder(folder)
-    mesh = dataclasses.replace(meshes.single(), tp=Axis("tp", rank, size))
+    mesh = dataclasses.replace(meshes.single(), tp=Axis("tp", rank, size), sequence=Axis("sequence", 0, sequence))
     two = dataclasses.replace(config, layers=min(config.layers, 2))
     return ParallelTransformer(two, mesh, dtype, device="meta")
 
 
-def compile_stages(model: ParallelTransformer, folder: pathlib.Path) -> None:
-    """Compile those that aren't in ``folder`` yet."""
+def multiply_one_row(model: ParallelTransformer) -> None:
     for module in model.modules():
-        if hasattr(module, "multiply"):
+        if isinstance(module, MULTIPLYING):
             module.multiply = one_row
+
+
+def compile_stages(model: ParallelTransformer, folder: pathlib.Path, work: str) -> None:
+    """Compile those that aren't in ``folder`` yet, with all files in between in ``work``, on the same file system."""
+    multiply_one_row(model)
     for stage in stages.different(model):
         target = artifacts.path_of(folder, stage.name)
-        if not target.exists():
-            exported = torch.export.export(stages.Applied(stage), stages.example(stage, model), strict=False)
-            with tempfile.TemporaryDirectory(dir=folder) as work:
-                made = os.path.join(work, "made.pt2")
-                torch._inductor.aoti_compile_and_package(exported, package_path=made, inductor_configs=OPTIONS)
-                os.replace(made, target)  # at once: one that is there is whole
+        if target.exists():
+            continue
+        arguments = stages.example(stage, model)
+        shapes: Any = ([{}] * len(arguments[0]), tuple(stages.varying(stage)), {}, {})
+        exported = torch.export.export(stages.Applied(stage), arguments, dynamic_shapes=shapes, strict=False)
+        made = os.path.join(work, target.name)
+        options = OPTIONS | {"aot_inductor.output_path": made}
+        torch._inductor.aot_compile(exported.module(), arguments, options=options)
+        os.replace(made, target)  # at once: one that is there is whole
 
 
 def main() -> None:
     asked: dict[str, Any] = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.nice(asked["nice"])
+    folder = pathlib.Path(asked["target"])
+    for left in folder.glob("work*"):  # by one that was killed: this process has the folder to itself
+        shutil.rmtree(left, ignore_errors=True)
+    work = tempfile.mkdtemp(prefix="work", dir=folder)
+    threading.Thread(target=_end_with_parent, args=(work,), daemon=True).start()
+    tempfile.tempdir = os.environ["TORCHINDUCTOR_CACHE_DIR"] = work  # others can write to /tmp
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    model = outline(asked["checkpoint"], asked["rank"], asked["size"], getattr(torch, asked["dtype"]))
-    with torch.no_grad():
-        compile_stages(model, pathlib.Path(asked["target"]))
+    degrees = asked["rank"], asked["size"], asked["sequence"]
+    model = outline(asked["checkpoint"], *degrees, getattr(torch, asked["dtype"]))
+    try:
+        with torch.no_grad():
+            compile_stages(model, folder, work)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(work: str) -> None:
     sys.stdin.read()
-    os._exit(1)
+    shutil.rmtree(work, ignore_errors=True)
+    os.killpg(0, signal.SIGKILL)  # this process and its C++ compiler
 
 
 if __name__ == "__main__":

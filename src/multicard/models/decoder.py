@@ -160,9 +160,12 @@ class ParallelTransformer(nn.Module):
         self.config, self.mesh = config, mesh
         self.dtype = dtype or config.dtype
         device = device or mesh.device
-        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden, mesh.tp, self.dtype, device)
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size, config.hidden, mesh.tp, self.dtype, device, checks=False
+        )
         layers = [ParallelTransformerLayer(config, mesh, self.dtype, device) for _ in range(config.layers)]
         self.layers = nn.ModuleList(layers)
+        self.heads = partition.split_heads(config.heads, config.kv_heads, mesh.tp.size)[mesh.tp.rank]
         self.norm = RMSNorm(config.hidden, config.norm_eps, self.dtype, device)
         tied = self.embed_tokens.weight if config.tied_head else None
         self.lm_head = ParallelLMHead(
@@ -175,8 +178,7 @@ class ParallelTransformer(nn.Module):
 
         See :class:`~multicard.models.kv_cache.KVCache`.
         """
-        heads = partition.split_heads(self.config.heads, self.config.kv_heads, self.mesh.tp.size)[self.mesh.tp.rank]
-        sizes = (self.config.layers, heads, self.config.head_dim, capacity, starts, self.dtype)
+        sizes = (self.config.layers, self.heads, self.config.head_dim, capacity, starts, self.dtype)
         if self.mesh.sequence.size > 1:
             return SequenceKVCache(self.mesh, *sizes)
         return KVCache(*sizes, self.mesh.device)
@@ -185,7 +187,7 @@ class ParallelTransformer(nn.Module):
         """Run the next tokens through the model.
 
         Args:
-            ids: ``(batch, tokens)``, the same on every rank.
+            ids: ``(batch, tokens)``, the same on every rank, each in the vocabulary: a request is checked before.
             cache: the earlier tokens; these are added to it.
             last_only: logits of the last token only.
 

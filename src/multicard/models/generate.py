@@ -15,7 +15,7 @@ from multicard.mesh import ParallelMesh
 from multicard.models.compiled import Compilation
 from multicard.models.config import DecoderConfig
 from multicard.models.decoder import ParallelTransformer
-from multicard.models.sampling import Sampling, choose
+from multicard.models.sampling import Sampling, choose, read
 from multicard.values import is_whole
 
 
@@ -90,7 +90,7 @@ def generate(
             ids = collectives.broadcast(
                 ids, model.mesh.sequence
             )  # each has chosen the same; the broadcast guarantees it
-        tokens = ids[:, 0].tolist()
+        tokens = read(ids[:, 0])
         yield [token if alive else None for token, alive in zip(tokens, running, strict=True)]
         for row, token in enumerate(tokens):
             running[row] = running[row] and token not in request.stop and number + 1 < room[row]

@@ -41,7 +41,7 @@ class KVCache:
         device: torch.device | str | None = None,
     ) -> None:
         self.heads, self.capacity, self.length = heads, capacity, 0
-        shape = (len(starts), len(heads.kv), capacity, head_dim)
+        shape = (len(starts), capacity, len(heads.kv), head_dim)
         check_cache(layers, shape, capacity, dtype, device)
         self._dtype = dtype
         self._layers = [tuple(torch.empty(2, *shape, dtype=dtype, device=device)) for _ in range(layers)]
@@ -64,12 +64,15 @@ class KVCache:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write ``k``, ``v``, attend with ``q``: each ``(batch, tokens, this rank's heads, head_dim)``, out like q."""
+        return by_segment(self._kernel, self.heads.segments, q, *self.keep(layer, k, v))
+
+    def keep(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write ``k``, ``v``; returns all keys and values so far, ``(batch, length, key/value heads, head_dim)``."""
         keys, values = self._layers[layer]
         start, stop = self._new.start, self._new.stop
-        keys.narrow(2, start, stop - start).copy_(k.transpose(1, 2))
-        values.narrow(2, start, stop - start).copy_(v.transpose(1, 2))
-        keys, values = keys.narrow(2, 0, stop), values.narrow(2, 0, stop)
-        return by_segment(self._kernel, self.heads.segments, q, keys, values, kv_dim=1)
+        keys[:, start:stop] = k
+        values[:, start:stop] = v
+        return keys[:, :stop], values[:, :stop]
 
     def last(self, x: Tensor) -> Tensor:
         """The last token's row of ``(batch, tokens, hidden)``."""
@@ -81,6 +84,7 @@ class KVCache:
 
     def _kernel(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         batch, tokens, heads, dim = q.shape
+        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
         if tokens == 1:
             # One token: the query heads of a key/value head are rows of one small attention. On the CPU this is up to
             # six times as fast in bfloat16 as separate heads, and as fast in float32.

@@ -23,6 +23,8 @@ from multicard.models.decoder import ParallelTransformer
 from multicard.models.memory import GIB, free_bytes, ranks_here
 from multicard.weights import Checkpoint, LoadReport, Plain, agree, check, load
 
+MULTIPLYING = (ColumnParallelLinear, RowParallelLinear, ParallelLMHead)
+
 
 def outline(config: DecoderConfig, degrees: ParallelConfig, dtype: torch.dtype | None = None) -> ParallelTransformer:
     """The first rank's part of the model without memory, for its shapes. Raises ConfigError as the model does."""
@@ -95,9 +97,8 @@ def _reorder(model: ParallelTransformer, module: torch.nn.Module) -> int:
 
 
 def _in_row_order(module: torch.nn.Module) -> int:
-    if isinstance(module, ColumnParallelLinear | RowParallelLinear | ParallelLMHead):
-        if module.weight.device.type == "cpu":
-            module.multiply = rows.multiply
+    if isinstance(module, MULTIPLYING) and module.weight.device.type == "cpu":
+        module.multiply = rows.multiply
     return 0
 
 

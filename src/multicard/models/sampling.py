@@ -24,6 +24,8 @@ from multicard.values import is_whole
 
 MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
+BITS = 31  # steps that bisect float32 numbers of one sign; asking whether all rows are done would wait for the device
+NOT_FINITE = -1  # in a token's place
 MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 
 
@@ -72,10 +74,7 @@ def choose(
         step: which new token this is, from 0.
 
     Returns:
-        ``(batch,)`` int64.
-
-    Raises:
-        MulticardError: logits that aren't numbers.
+        ``(batch,)`` int64, NOT_FINITE where logits aren't numbers: see :func:`read`. Nothing is read from the device.
     """
     if sampling.temperature == 0:
         return _winner(*_exchange(*_best(logits.float(), vocabulary), axis))
@@ -87,6 +86,18 @@ def choose(
     if sampling.top_p is not None and sampling.top_p < 1:
         scores = scores.masked_fill(~nucleus(scores, axis, sampling.top_p), -math.inf)
     return _winner(*_exchange(*_best(scores + gumbel(keys, ids), vocabulary), axis))
+
+
+def read(tokens: Tensor) -> list[int]:
+    """The chosen tokens on the host. The only read of a step: it waits for the device.
+
+    Raises:
+        MulticardError: logits that aren't numbers.
+    """
+    found: list[int] = tokens.tolist()
+    if NOT_FINITE in found:
+        raise MulticardError("the model's logits aren't finite numbers: damaged weights, or try dtype='float32'")
+    return found
 
 
 def _choose_of_top_k(scores: Tensor, ids: Tensor, axis: Axis, sampling: Sampling, keys: list[int]) -> Tensor:
@@ -123,7 +134,7 @@ def nucleus(scores: Tensor, axis: Axis, p: float) -> Tensor:
     wanted = p * _gather_columns(masses[:, 0], axis).sum(1)
     # Bisect float32 numbers from the top down by their bits, which for negative floats ascend as they fall.
     low, high = _bits(ordered.new_zeros(batch)), _bits(ordered.new_full((batch,), -math.inf))
-    while bool((high > low).any()):
+    for _ in range(BITS):
         middle = (low + high) // 2
         at = torch.searchsorted(ordered, _from_bits(middle)[:, None])
         enough = _gather_columns(masses.gather(1, at)[:, 0], axis).sum(1) >= wanted
@@ -199,6 +210,4 @@ def _gather_columns(x: Tensor, axis: Axis) -> Tensor:
 
 def _winner(scores: Tensor, ids: Tensor) -> Tensor:
     best, index = scores.max(dim=-1, keepdim=True)
-    if not bool(best.isfinite().all()):
-        raise MulticardError("the model's logits aren't finite numbers: damaged weights, or try dtype='float32'")
-    return ids.gather(1, index)[:, 0]
+    return torch.where(best.isfinite(), ids.gather(1, index), NOT_FINITE)[:, 0]

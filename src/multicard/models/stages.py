@@ -6,18 +6,23 @@ same code serves all layers: weights are arguments. Its operations are the decod
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from multicard.attention.one_query import one_query
+from multicard.attention.segments import by_segment
 from multicard.models.decoder import ParallelTransformer, ParallelTransformerLayer
-from multicard.models.rope import Rope
 
 State = tuple[Tensor, ...]
-"""``(x, y)``: the residual stream, and what is to be added to it or was attended to; after :class:`Project`
-``(x, q, k, v)``, after :class:`Head` ``(x, logits)``."""
+"""``(x, y)``: the residual stream and what is to be added to it. Around attention ``(x, q, k, v)``, from which an
+exchange makes ``(x, q, keys, values)`` or ``(x, attended)``; at the end ``(x, logits)``."""
+
+LONGEST = 1 << 20
+"""Tokens of a context that a compiled stage can attend to."""
+LENGTH = 100  # of the example; compiled for any
 
 
 class Project(nn.Module):
@@ -30,6 +35,18 @@ class Project(nn.Module):
     def forward(self, state: State, cos: Tensor, sin: Tensor) -> State:
         x = _add(state, self.bias)
         return x, *self.attention.project(self.norm(x), cos, sin)
+
+
+class Attend(nn.Module):
+    """Attention of this rank's heads to keys and values so far, ``(1, length, key/value heads, head_dim)``."""
+
+    def __init__(self, layer: ParallelTransformerLayer) -> None:
+        super().__init__()
+        self.segments = layer.self_attn.heads.segments
+
+    def forward(self, state: State, cos: Tensor, sin: Tensor) -> State:
+        x, q, keys, values = state
+        return x, by_segment(one_query, self.segments, q, keys, values).flatten(2)
 
 
 class Output(nn.Module):
@@ -72,8 +89,8 @@ class Stage(nn.Module):
     """Operations without an exchange in between.
 
     Attributes:
-        exchange: what follows: "attend" (``q, k, v`` to the attention's output), "sum" (an all-reduce of ``y``), or
-            None at the end.
+        exchange: what follows: "keep" (``k, v`` are written into the cache, all keys and values come out of it),
+            "attend" (the cache does that and the attention, over ranks), "sum" (an all-reduce of ``y``), or None.
         name: its operations; stages of the same name differ in nothing but their weights.
     """
 
@@ -96,20 +113,23 @@ class Applied(nn.Module):
         super().__init__()
         self._stage = (stage,)  # in a tuple its parameters aren't this module's
 
+    @property
+    def stage(self) -> Stage:
+        return self._stage[0]
+
     def forward(self, weights: list[Tensor], state: State, cos: Tensor, sin: Tensor) -> State:
-        (stage,) = self._stage
-        named = dict(zip(dict(stage.named_parameters()), weights, strict=True))
-        result: State = torch.func.functional_call(stage, named, (state, cos, sin))
+        named = dict(zip(dict(self.stage.named_parameters()), weights, strict=True))
+        result: State = torch.func.functional_call(self.stage, named, (state, cos, sin))
         return result
 
 
 def stages_of(model: ParallelTransformer) -> list[Stage]:
-    """The stages of a step in order; without tensor parallel everything between two reads of the cache is one."""
+    """The stages of a step in order; without tensor parallel everything between two accesses to the cache is one."""
     stages: list[Stage] = []
     pending: list[nn.Module] = []
     for operation, exchange in _operations(model):
         pending.append(operation)
-        if exchange != "sum" or model.mesh.tp.size > 1:
+        if exchange not in ("sum", "") or (exchange == "sum" and model.mesh.tp.size > 1):
             stages.append(Stage(pending, exchange))
             pending = []
     return stages
@@ -126,19 +146,38 @@ def weights_of(stage: Stage) -> list[Tensor]:
 
 def example(stage: Stage, model: ParallelTransformer) -> tuple[list[Tensor], State, Tensor, Tensor]:
     """Arguments of :class:`Applied` with the shapes and dtypes of a step, whose memory is never touched."""
-    config = model.config
-    hidden = torch.empty(1, 1, config.hidden, dtype=model.dtype)
-    heads = len(model.layers[0].self_attn.heads.query)
-    attended = torch.empty(1, 1, heads * config.head_dim, dtype=model.dtype)
-    y = attended if isinstance(stage.operations[0], Output) else hidden.clone()
-    turn = torch.empty(1, 1, 1, config.head_dim, dtype=model.dtype)
-    return [torch.empty(p.shape, dtype=p.dtype) for p in stage.parameters()], (hidden, y), turn, turn.clone()
+    config, heads = model.config, model.heads
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(1, *shape, dtype=model.dtype)
+
+    state: State = (empty(1, config.hidden), empty(1, config.hidden))
+    if isinstance(stage.operations[0], Attend):
+        q, k = (1, len(heads.query), config.head_dim), (LENGTH, len(heads.kv), config.head_dim)
+        state = (state[0], empty(*q), empty(*k), empty(*k))
+    elif isinstance(stage.operations[0], Output):
+        state = (state[0], empty(1, len(heads.query) * config.head_dim))
+    turn = (1, 1, config.head_dim)
+    weights = [torch.empty(p.shape, dtype=p.dtype) for p in stage.parameters()]
+    return weights, state, empty(*turn), empty(*turn)
+
+
+def varying(stage: Stage) -> list[dict[int, Any]]:
+    """The dimensions of the state that change from token to token."""
+    if not isinstance(stage.operations[0], Attend):
+        return [{}, {}]
+    length = {1: torch.export.Dim("length", min=2, max=LONGEST)}
+    return [{}, {}, length, length]
 
 
 def _operations(model: ParallelTransformer) -> Iterator[tuple[nn.Module, str | None]]:
-    bias = None
-    for layer in model.layers:
-        yield Project(layer, bias), "attend"
+    bias, layers = None, cast(Iterable[ParallelTransformerLayer], model.layers)
+    for layer in layers:
+        if model.mesh.sequence.size > 1:
+            yield Project(layer, bias), "attend"
+        else:
+            yield Project(layer, bias), "keep"
+            yield Attend(layer), ""
         yield Output(layer), "sum"
         yield FeedForward(layer), "sum"
         bias = layer.mlp.down_proj.bias
