@@ -21,11 +21,14 @@ from multicard.layers.shard import Shares
 from multicard.mesh import ParallelMesh
 from multicard.models.config import DecoderConfig
 from multicard.models.kv_cache import KVCache
+from multicard.models.packed_prompts import PackedPrompts
 from multicard.models.rope import Rope, rotate
 from multicard.models.sequence_cache import SequenceKVCache
 
 Where = torch.device | str | None
 Cache = KVCache | SequenceKVCache
+Kept = Cache | PackedPrompts
+"""Where a forward's keys and values go."""
 
 
 class ParallelAttention(nn.Module):
@@ -74,7 +77,7 @@ class ParallelAttention(nn.Module):
         self.q_norm = RMSNorm(dim, config.norm_eps, dtype, device) if config.qk_norm else None
         self.k_norm = RMSNorm(dim, config.norm_eps, dtype, device) if config.qk_norm else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache, layer: int) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Kept, layer: int) -> Tensor:
         """``(batch, tokens, hidden)``, the same on every rank, to the same."""
         batch, tokens, _ = x.shape
         return self.o_proj(cache.attend(layer, *self.project(x, cos, sin)).reshape(batch, tokens, -1))
@@ -135,7 +138,7 @@ class ParallelTransformerLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden, config.norm_eps, dtype, device)
         self.mlp = ParallelMLP(config.hidden, config.intermediate, mesh, config.mlp_bias, dtype, device)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache, layer: int) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Kept, layer: int) -> Tensor:
         """``(batch, tokens, hidden)``, the same on every rank, to the same."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -183,7 +186,7 @@ class ParallelTransformer(nn.Module):
             return SequenceKVCache(self.mesh, *sizes)
         return KVCache(*sizes, self.mesh.device)
 
-    def forward(self, ids: Tensor, cache: Cache, last_only: bool = True) -> Tensor:
+    def forward(self, ids: Tensor, cache: Kept, last_only: bool = True) -> Tensor:
         """Run the next tokens through the model.
 
         Args:

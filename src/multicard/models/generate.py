@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 
@@ -14,7 +15,9 @@ from multicard.layers.head import GatherLastDim
 from multicard.mesh import ParallelMesh
 from multicard.models.compiled import Compilation
 from multicard.models.config import DecoderConfig
-from multicard.models.decoder import ParallelTransformer
+from multicard.models.decoder import Cache, ParallelTransformer
+from multicard.models.kv_cache import KVCache
+from multicard.models.packed_prompts import PackedPrompts
 from multicard.models.sampling import Sampling, choose, read
 from multicard.values import is_whole
 
@@ -68,34 +71,51 @@ def generate(
     """At each step, every prompt's new token, or None if its answer has ended.
 
     An answer ends at a stop id, at ``max_new_tokens``, or at the end of the model's context; the generator ends with
-    the last answer. Every rank yields the same. Prompts of unequal length are padded in front.
+    the last answer. Every rank yields the same. Our caches drop an ended answer, which then costs nothing.
     """
     if not request.prompts:  # a data-parallel replica without work
         return
-    config, device = model.config, model.mesh.device
-    longest = max(map(len, request.prompts))
-    starts = tuple(longest - len(prompt) for prompt in request.prompts)
-    room = [min(request.max_new_tokens, config.context - len(prompt) + 1) for prompt in request.prompts]
-    cache = model.new_cache(longest + max(room) - 1, starts)
-    ids = torch.tensor([[0] * pad + list(p) for pad, p in zip(starts, request.prompts, strict=True)], device=device)
-    rows = range(request.first, request.first + len(request.prompts))
-    vocabulary = model.lm_head.vocabulary
-    running = [True] * len(rows)
-    for number in range(max(room)):
+    prompts, axis = request.prompts, model.mesh.sequence
+    room = [min(request.max_new_tokens, model.config.context - len(prompt) + 1) for prompt in prompts]
+    rows, running, ids = list(range(len(prompts))), [True] * len(prompts), torch.empty(0)
+    for step in range(max(room)):
         with torch.inference_mode():
-            # Compiling waits for the first token, and a batch is computed by the model itself.
-            step = compilation.step() if compilation and number and len(rows) == 1 else None
-            logits = (step or model)(ids, cache)[:, -1]
-            ids = choose(logits, model.mesh.tp, vocabulary, request.sampling, rows, number)[:, None]
-            ids = collectives.broadcast(
-                ids, model.mesh.sequence
-            )  # each has chosen the same; the broadcast guarantees it
-        tokens = read(ids[:, 0])
-        yield [token if alive else None for token, alive in zip(tokens, running, strict=True)]
-        for row, token in enumerate(tokens):
-            running[row] = running[row] and token not in request.stop and number + 1 < room[row]
+            if step == 0:
+                cache, logits = _prefill(model, prompts, max(room))
+            else:
+                # Compiling waits for the first token, and a batch is computed by the model itself.
+                compiled = compilation.step() if compilation and len(rows) == 1 and not cache.padded else None
+                logits = (compiled or model)(ids, cache)
+            numbers = [request.first + row for row in rows]
+            new = choose(logits[:, -1], model.mesh.tp, model.lm_head.vocabulary, request.sampling, numbers, step)
+            new = collectives.broadcast(new, axis)  # each has chosen the same; the broadcast guarantees it
+        tokens = {row: token for row, token in zip(rows, read(new), strict=True) if running[row]}
+        yield [tokens.get(row) for row in range(len(prompts))]
+        for row, token in tokens.items():
+            running[row] = token not in request.stop and step + 1 < room[row]
         if not any(running):
             return
+        going = [index for index, row in enumerate(rows) if running[row]]
+        with torch.inference_mode():
+            if len(going) < len(rows) and hasattr(cache, "select"):  # caches of transformers keep all rows
+                cache, new, rows = cache.select(going), new[going], [rows[index] for index in going]
+            ids = new[:, None]
+
+
+def _prefill(model: ParallelTransformer, prompts: Sequence[Sequence[int]], room: int) -> tuple[Cache, torch.Tensor]:
+    """A cache that holds the prompts and has ``room`` for answers, and the logits after each prompt.
+
+    Our cache takes them side by side in one row; others take them padded in front.
+    """
+    device, lengths = model.mesh.device, [len(prompt) for prompt in prompts]
+    longest = max(lengths)
+    starts = tuple(longest - length for length in lengths)
+    cache = model.new_cache(longest + room - 1, starts)
+    if isinstance(cache, KVCache) and len(prompts) > 1:
+        ids = torch.tensor([list(itertools.chain.from_iterable(prompts))], device=device)
+        return cache, model(ids, PackedPrompts(cache, lengths))
+    padded = [[0] * pad + list(prompt) for pad, prompt in zip(starts, prompts, strict=True)]
+    return cache, model(torch.tensor(padded, device=device), cache)
 
 
 def answer(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -44,11 +46,42 @@ class KVCache:
         shape = (len(starts), capacity, len(heads.kv), head_dim)
         check_cache(layers, shape, capacity, dtype, device)
         self._dtype = dtype
-        self._layers = [tuple(torch.empty(2, *shape, dtype=dtype, device=device)) for _ in range(layers)]
+        pairs = (torch.empty(2, *shape, dtype=dtype, device=device).unbind() for _ in range(layers))
+        self._layers: list[tuple[Tensor, Tensor]] = [(keys, values) for keys, values in pairs]
         self.starts = torch.tensor(starts, device=device)
-        self._padded = any(starts)
+        self._starts = tuple(starts)
         self._mask: Tensor | None = None
         self._new = range(0)
+
+    @property
+    def padded(self) -> bool:
+        """Whether some prompt doesn't start in the first slot."""
+        return any(self._starts)
+
+    def rows(self) -> list[KVCache]:
+        """Every prompt's own cache, without padding, in the same memory."""
+        for kept in itertools.chain.from_iterable(self._layers):
+            for row, start in enumerate(self._starts):
+                kept[row, :start] = 0  # a mask doesn't hide what isn't a number, which unused memory may be
+        return [
+            self._part([(k[row : row + 1, start:], v[row : row + 1, start:]) for k, v in self._layers], start, (0,))
+            for row, start in enumerate(self._starts)
+        ]
+
+    def select(self, rows: Sequence[int]) -> KVCache:
+        """The cache of some of the prompts, without the padding that all of them have; this one is emptied."""
+        chosen, first = list(rows), min(self._starts[row] for row in rows)
+        layers: list[tuple[Tensor, Tensor]] = []
+        while self._layers:  # one by one: both caches might not fit
+            keys, values = self._layers.pop(0)
+            layers.append((keys[chosen, first:], values[chosen, first:]))
+        return self._part(layers, first, tuple(self._starts[row] - first for row in chosen))
+
+    def _part(self, layers: list[tuple[Tensor, Tensor]], first: int, starts: tuple[int, ...]) -> KVCache:
+        part = copy.copy(self)
+        part._layers, part._starts, part.starts = layers, starts, self.starts.new_tensor(starts)
+        part.length, part.capacity = max(0, self.length - first), self.capacity - first
+        return part
 
     def advance(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Make room for the next tokens ``(batch, tokens)``; return them and their positions ``(batch or 1, tokens)``.
@@ -60,7 +93,7 @@ class KVCache:
         self.length += tokens
         slots = torch.arange(self._new.start, self._new.stop, device=self.starts.device)
         self._mask = self._causal_mask(slots)
-        return ids, (slots - self.starts[:, None]).clamp(min=0) if self._padded else slots[None]
+        return ids, (slots - self.starts[:, None]).clamp(min=0) if self.padded else slots[None]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write ``k``, ``v``, attend with ``q``: each ``(batch, tokens, this rank's heads, head_dim)``, out like q."""
@@ -99,11 +132,11 @@ class KVCache:
     def _causal_mask(self, slots: Tensor) -> Tensor | None:
         """``(batch or 1, 1, tokens, length)``, 0 to keep and -inf not to; None where the kernel needs none."""
         one_token, from_the_start = len(self._new) == 1, self._new.start == 0
-        if not self._padded and (one_token or from_the_start):
+        if not self.padded and (one_token or from_the_start):
             return None
         columns = torch.arange(self.length, device=slots.device)
         keep = columns <= slots[:, None]
-        if self._padded:
+        if self.padded:
             real = columns >= self.starts[:, None, None]
             keep = (keep & real) | (
                 columns == slots[:, None]

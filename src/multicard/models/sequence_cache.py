@@ -48,12 +48,19 @@ class SequenceKVCache:
         self.values = torch.empty_like(self.keys)
         self.slots = torch.empty(room, dtype=torch.int64, device=mesh.device)
         self.starts = torch.tensor(starts, device=mesh.device)
-        self._padded = any(starts)
+        self.padded = any(starts)
         self._new = range(0)
         self._split = False
         self._turns: Tensor | None = None
         self._key_mask: Tensor | None = None
         self._mask: Tensor | None = None
+
+    def select(self, rows: Sequence[int]) -> SequenceKVCache:
+        """The cache of some of the prompts."""
+        index = torch.tensor(rows, device=self.starts.device)
+        self.keys, self.values = self.keys[:, index], self.values[:, index]
+        self.starts = self.starts[index]
+        return self
 
     def advance(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Make room for the next tokens ``(batch, tokens)``; return this rank's part of them, and its positions."""
@@ -70,9 +77,9 @@ class SequenceKVCache:
         self.slots[self._new.start : self._new.stop] = kept
         self.length += tokens
         held = self.slots[: self._new.stop]
-        self._key_mask = held >= self.starts[:, None] if self._padded else None
+        self._key_mask = held >= self.starts[:, None] if self.padded else None
         self._mask = None if self._split or tokens == 1 else (held <= slots[:, None])[None, None]
-        positions = (slots - self.starts[:, None]).clamp(min=0) if self._padded else slots[None]
+        positions = (slots - self.starts[:, None]).clamp(min=0) if self.padded else slots[None]
         return ids, positions
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
