@@ -264,7 +264,7 @@ def _load(
 
 
 def _check_compile(compile: object) -> None:
-    if compile not in (True, False, "auto"):
+    if not isinstance(compile, bool) and compile != "auto":
         raise ConfigError(f"compile={compile!r}: must be True, False or 'auto'")
 
 

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -88,9 +89,11 @@ def cache(tmp_path):
     return {"MULTICARD_COMPILE": "1", "MULTICARD_CACHE": str(tmp_path / "cache")}
 
 
-def compilers(*, of=None):
-    found = psutil.Process(of).children(recursive=True) if of else psutil.process_iter()
-    return [each for each in found if "multicard.models.compiler" in _command(each)]
+def compilers(of):
+    """The compiling processes that process ``of`` and its children have started."""
+    return [
+        each for each in psutil.Process(of).children(recursive=True) if "multicard.models.compiler" in _command(each)
+    ]
 
 
 def _command(process):
@@ -111,11 +114,11 @@ def test_answers_are_the_same_before_and_after_it_is_compiled(folders, cache):
     with mc.LLM(folder, compile=False, **options) as llm:
         expected = tokens(llm, prompts)
     with mc.LLM(folder, **options) as llm:
-        assert not compilers(of=os.getpid()), "before the first token"
+        assert not compilers(os.getpid()), "before the first token"
         assert tokens(llm, prompts, 1) == [new[:1] for new in expected]
-        assert not compilers(of=os.getpid()), "only further tokens need the step"
+        assert not compilers(os.getpid()), "only further tokens need the step"
         assert tokens(llm, prompts) == expected
-        assert [process.nice() for process in compilers(of=os.getpid())] == [19]
+        assert [process.nice() for process in compilers(os.getpid())] == [19]
         until = time.monotonic() + 600
         while len(list(pathlib.Path(cache["MULTICARD_CACHE"]).glob("*/*.so"))) < 3:
             assert time.monotonic() < until
@@ -143,7 +146,7 @@ def test_the_compiler_ends_with_its_rank(folders, cache):
     owner = subprocess.Popen([sys.executable, "-c", script], stdin=-1, stdout=-1, text=True)
     try:
         assert owner.stdout.readline() == "answered\n"
-        before = compilers(of=owner.pid)
+        before = compilers(owner.pid)
         assert before
         rank = before[0].parent()
         os.kill(rank.pid, signal.SIGKILL)
@@ -176,7 +179,7 @@ def test_a_compiler_that_fails(folders, cache):
             assert len(llm.generate([1, 2, 3], max_new_tokens=5, ignore_eos=True).token_ids) == 5
 
 
-@pytest.mark.parametrize("wrong", ["yes", 2, None])
+@pytest.mark.parametrize("wrong", ["yes", 2, 1, 0, None])
 def test_wrong_values(folders, wrong):
     with pytest.raises(ConfigError, match="compile="):
         mc.LLM(folders["qwen2-6-over-2"], compile=wrong)
@@ -204,6 +207,13 @@ def test_a_link_in_place_of_the_folder_is_refused(tmp_path, monkeypatch):
     (tmp_path / "cache").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ConfigError, match="belongs to you"):
         artifacts.cache_folder()
+
+
+def test_a_change_of_what_stages_are_made_of_gives_them_another_folder():
+    made_of = re.findall(r"^from multicard\.([\w.]+) import", pathlib.Path(stages.__file__).read_text(), re.MULTILINE)
+    files = [module.replace(".", "/") + ".py" for module in made_of]
+    assert files
+    assert [file for file in files if not file.startswith(artifacts.SOURCES)] == []
 
 
 @pytest.mark.soak

@@ -20,7 +20,15 @@ from multicard.errors import ConfigError
 from multicard.models import stages
 from multicard.models.decoder import ParallelTransformer
 
-SOURCES = ("models/stages.py", "models/decoder.py", "models/rope.py", "models/compiler.py", "layers")
+SOURCES = (
+    "models/stages.py",
+    "models/decoder.py",
+    "models/rope.py",
+    "models/compiler.py",
+    "attention/one_query.py",
+    "attention/segments.py",
+    "layers",
+)
 """Files of multicard from which a stage is compiled."""
 
 
