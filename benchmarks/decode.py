@@ -83,10 +83,8 @@ class Ours:
 class HuggingFace:
     """``generate`` in this process with so many threads."""
 
-    weights = 0
-
     def __init__(self, model: Any, threads: int) -> None:
-        self.model, self.ranks, self.threads = model, 1, threads
+        self.model, self.threads = model, threads
 
     def run(self, ids: list[int], new: int) -> tuple[float, float]:
         first, whole = self._timed([ids], 1), self._timed([ids], new)
@@ -134,8 +132,8 @@ def torchrun(model: str, dtype: str, ranks: int) -> tuple[float, float]:
     return float(first), float(each)
 
 
-def contestants(args: argparse.Namespace, dtype: str) -> dict[str, Contestant]:
-    threads, slots = len(os.sched_getaffinity(0)), args.batch or 1
+def contestants(args: argparse.Namespace) -> dict[str, Contestant]:
+    threads, slots, dtype = len(os.sched_getaffinity(0)), args.batch or 1, args.dtype
     counts = (1, threads) if threads > 1 else (1,)
     found: dict[str, Contestant] = {}
     for count in counts:
@@ -198,7 +196,7 @@ def main() -> None:
     parser.add_argument("--torchrun", type=int, default=0, help="Hugging Face TP on so many ranks (3 divides SmolLM2)")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    running = contestants(args, args.dtype)
+    running = contestants(args)
     rows = batches(running, args.rounds, args.batch) if args.batch else single(running, args.rounds)
     for contestant in running.values():
         contestant.close()

@@ -23,11 +23,7 @@ CONTEXT = 1024  # tokens of a prompt and its answer
 class LlamaCpp:
     """A process with SmolLM2 as GGUF in ``dtype``, and so many threads and requests at once."""
 
-    weights = 0
-    ranks = 1
-
     def __init__(self, dtype: str, threads: int, slots: int = 1) -> None:
-        self.threads = threads
         command = [str(_environment()), __file__, str(_weights(dtype)), str(threads), str(slots)]
         self._process = subprocess.Popen(command, stdin=-1, stdout=-1, stderr=subprocess.DEVNULL, text=True)
         self._ask({"prompts": [[1, 2, 3]], "new": 2})

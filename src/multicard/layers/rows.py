@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from multicard.collectives import HALF
 from multicard.layers import packed
 
 STREAMS = 4
 MANY = 8  # rows, from which arithmetic limits a product rather than reading the weight
 CHUNK = 1 << 18  # numbers of a weight that are widened at a time, so that they stay in the processor's cache
-HALF = (torch.bfloat16, torch.float16)
 
 
 def one_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -129,10 +129,10 @@ def stages_of(model: ParallelTransformer) -> list[Stage]:
     pending: list[nn.Module] = []
     for operation, exchange in _operations(model):
         pending.append(operation)
-        if exchange not in ("sum", "") or (exchange == "sum" and model.mesh.tp.size > 1):
+        if exchange is not None and (exchange != "sum" or model.mesh.tp.size > 1):
             stages.append(Stage(pending, exchange))
             pending = []
-    return stages
+    return [*stages, Stage(pending, None)]
 
 
 def different(model: ParallelTransformer) -> list[Stage]:
@@ -171,13 +171,14 @@ def varying(stage: Stage) -> list[dict[int, Any]]:
 
 
 def _operations(model: ParallelTransformer) -> Iterator[tuple[nn.Module, str | None]]:
+    """The operations of a step in order, each with the exchange after it."""
     bias, layers = None, cast(Iterable[ParallelTransformerLayer], model.layers)
     for layer in layers:
         if model.mesh.sequence.size > 1:
             yield Project(layer, bias), "attend"
         else:
             yield Project(layer, bias), "keep"
-            yield Attend(layer), ""
+            yield Attend(layer), None
         yield Output(layer), "sum"
         yield FeedForward(layer), "sum"
         bias = layer.mlp.down_proj.bias
