@@ -125,16 +125,26 @@ def test_sizes_that_do_not_fit_are_refused_on_every_rank(run_on):
 
 
 def compiled(mesh):
+    """Whether all collectives, with uneven sizes, are in one compiled graph, and give what they give without it."""
     axis = mesh.world
+    table = [[1 + source + to for to in range(axis.size)] for source in range(axis.size)]
+    sizes, receive = list(map(sum, table)), [row[axis.rank] for row in table]
 
-    @torch.compile(fullgraph=True)
-    def step(x):
-        y = collectives.all_reduce(x * 2, axis)
-        return collectives.all_gather(y + axis.rank, axis, -1)
+    def step(x, dtype):
+        whole = collectives.all_reduce(x * 2, axis)
+        mine = whole[:, : sizes[axis.rank]] + axis.rank
+        told = collectives.broadcast(x + axis.rank, axis, source=axis.size - 1)
+        gathered = collectives.all_gather(mine, axis, -1, sizes)
+        exchanged = collectives.all_to_all(mine.t(), axis, table[axis.rank], receive)
+        return whole, told, gathered, exchanged, collectives.all_reduce((x / 3).to(dtype), axis, "max")
 
-    got = step(torch.ones(2, 3))
-    want = torch.cat([torch.full((2, 3), 2.0 * axis.size + r) for r in range(axis.size)], -1)
-    return bool(torch.equal(got, want))
+    torch._dynamo.reset()
+    graph = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for rows, dtype in itertools.product((2, 5, 7, 4), (torch.float32, torch.bfloat16)):
+        x = torch.arange(9.0 * rows).view(rows, 9)
+        for got, want in zip(graph(x.clone(), dtype), step(x.clone(), dtype), strict=True):
+            assert torch.equal(got, want)
+    return True
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -85,12 +85,14 @@ TABLE = {
         "_flatten": Use("ring and ulysses as one axis", ("mesh.py",), has(dist.device_mesh.DeviceMesh)),
         "_get_default_group": Use("the memo of meshes", ("mesh.py",), has(dist.distributed_c10d)),
         "_get_sequence_number_for_group": Use("who didn't arrive", ("ranks/activity.py",), has(dist.ProcessGroup)),
+        "_resolve_process_group": Use("groups by name", ("backends/traced.py",), has(dist.distributed_c10d)),
         "_rendezvous_handlers": Use("init_process_group in scripts", ("join.py",), has(RENDEZVOUS)),
         "_set_default_timeout": Use("gloo by its own calls", ("backends/gloo.py",), has(dist.ProcessGroupGloo)),
         "_set_pg_timeout": Use("sub-groups' timeouts", ("join.py",), has(dist.distributed_c10d)),
         "_world": Use("all groups, and their ranks", ("ranks/activity.py",), has(dist.distributed_c10d)),
     },
     "torch": {
+        "_assert_async": Use("a check in a compiled graph", ("layers/embedding.py",), has(torch)),
         "_C": Use(
             "DisableTorchFunctionSubclass, compiled code", ("guidance/lazy.py", "models/compiled.py"), has(torch)
         ),

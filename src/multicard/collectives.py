@@ -1,10 +1,7 @@
 """Communication between ranks: a dozen short functions on an :class:`~multicard.axis.Axis`.
 
 On an axis of size 1 each is the identity. Sizes may differ between ranks: the caller passes every rank's (from
-``partition``), so no collective is needed to learn them. Shared-memory groups are called directly, which halves the
-time of a decode step's small messages and needs no padding for uneven sizes. Other groups go through
-torch.distributed's in-place calls (eager functional collectives cost ten times as much each), which Dynamo rewrites
-under ``torch.compile``.
+``partition``), so no collective is needed to learn them. Under ``torch.compile`` each is one operator of the graph.
 """
 
 from __future__ import annotations
@@ -12,28 +9,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from multicard.axis import Axis
+from multicard.backends import eager, traced
 from multicard.errors import ConfigError
-
-if TYPE_CHECKING:
-    from multicard.backends.shm.group import Group
-
-REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
-HALF = (torch.float16, torch.bfloat16)
-
-# its name since torch 2.13, and the older one
-_all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-
-
-def _shm(axis: Axis) -> Group | None:
-    """The axis's shared-memory group, to be called directly; None elsewhere, and where Dynamo traces."""
-    return None if torch.compiler.is_compiling() else getattr(axis.group, "shm", None)
 
 
 def all_reduce(x: Tensor, axis: Axis, op: str = "sum") -> Tensor:
@@ -43,16 +27,8 @@ def all_reduce(x: Tensor, axis: Axis, op: str = "sum") -> Tensor:
     """
     if axis.size == 1:
         return x
-    shm = _shm(axis)
-    if shm is not None:
-        x = x.contiguous()
-        shm.all_reduce(x, op)
-        return x
-    # gloo on the CPU would round half types after every addition
-    narrow = op == "sum" and x.dtype in HALF and x.device.type == "cpu" and "gloo" in dist.get_backend(axis.group)
-    wide = (x.float() if narrow else x).contiguous()
-    dist.all_reduce(wide, REDUCE_OPS[op], group=axis.group)
-    return wide.to(x.dtype)
+    engine, group = _engine(axis)
+    return engine.all_reduce(x, group, op)
 
 
 def all_gather(x: Tensor, axis: Axis, dim: int = 0, sizes: Sequence[int] | None = None) -> Tensor:
@@ -69,32 +45,12 @@ def all_gather(x: Tensor, axis: Axis, dim: int = 0, sizes: Sequence[int] | None 
     _check_sizes("all_gather", x.shape[dim], sizes, axis)
     before, after = x.shape[:dim], x.shape[dim + 1 :]
     counts = [math.prod(before) * size * math.prod(after) for size in sizes]
-    flat = _gather_flat(x.contiguous().view(-1), counts, axis)
+    engine, group = _engine(axis)
+    flat = engine.all_gather(x.contiguous().view(-1), group, counts)
     if math.prod(before) == 1:
         return flat.view(*before, sum(sizes), *after)
     parts = [part.view(*before, size, *after) for part, size in zip(flat.split(counts), sizes, strict=True)]
     return torch.cat(parts, dim)
-
-
-def _gather_flat(x: Tensor, counts: list[int], axis: Axis) -> Tensor:
-    """Every rank's elements, ``counts`` of them, in rank order."""
-    shm = _shm(axis)
-    if shm is not None:
-        out = x.new_empty(sum(counts))
-        if min(counts) == max(counts):
-            shm.all_gather_single(out, x)
-        else:
-            shm.all_gather(out.split_with_sizes(counts), x)
-        return out
-    longest = max(counts)
-    if x.numel() < longest:  # other backends gather one size, and sizes differ by one row at most
-        x = torch.cat([x, x.new_zeros(longest - x.numel())])
-    out = x.new_empty(axis.size * longest)
-    if longest:
-        _all_gather_single(out, x, group=axis.group)
-    if min(counts) == longest:
-        return out
-    return torch.cat([part[:count] for part, count in zip(out.view(axis.size, -1), counts, strict=True)])
 
 
 def all_to_all(
@@ -113,32 +69,28 @@ def all_to_all(
     receive = list(receive_sizes) if receive_sizes is not None else send
     if sum(send) != x.shape[0] or len(send) != axis.size or len(receive) != axis.size:
         raise ConfigError(f"all_to_all: sending {send} over {axis.size} ranks doesn't make {x.shape[0]} rows")
-    out = x.new_empty(sum(receive), *x.shape[1:])
-    shm = _shm(axis)
-    if shm is not None:
-        shm.all_to_all_single(out, x, receive, send).wait()
-    else:
-        dist.all_to_all_single(out, x.contiguous(), receive, send, group=axis.group)
-    return out
+    engine, group = _engine(axis)
+    return engine.all_to_all(x, group, send, receive)
 
 
 def broadcast(x: Tensor, axis: Axis, source: int = 0) -> Tensor:
     """The ``x`` of rank ``source`` of the axis, written into every rank's ``x`` (of the same shape). One broadcast."""
     if axis.size == 1:
         return x
-    x = x.contiguous()
-    shm = _shm(axis)
-    if shm is not None:
-        shm.broadcast(x, source)
-    else:
-        dist.broadcast(x, group=axis.group, group_src=source)
-    return x
+    engine, group = _engine(axis)
+    return engine.broadcast(x, group, source)
 
 
 def barrier(axis: Axis) -> None:
     """Wait until every rank of the axis has called this."""
     if axis.size > 1:
         dist.barrier(group=axis.group)
+
+
+def _engine(axis: Axis) -> tuple[Any, Any]:
+    """The module that communicates, and what it calls the axis's group."""
+    assert axis.group is not None
+    return (traced, axis.group.group_name) if torch.compiler.is_compiling() else (eager, axis.group)
 
 
 class RingShift:
@@ -162,7 +114,7 @@ class RingShift:
         self._received = [t.new_empty(tuple(shape)) for t, shape in zip(tensors, shapes, strict=True)]
         sends, receives = ([t for t in group if t.numel()] for group in (tensors, self._received))
         to, source = (self.axis.rank + 1) % self.axis.size, (self.axis.rank - 1) % self.axis.size
-        shm = _shm(self.axis)
+        shm = getattr(self.axis.group, "shm", None)
         if shm is not None:
             self._works = [shm.exchange(sends, to, receives, source)]
             return

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from multicard import partition
-from multicard.attention.checks import check_joint, check_masks, check_name, check_tensors, whole_lengths
+from multicard.attention.checks import check_name
 from multicard.attention.no_backward import inference_only
-from multicard.attention.ring import Joint
-from multicard.attention.schedule import choose_schedule
-from multicard.attention.sequence import gather_sequence
-from multicard.attention.sharding import Sharding
-from multicard.attention.ulysses import group_attention
-from multicard.attention.visibility import Visibility
-from multicard.axis import Axis
+from multicard.attention.sharded import sharded_attention
+from multicard.attention.traced import traced_attention
 from multicard.mesh import ParallelMesh
 
 LAYOUTS = ("BSND", "BNSD")
@@ -82,58 +77,36 @@ def attend(
         UnsupportedError: ``causal`` with ``joint``.
     """
     check_name("layout", layout, LAYOUTS)
-    check_name("order", order, partition.ORDERS)
     check_name("joint_position", joint_position, JOINT_POSITIONS)
     if layout == "BNSD":
         q, k, v = _heads_last(q), _heads_last(k), _heads_last(v)
         joint = None if joint is None else (_heads_last(joint[0]), _heads_last(joint[1]), _heads_last(joint[2]))
-    check_tensors(q, k, v)
-    seq_len, kv_seq_len = whole_lengths(q, k, mesh, seq_len, kv_seq_len, order, replicated_kv)
-    check_masks(q, k, kv_seq_len, mask, key_mask, q_positions, kv_positions)
-    check_joint(q, k, v, joint, joint_key_mask, causal)
-    choice = choose_schedule(
+    attention = traced_attention if torch.compiler.is_compiling() else sharded_attention
+    out, *joint_out = attention(
+        q,
+        k,
+        v,
         mesh,
-        heads=q.shape[2],
-        kv_heads=k.shape[2],
+        joint=joint,
+        causal=causal,
+        key_mask=key_mask,
+        mask=mask,
+        scale=scale,
         seq_len=seq_len,
         kv_seq_len=kv_seq_len,
-        causal=causal,
-        order=order,
-        masked=mask is not None,
         replicated_kv=replicated_kv,
+        order=order,
+        q_positions=q_positions,
+        kv_positions=kv_positions,
+        joint_in_front=joint_position == "front",
+        joint_key_mask=joint_key_mask,
         schedule=schedule,
     )
-    sharding = Sharding.of(mesh, choice.axes(mesh), seq_len, kv_seq_len, order, replicated_kv)
-
-    def whole(x: Tensor | None, dim: int) -> Tensor | None:
-        return x if x is None or replicated_kv else gather_sequence(x, mesh, kv_seq_len, dim, order)
-
-    visible = Visibility(
-        blocks=sharding.blocks,
-        causal=causal,
-        q_positions=sharding.positions(kv_seq_len - seq_len) if q_positions is None or not causal else q_positions,
-        kv_positions=whole(kv_positions, 0) if causal else None,
-        mask=mask,
-        key_mask=whole(key_mask, 1),
-    )
-    tokens = None
-    if joint is not None:
-        tokens = Joint(*joint, joint_key_mask, joint_position == "front", *_joint_work(mesh, sharding))
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    out, joint_out = group_attention(q, k, v, sharding=sharding, visible=visible, scale=scale, joint=tokens)
     if layout == "BNSD":
-        out, joint_out = _heads_last(out), None if joint_out is None else _heads_last(joint_out)
-    return out if joint_out is None else (out, joint_out)
+        out, joint_out = _heads_last(out), list(map(_heads_last, joint_out))
+    return (out, joint_out[0]) if joint_out else out
 
 
 def _heads_last(x: Tensor) -> Tensor:
     """BNSD to BSND and back."""
     return x.transpose(1, 2)
-
-
-def _joint_work(mesh: ParallelMesh, sharding: Sharding) -> tuple[Axis, range]:
-    """The axis that shares the work on the joint queries, and the keys of this rank's block that are its share."""
-    if sharding.replicated_kv:
-        keys = sum(map(len, sharding.keys[0]))
-        return mesh.sequence, partition.split(keys, mesh.sequence.size)[mesh.sequence.rank]
-    return sharding.ring, range(sum(map(len, sharding.blocks[sharding.ring.rank])))

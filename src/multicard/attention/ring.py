@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from multicard.attention.rotation import Joint, around
@@ -36,11 +35,6 @@ def ring_attention(
     Returns:
         ``(B, rows, H, Dv)``, and the joint queries' ``(B, Sj, H, Dv)`` or None.
     """
-    loop = around
     if axis.size > 1:
         k, v = k.contiguous(), v.contiguous()
-        if torch.compiler.is_compiling():
-            from multicard.attention import uncompiled
-
-            loop = uncompiled.around
-    return loop(q, k, v, axis, visible, segments, scale, joint)
+    return around(q, k, v, axis, visible, segments, scale, joint)

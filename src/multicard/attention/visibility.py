@@ -138,8 +138,6 @@ class Visibility:
         return both(mask, keep)
 
     def _spans(self, block: int) -> tuple[tuple[range, ...], tuple[range, ...]] | None:
-        if torch.compiler.is_compiling() and not isinstance(self.q_positions, tuple):
-            return None
         q_spans = self.q_positions if isinstance(self.q_positions, tuple) else runs(self.q_positions)
         k_spans: tuple[range, ...] | None = self.blocks[block]
         if self.kv_positions is not None:
@@ -176,8 +174,6 @@ def _cut(mask: Tensor | None, piece: Piece) -> Tensor | None:
 
 def _worth_it(pieces: list[tuple[Piece, Tensor | None]]) -> list[tuple[Piece, Tensor | None]]:
     """Drop pieces whose mask leaves nothing. Only on the CPU: elsewhere this would be a host read."""
-    if torch.compiler.is_compiling():
-        return pieces
     return [(piece, mask) for piece, mask in pieces if mask is None or mask.device.type != "cpu" or _keeps_any(mask)]
 
 

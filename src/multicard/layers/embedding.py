@@ -58,7 +58,8 @@ class VocabParallelEmbedding(nn.Module):
         """Integer ``(...)``, the same on every rank, to ``(..., embedding_dim)``, the same on every rank.
 
         Raises:
-            ConfigError: an id that is negative or not in the vocabulary, on every rank alike, if this layer checks.
+            ConfigError: an id that is negative or not in the vocabulary, on every rank alike, if this layer checks;
+                RuntimeError in a compiled graph, which can't read it.
         """
         if self.checks:
             self._check(ids)
@@ -73,12 +74,17 @@ class VocabParallelEmbedding(nn.Module):
         return collectives.all_reduce(rows, self.axis)
 
     def _check(self, ids: Tensor) -> None:
+        limit = f"ids are 0 to {self.num_embeddings - 1}"
+        if torch.compiler.is_compiling():
+            known = ((ids >= 0) & (ids < self.num_embeddings)).all()
+            torch._assert_async(known, f"a token id is not in the vocabulary: {limit}")
+            return
         if not ids.numel():
             return
         low, high = (int(bound) for bound in torch.stack(ids.aminmax()).tolist())
         if low < 0 or high >= self.num_embeddings:
             wrong = low if low < 0 else high
-            raise ConfigError(f"token id {wrong} is not in the vocabulary: ids are 0 to {self.num_embeddings - 1}")
+            raise ConfigError(f"token id {wrong} is not in the vocabulary: {limit}")
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, here={self.vocabulary}"

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multicard.collectives import HALF
+from multicard.backends.eager import HALF
 from multicard.layers import packed
 
 STREAMS = 4

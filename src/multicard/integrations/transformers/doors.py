@@ -81,13 +81,15 @@ class ModelDoor:
 
     def _first(self, kind: Any, plain: Plain, args: Any, kwargs: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
         """The first call of its kind, with counting hooks."""
-        tables, before = self._tables, {module: vars(module).get(ATTENDED, 0) for module in self._segmented}
+        tables = self._tables
+        for module in self._segmented:
+            vars(module)[ATTENDED] = False  # a flag: compiled code would take a count for a constant
         with counted([*tables, *self._segmented]) as calls, self._rows(kind):
             output = plain(*args, **kwargs)
         if tables and isinstance(given.get("input_ids"), Tensor) and not any(calls[table] for table in tables):
             raise bypassed("transformers", "token ids were looked up without the vocabulary-parallel embedding")
         for module in self._segmented:
-            if calls[module] and vars(module).get(ATTENDED, 0) == before[module]:
+            if calls[module] and not vars(module)[ATTENDED]:
                 raise bypassed(
                     "transformers", f"{type(module).__name__} didn't call its segment-wise attention function"
                 )

@@ -32,7 +32,7 @@ QUERY_WIDTHS = ("all_head_size",)
 SEGMENTED = "multicard_segments"
 """The name under which segment-by-segment attention is registered."""
 ATTENDED = "_multicard_attended"
-"""The attribute in which a module counts its segment-by-segment attention calls."""
+"""The attribute that tells that a module has called segment-by-segment attention."""
 
 
 def read_heads(module: nn.Module, model: PreTrainedModel, family: Family, axis: Axis, path: str) -> Heads:
@@ -163,7 +163,7 @@ def attend_by_segments(
     Args and result are those of ``transformers``' attention interface: ``(batch, heads, length, head_dim)`` in,
     ``(batch, length, heads, head_dim)`` out.
     """
-    vars(module)[ATTENDED] = vars(module).get(ATTENDED, 0) + 1
+    vars(module)[ATTENDED] = True
     attend = attention_function(module, vars(module)["_multicard_attention"])
     outs = []
     for segment in vars(module)["_multicard_segments"]:
