@@ -68,14 +68,14 @@ def flux(tokens: int) -> tuple[torch.nn.Module, dict[str, Any]]:
 # --- on a rank --------------------------------------------------------------------------------------------------------
 
 
-def make(mesh: mc.ParallelMesh, name: str, size: int, degrees: dict[str, int]) -> Call:
+def make(mesh: mc.ParallelMesh, name: str, size: int, degrees: dict[str, int], compiled: bool = False) -> Call:
     """A denoiser split over the mesh of ``degrees``, and its arguments."""
     torch.manual_seed(0)
     model, arguments = {"digits": digits, "flux": flux}[name](size)
     model = model.eval().requires_grad_(False)
     if degrees:
         mc.parallelize(model, mc.init_mesh(mc.ParallelConfig(**degrees)))
-    return functools.partial(model, **arguments)
+    return functools.partial(torch.compile(model) if compiled else model, **arguments)
 
 
 def run(mesh: mc.ParallelMesh, call: Call, calls: int, exchanges: bool = True) -> None:
@@ -106,9 +106,9 @@ def diffusers_own(mesh: mc.ParallelMesh) -> str:
 # --- the contest ------------------------------------------------------------------------------------------------------
 
 
-def contest(name: str, size: int, rounds: int, backend: str) -> list[dict[str, Any]]:
+def contest(name: str, size: int, rounds: int, backend: str, compiled: bool) -> list[dict[str, Any]]:
     with contextlib.ExitStack() as stack:
-        start = functools.partial(mc.Ranks, timeout=120.0)
+        start = functools.partial(mc.Ranks, timeout=300.0)
         one = stack.enter_context(start(mc.ParallelConfig(), threads_per_rank=1))
         wide = stack.enter_context(start(mc.ParallelConfig(), threads_per_rank=2))
         two = stack.enter_context(start(mc.ParallelConfig(dp=2), threads_per_rank=1, backend=backend))
@@ -120,6 +120,12 @@ def contest(name: str, size: int, rounds: int, backend: str) -> list[dict[str, A
             errors[label] = max(two.run(error, kept, name, size))
             contestants[label] = functools.partial(two.run, run, kept, calls)
             contestants[f"{label} bound"] = functools.partial(two.run, run, kept, calls, False)
+        if compiled:
+            plans = [("1 process of 1 thread", one, {}), *((label, two, degrees) for label, degrees in DEGREES.items())]
+            for label, ranks, degrees in plans:
+                kept, label = ranks.keep(make, name, size, degrees, True), f"{label}, compiled"
+                errors[label] = max(ranks.run(error, kept, name, size))
+                contestants[label] = functools.partial(ranks.run, run, kept, calls)
         times = {label: seconds / calls for label, seconds in alternate(contestants, rounds).items()}
         own = two.run(diffusers_own)[0]
     rows = []
@@ -146,10 +152,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--models", nargs="+", default=["digits", "flux"], choices=["digits", "flux"])
     parser.add_argument("--backend", default="auto")
+    parser.add_argument("--compiled", action="store_true", help="also under torch.compile")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     sizes = {"digits": args.images, "flux": args.tokens}
-    rows = [row for name in args.models for row in contest(name, sizes[name], args.rounds, args.backend)]
+    rows = [row for name in args.models for row in contest(name, sizes[name], args.rounds, args.backend, args.compiled)]
     report(rows, args.json, diffusers=diffusers.__version__, rounds=args.rounds)
 
 

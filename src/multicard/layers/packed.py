@@ -129,6 +129,21 @@ def _reordered(weight: Tensor) -> nn.Parameter:
     return sharded(torch.ops.mkldnn._reorder_linear_weight(weight.detach()), shard_of(weight))
 
 
+@torch.library.custom_op(
+    "multicard::packed_linear", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
+)
+def _traced(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """For compiled graphs: Inductor takes a reordered weight of oneDNN's own operator only as a constant."""
+    return multiply(x, weight, bias)
+
+
+@_traced.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x Aᵀ + b`` by oneDNN; a weight in row order is reordered in each call."""
+    if torch.compiler.is_compiling():
+        return _traced(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")

@@ -130,20 +130,35 @@ def compiled(mesh, degrees):
     return found
 
 
-def in_one_graph(mesh, name):
-    """The error of a denoiser that Dynamo has to trace whole, exchanges and all."""
+def in_one_graph(mesh, name, backend, repeated):
+    """The error of a denoiser that Dynamo has to trace whole (or each kind of block of it), exchanges and all."""
+    torch._dynamo.reset()
     pipe, arguments = build(name)
     expected = sample(pipe, arguments)
     pipe, arguments = build(name)
     mc.parallelize(pipe, mesh)
-    pipe.transformer = torch.compile(pipe.transformer, backend="eager", fullgraph=True, dynamic=False)
+    options = {"backend": backend, "fullgraph": True}
+    if repeated:
+        pipe.transformer.compile_repeated_blocks(**options)
+    else:
+        pipe.transformer = torch.compile(pipe.transformer, **options)
     return float((sample(pipe, arguments) - expected).abs().max() / expected.abs().max())
 
 
-@pytest.mark.parametrize("name", ["dit", "flux", "wan"])
-def test_a_split_denoiser_compiles_into_one_graph(run_on, name):
-    """Three heads over three ranks: where heads don't divide the ring is taken, whose messages aren't traced."""
-    assert max(run_on(in_one_graph, name, ulysses=3)) < 1e-5
+@pytest.mark.parametrize(
+    ("name", "degrees", "backend", "repeated"),
+    [
+        ("dit", {"ring": 3}, "aot_eager", False),
+        ("dit", {"ring": 2}, "inductor", False),
+        ("flux", {"ulysses": 4}, "aot_eager", False),  # more ranks than heads
+        ("wan", {"tp": 3}, "aot_eager", False),
+        ("wan", {"cfg": 2, "ulysses": 2}, "aot_eager", False),
+        ("flux", {"ring": 2, "ulysses": 2}, "aot_eager", True),
+    ],
+    ids=str,
+)
+def test_a_split_denoiser_compiles_into_one_graph(run_on, name, degrees, backend, repeated):
+    assert max(run_on(in_one_graph, name, backend, repeated, **degrees)) < 1e-5
 
 
 def compile_denoiser(pipe):
