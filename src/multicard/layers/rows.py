@@ -15,7 +15,7 @@ from multicard.layers import packed
 
 STREAMS = 4
 SOME, MANY = 4, 128
-"""Rows: from SOME on half types are better widened; from MANY on arithmetic limits a product, not reading the weight."""
+"""Rows: from SOME on half types are better widened; from MANY on a product takes its time for arithmetic."""
 CHUNK = 1 << 18  # numbers of a weight that are widened at a time, so that they stay in the processor's cache
 
 
