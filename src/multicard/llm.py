@@ -18,19 +18,24 @@ from multicard.errors import CheckpointError, ConfigError, MulticardError, Unsup
 from multicard.extras import command, has
 from multicard.mesh import ParallelMesh
 from multicard.models import generate as decoding
+from multicard.models.answer import Outcome
 from multicard.models.compiled import Compilation, why_not
+from multicard.models.drafts import Drafting
 from multicard.models.generate import Request
-from multicard.models.load import check_folder, load_decoder
+from multicard.models.load import check_draft, check_folder, load_decoder, naming_draft
 from multicard.models.sampling import Sampling
 from multicard.models.tokenizer import Tokenizer
 from multicard.progress import loading_bar
 from multicard.ranks.settings import Options
 from multicard.replica import Replica
 from multicard.session import Session
+from multicard.values import is_whole
 from multicard.weights import LoadReport
 from multicard.weights.folder import folder_path, parse_dtype
 
 LOG = logging.getLogger(__name__)
+
+MOST_DRAFTS = 64  # the logits of so many tokens are held at once
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Text, token ids, or chat messages (``{"role": ..., "content": ...}``)."""
@@ -46,12 +51,15 @@ class Generation:
         prompt_tokens: how many tokens the prompt had.
         timings: of the whole batch, in seconds: "prefill" (to the first token) and "decode" (the others), and
             "tokens_per_second" of decoding, for each prompt.
+        drafted, accepted: how many tokens were drafted for this answer, and how many of those it has.
     """
 
     text: str | None
     token_ids: list[int]
     prompt_tokens: int
     timings: dict[str, float]
+    drafted: int = 0
+    accepted: int = 0
 
 
 class LLM(Session):
@@ -71,6 +79,10 @@ class LLM(Session):
         compile: the decode step of single prompts on CPUs; our own decoder's only. "auto": beside the first answers, if
             there is a C++ compiler and unless MULTICARD_COMPILE=0, for this and later runs; True: before the first
             answer; False: not at all.
+        draft: how tokens are drafted, for single prompts; the answers stay the same. "prompt": what followed the last
+            tokens earlier in the prompt or the answer; a folder: what a smaller checkpoint with the same vocabulary
+            answers, split over the same ranks. Our own decoder's only.
+        draft_tokens: at most so many in a step.
         verify: compare the files with SHA256SUMS in their folder first.
         progress: show a bar on standard error while loading; None: only on a terminal.
         options: how ranks are started, as for :func:`multicard.launch`.
@@ -91,6 +103,8 @@ class LLM(Session):
         dp: int = 1,
         dtype: str | torch.dtype = "auto",
         compile: bool | str = "auto",
+        draft: str | os.PathLike[str] | None = None,
+        draft_tokens: int = 5,
         verify: bool = False,
         progress: bool | None = None,
         **options: Unpack[Options],
@@ -98,10 +112,15 @@ class LLM(Session):
         degrees = ParallelConfig(tp=tp, ring=ring, ulysses=ulysses, dp=dp)
         self.path = folder_path(path)
         _check_compile(compile)
-        loading = (str(self.path), parse_dtype(dtype), verify, compile)
+        self.draft = _check_draft(draft, draft_tokens)
         self.config, self.engine = _check_folder(self.path, degrees)
         if compile is True and self.engine != "multicard":
             raise UnsupportedError(f"compile=True: {self.engine} runs this model; only our own decoder is compiled")
+        if draft is not None and self.engine != "multicard":
+            raise UnsupportedError(f"draft={draft!r}: {self.engine} runs this model; only our own decoder takes drafts")
+        if isinstance(self.draft, pathlib.Path):
+            check_draft(self.draft, degrees, self.config)
+        loading = (str(self.path), parse_dtype(dtype), verify, compile, self.draft and str(self.draft), draft_tokens)
         self.tokenizer = Tokenizer.from_folder(self.path)
         self._before_loading()
         bar = functools.partial(loading_bar, progress, f"loading {self.path.name} on {degrees}")
@@ -111,7 +130,9 @@ class LLM(Session):
         """For a subclass that has its prompts by now: what is wrong with them needn't wait for the weights."""
 
     def _after_loading(self) -> None:
-        self.load_reports = [LoadReport(**report) for report in self._run(_report)]
+        by_rank = [[LoadReport(**report) for report in reports] for reports in self._run(_reports)]
+        self.load_reports = [reports[0] for reports in by_rank]
+        self.draft_load_reports = [reports[1] for reports in by_rank if len(reports) > 1]
 
     def generate(
         self,
@@ -147,10 +168,10 @@ class LLM(Session):
         many = _is_list(prompts)
         sampling = Sampling(temperature, top_k, top_p, seed)
         request = self._request(prompts if many else [prompts], max_new_tokens, sampling, ignore_eos, raw)
-        tokens, timings = self._run(_generate, request)[0]
+        outcomes, timings = self._run(_generate, request)[0]
         found = [
-            Generation(self.tokenizer.decode(new) if self.tokenizer else None, new, len(prompt), timings)
-            for prompt, new in zip(request.prompts, tokens, strict=True)
+            Generation(self.tokenizer.decode(new) if self.tokenizer else None, new, len(prompt), timings, *drafts)
+            for prompt, (new, *drafts) in zip(request.prompts, outcomes, strict=True)
         ]
         return found if many else found[0]
 
@@ -208,9 +229,10 @@ class _Loaded:
     """What a rank keeps. All ranks are given the same requests, also those of different replicas."""
 
     model: Any
-    report: LoadReport
+    reports: list[LoadReport]
     replicas: Replica
-    compilation: Compilation | None
+    compilation: Compilation | None = None
+    drafting: Drafting | None = None
 
 
 def _check_folder(path: pathlib.Path, degrees: ParallelConfig) -> tuple[Any, str]:
@@ -243,24 +265,60 @@ def _check_with_transformers(path: pathlib.Path, degrees: ParallelConfig) -> Any
 
 
 def _load(
-    mesh: ParallelMesh, engine: str, path: str, dtype: torch.dtype | None, verify: bool, compile: bool | str
+    mesh: ParallelMesh,
+    engine: str,
+    path: str,
+    dtype: torch.dtype | None,
+    verify: bool,
+    compile: bool | str,
+    draft: str | None,
+    draft_tokens: int,
 ) -> Generator[float, None, _Loaded]:
     replicas = Replica(mesh, whole_mesh=True)
-    replicas.compare("loading an LLM", {"engine": engine, "dtype": dtype, "verify": verify, "compile": compile})
-    compiles = engine == "multicard" and _compiles(mesh, compile)
+    asked = {"engine": engine, "dtype": dtype, "verify": verify, "compile": compile}
+    replicas.compare("loading an LLM", {**asked, "draft": draft, "draft_tokens": draft_tokens})
     if engine == "transformers":
         from multicard.integrations.transformers.llm import load_decoder as load_with_transformers
 
-        steps: Iterator[Any] = load_with_transformers(mesh, path, dtype, verify)
-    else:
-        steps = load_decoder(mesh, path, dtype, verify, reorder=not compiles)
+        model, report = yield from _last(load_with_transformers(mesh, path, dtype, verify))
+        return _Loaded(model, [report], replicas)
+    compiles = _compiles(mesh, compile)
+
+    def ours(folder: str, begin: float, end: float) -> Generator[float, None, tuple[Any, LoadReport, Any]]:
+        steps = load_decoder(mesh, folder, dtype, verify, reorder=not compiles)
+        model, report = yield from _last(steps, begin, end)
+        return model, report, Compilation(model, folder, wait=compile is True) if compiles else None
+
+    if draft is None or draft == "prompt":
+        model, report, compilation = yield from ours(path, 0.0, 1.0)
+        return _Loaded(model, [report], replicas, compilation, None if draft is None else Drafting(draft_tokens))
+    model, report, compilation = yield from ours(path, 0.0, 0.5)
+    with naming_draft(draft):
+        other, draft_report, of_draft = yield from ours(draft, 0.5, 1.0)
+    drafting = Drafting(draft_tokens, other, of_draft)
+    return _Loaded(model, [report, draft_report], replicas, compilation, drafting)
+
+
+def _last(steps: Iterator[Any], begin: float = 0.0, end: float = 1.0) -> Generator[float, None, Any]:
+    """A loader's model and report, which it yields last; the fractions before them go from ``begin`` to ``end``."""
+    found = None
     for step in steps:
         if isinstance(step, float):
-            yield step
+            yield begin + (end - begin) * step
         else:
-            model, report = step
-    compilation = Compilation(model, path, wait=compile is True) if compiles else None
-    return _Loaded(model, report, replicas, compilation)
+            found = step
+    return found
+
+
+def _check_draft(draft: Any, tokens: int) -> pathlib.Path | str | None:
+    """``draft``, a folder as an absolute path."""
+    if not is_whole(tokens, least=1, most=MOST_DRAFTS):
+        raise ConfigError(f"draft_tokens={tokens!r}: a whole number from 1 to {MOST_DRAFTS}")
+    if draft is None or draft == "prompt":
+        return draft
+    if not isinstance(draft, str | os.PathLike):
+        raise ConfigError(f"draft={draft!r}: must be None, 'prompt' or a checkpoint's folder")
+    return folder_path(draft)
 
 
 def _check_compile(compile: object) -> None:
@@ -280,19 +338,19 @@ def _compiles(mesh: ParallelMesh, compile: bool | str) -> bool:
     return obstacle is None
 
 
-def _report(mesh: ParallelMesh, loaded: _Loaded) -> dict[str, Any]:
-    return dataclasses.asdict(loaded.report)
+def _reports(mesh: ParallelMesh, loaded: _Loaded) -> list[dict[str, Any]]:
+    return [dataclasses.asdict(report) for report in loaded.reports]
 
 
-def _generate(mesh: ParallelMesh, loaded: _Loaded, request: Request) -> tuple[list[list[int]], dict[str, float]]:
+def _generate(mesh: ParallelMesh, loaded: _Loaded, request: Request) -> tuple[list[Outcome], dict[str, float]]:
     loaded.replicas.compare("LLM.generate", vars(request))
-    return decoding.answer(loaded.model, mesh, request, loaded.compilation)
+    return decoding.answer(loaded.model, mesh, request, loaded.compilation, loaded.drafting)
 
 
 def _stream(mesh: ParallelMesh, loaded: _Loaded, request: Request) -> Iterator[int]:
     # Every data-parallel replica computes the stream: the others have nothing else to do.
     loaded.replicas.compare("LLM.stream", vars(request))
-    for step in decoding.generate(loaded.model, request, loaded.compilation):
+    for step in decoding.generate(loaded.model, request, loaded.compilation, loaded.drafting):
         yield step[0]  # type: ignore[misc]
 
 
