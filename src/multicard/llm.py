@@ -4,38 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 import os
-import pathlib
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Unpack
 
 import torch
 
-from multicard import place
+from multicard import engines
 from multicard.config import ParallelConfig
-from multicard.errors import CheckpointError, ConfigError, MulticardError, UnsupportedError
-from multicard.extras import command, has
+from multicard.engines import Loaded
+from multicard.errors import ConfigError
 from multicard.mesh import ParallelMesh
 from multicard.models import generate as decoding
 from multicard.models.answer import Outcome
-from multicard.models.compiled import Compilation, why_not
-from multicard.models.drafts import Drafting
 from multicard.models.generate import Request
-from multicard.models.load import check_draft, check_folder, load_decoder, naming_draft
 from multicard.models.sampling import Sampling
 from multicard.models.tokenizer import Tokenizer
 from multicard.progress import loading_bar
 from multicard.ranks.settings import Options
-from multicard.replica import Replica
 from multicard.session import Session
-from multicard.values import is_whole
 from multicard.weights import LoadReport
 from multicard.weights.folder import folder_path, parse_dtype
-
-LOG = logging.getLogger(__name__)
-
-MOST_DRAFTS = 64  # the logits of so many tokens are held at once
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Text, token ids, or chat messages (``{"role": ..., "content": ...}``)."""
@@ -110,21 +99,13 @@ class LLM(Session):
         **options: Unpack[Options],
     ) -> None:
         degrees = ParallelConfig(tp=tp, ring=ring, ulysses=ulysses, dp=dp)
-        self.path = folder_path(path)
-        _check_compile(compile)
-        self.draft = _check_draft(draft, draft_tokens)
-        self.config, self.engine = _check_folder(self.path, degrees)
-        if compile is True and self.engine != "multicard":
-            raise UnsupportedError(f"compile=True: {self.engine} runs this model; only our own decoder is compiled")
-        if draft is not None and self.engine != "multicard":
-            raise UnsupportedError(f"draft={draft!r}: {self.engine} runs this model; only our own decoder takes drafts")
-        if isinstance(self.draft, pathlib.Path):
-            check_draft(self.draft, degrees, self.config)
-        loading = (str(self.path), parse_dtype(dtype), verify, compile, self.draft and str(self.draft), draft_tokens)
+        self.path, self.draft = folder_path(path), engines.parse_draft(draft)
+        loading = (str(self.path), parse_dtype(dtype), verify, compile, self.draft, draft_tokens)
+        self.config, self.engine = engines.check(self.path, degrees, compile, self.draft, draft_tokens)
         self.tokenizer = Tokenizer.from_folder(self.path)
         self._before_loading()
         bar = functools.partial(loading_bar, progress, f"loading {self.path.name} on {degrees}")
-        super().__init__(degrees, options, _load, self.engine, *loading, bar=bar)
+        super().__init__(degrees, options, engines.load, self.engine, *loading, bar=bar)
 
     def _before_loading(self) -> None:
         """For a subclass that has its prompts by now: what is wrong with them needn't wait for the weights."""
@@ -224,137 +205,23 @@ class LLM(Session):
         return request
 
 
-@dataclasses.dataclass
-class _Loaded:
-    """What a rank keeps. All ranks are given the same requests, also those of different replicas."""
-
-    model: Any
-    reports: list[LoadReport]
-    replicas: Replica
-    compilation: Compilation | None = None
-    drafting: Drafting | None = None
-
-
-def _check_folder(path: pathlib.Path, degrees: ParallelConfig) -> tuple[Any, str]:
-    """The decoder's config, and which library runs it: transformers runs architectures that our decoder lacks."""
-    try:
-        return check_folder(path, degrees), "multicard"
-    except UnsupportedError as refusal:
-        if not has("transformers"):
-            raise UnsupportedError(f"{refusal}; or {command('transformers')}: LLM uses it for other models") from None
-        try:
-            return _check_with_transformers(path, degrees), "transformers"
-        except CheckpointError as other:
-            raise CheckpointError(f"{refusal}; {other}") from None
-        except MulticardError as other:
-            raise other from refusal
-
-
-def _check_with_transformers(path: pathlib.Path, degrees: ParallelConfig) -> Any:
-    """The config of a model that transformers runs. Its warnings are hidden: if it fails, the error says why."""
-    from transformers.utils import logging
-
-    from multicard.integrations.transformers.llm import check_folder as check_transformers
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        return check_transformers(path, degrees)
-    finally:
-        logging.set_verbosity(verbosity)
-
-
-def _load(
-    mesh: ParallelMesh,
-    engine: str,
-    path: str,
-    dtype: torch.dtype | None,
-    verify: bool,
-    compile: bool | str,
-    draft: str | None,
-    draft_tokens: int,
-) -> Generator[float, None, _Loaded]:
-    replicas = Replica(mesh, whole_mesh=True)
-    asked = {"engine": engine, "dtype": dtype, "verify": verify, "compile": compile}
-    replicas.compare("loading an LLM", {**asked, "draft": draft, "draft_tokens": draft_tokens})
-    if engine == "transformers":
-        from multicard.integrations.transformers.llm import load_decoder as load_with_transformers
-
-        model, report = yield from _last(load_with_transformers(mesh, path, dtype, verify))
-        return _Loaded(model, [report], replicas)
-    compiles = _compiles(mesh, compile)
-
-    def ours(folder: str, begin: float, end: float) -> Generator[float, None, tuple[Any, LoadReport, Any]]:
-        steps = load_decoder(mesh, folder, dtype, verify, reorder=not compiles)
-        model, report = yield from _last(steps, begin, end)
-        return model, report, Compilation(model, folder, wait=compile is True) if compiles else None
-
-    if draft is None or draft == "prompt":
-        model, report, compilation = yield from ours(path, 0.0, 1.0)
-        return _Loaded(model, [report], replicas, compilation, None if draft is None else Drafting(draft_tokens))
-    model, report, compilation = yield from ours(path, 0.0, 0.5)
-    with naming_draft(draft):
-        other, draft_report, of_draft = yield from ours(draft, 0.5, 1.0)
-    drafting = Drafting(draft_tokens, other, of_draft)
-    return _Loaded(model, [report, draft_report], replicas, compilation, drafting)
-
-
-def _last(steps: Iterator[Any], begin: float = 0.0, end: float = 1.0) -> Generator[float, None, Any]:
-    """A loader's model and report, which it yields last; the fractions before them go from ``begin`` to ``end``."""
-    found = None
-    for step in steps:
-        if isinstance(step, float):
-            yield begin + (end - begin) * step
-        else:
-            found = step
-    return found
-
-
-def _check_draft(draft: Any, tokens: int) -> pathlib.Path | str | None:
-    """``draft``, a folder as an absolute path."""
-    if not is_whole(tokens, least=1, most=MOST_DRAFTS):
-        raise ConfigError(f"draft_tokens={tokens!r}: a whole number from 1 to {MOST_DRAFTS}")
-    if draft is None or draft == "prompt":
-        return draft
-    if not isinstance(draft, str | os.PathLike):
-        raise ConfigError(f"draft={draft!r}: must be None, 'prompt' or a checkpoint's folder")
-    return folder_path(draft)
-
-
-def _check_compile(compile: object) -> None:
-    if not isinstance(compile, bool) and compile != "auto":
-        raise ConfigError(f"compile={compile!r}: must be True, False or 'auto'")
-
-
-def _compiles(mesh: ParallelMesh, compile: bool | str) -> bool:
-    """Whether this rank compiles; where it can't, ``compile=True`` raises, and "auto" says so on the first rank."""
-    if compile is False or (compile == "auto" and not place.compiling()):
-        return False
-    obstacle = why_not(mesh.device)
-    if obstacle and compile is True:
-        raise ConfigError(f"compile=True: {obstacle}")
-    if obstacle and mesh.rank == 0:
-        LOG.warning("decoding stays uncompiled, which gives the same tokens but slower: %s", obstacle)
-    return obstacle is None
-
-
-def _reports(mesh: ParallelMesh, loaded: _Loaded) -> list[dict[str, Any]]:
+def _reports(mesh: ParallelMesh, loaded: Loaded) -> list[dict[str, Any]]:
     return [dataclasses.asdict(report) for report in loaded.reports]
 
 
-def _generate(mesh: ParallelMesh, loaded: _Loaded, request: Request) -> tuple[list[Outcome], dict[str, float]]:
+def _generate(mesh: ParallelMesh, loaded: Loaded, request: Request) -> tuple[list[Outcome], dict[str, float]]:
     loaded.replicas.compare("LLM.generate", vars(request))
     return decoding.answer(loaded.model, mesh, request, loaded.compilation, loaded.drafting)
 
 
-def _stream(mesh: ParallelMesh, loaded: _Loaded, request: Request) -> Iterator[int]:
+def _stream(mesh: ParallelMesh, loaded: Loaded, request: Request) -> Iterator[int]:
     # Every data-parallel replica computes the stream: the others have nothing else to do.
     loaded.replicas.compare("LLM.stream", vars(request))
     for step in decoding.generate(loaded.model, request, loaded.compilation, loaded.drafting):
         yield step[0]  # type: ignore[misc]
 
 
-def _logits(mesh: ParallelMesh, loaded: _Loaded, token_ids: list[int]) -> torch.Tensor:
+def _logits(mesh: ParallelMesh, loaded: Loaded, token_ids: list[int]) -> torch.Tensor:
     loaded.replicas.compare("LLM.logits", {"token_ids": token_ids})
     return decoding.logits(loaded.model, token_ids)
 

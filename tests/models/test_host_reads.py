@@ -30,7 +30,7 @@ def reads_of_steps(mesh, folder):
 
 
 def reads_of_drafted_steps(mesh, folder):
-    """For every sampling and way of drafting, what each yield reads. On this card every token is 1, so drafts are right."""
+    """For every sampling and way of drafting, what each token waited for. All are 1 here, so drafts are right."""
     config, found = DecoderConfig.from_folder(folder), []
     for sampling, by_model in itertools.product(SAMPLINGS, (True, False)):
         with fake_cards.card() as (device, reads):

@@ -73,7 +73,13 @@ def generate(
         "raw": raw,
     }
     compiles = "auto" if compile is None else compile
-    loading = {"dtype": dtype, "compile": compiles, "draft": draft, "draft_tokens": draft_tokens, "verify": verify}
+    loading: dict[str, Any] = {
+        "dtype": dtype,
+        "compile": compiles,
+        "draft": draft,
+        "draft_tokens": draft_tokens,
+        "verify": verify,
+    }
     with Asked(model, **loading, **degrees, **ranks) as llm:
         live = sys.stdout.isatty() and not as_json and not place.in_job()
         if live and len(prompts) == 1 and llm.tokenizer is not None:

@@ -38,7 +38,8 @@ def _step(stepper: Stepper, cache: Cache, answer: Answer, drafter: Drafter) -> l
     """The accepted drafts and one more token. One read from the device."""
     with torch.inference_mode():
         drafts = drafter.draft(answer)
-        ids = torch.cat([drafts.new_tensor(answer.tokens[-1:]), drafts.clamp(min=0)])
+        last = torch.tensor(answer.tokens[-1:], device=drafts.device)
+        ids = torch.cat([last, drafts.clamp(min=0)])
         before, noise = cache.length, answer.noise(len(ids))
         chosen = stepper.choose(stepper.run(ids[None], cache, last_only=False)[0], noise)
         numbers: list[int] = torch.cat([drafts, chosen]).tolist()
