@@ -16,7 +16,6 @@ from multicard.engines import Loaded
 from multicard.errors import ConfigError
 from multicard.mesh import ParallelMesh
 from multicard.models import generate as decoding
-from multicard.models.answer import Outcome
 from multicard.models.generate import Request
 from multicard.models.sampling import Sampling
 from multicard.models.tokenizer import Tokenizer
@@ -68,9 +67,9 @@ class LLM(Session):
         compile: the decode step of single prompts on CPUs; our own decoder's only. "auto": beside the first answers, if
             there is a C++ compiler and unless MULTICARD_COMPILE=0, for this and later runs; True: before the first
             answer; False: not at all.
-        draft: how tokens are drafted, for single prompts; the answers stay the same. "prompt": what followed the last
-            tokens earlier in the prompt or the answer; a folder: what a smaller checkpoint with the same vocabulary
-            answers, split over the same ranks. Our own decoder's only.
+        draft: how tokens are drafted, for single prompts; answers stay the same, but for bfloat16's rounding. "prompt":
+            what followed the last tokens earlier in the prompt or the answer; a folder: what a smaller checkpoint with
+            the same vocabulary answers, split over the same ranks. Our own decoder's only.
         draft_tokens: at most so many in a step.
         verify: compare the files with SHA256SUMS in their folder first.
         progress: show a bar on standard error while loading; None: only on a terminal.
@@ -209,9 +208,10 @@ def _reports(mesh: ParallelMesh, loaded: Loaded) -> list[dict[str, Any]]:
     return [dataclasses.asdict(report) for report in loaded.reports]
 
 
-def _generate(mesh: ParallelMesh, loaded: Loaded, request: Request) -> tuple[list[Outcome], dict[str, float]]:
+def _generate(mesh: ParallelMesh, loaded: Loaded, request: Request) -> tuple[list[Any], dict[str, float]]:
     loaded.replicas.compare("LLM.generate", vars(request))
-    return decoding.answer(loaded.model, mesh, request, loaded.compilation, loaded.drafting)
+    outcomes, timings = decoding.answer(loaded.model, mesh, request, loaded.compilation, loaded.drafting)
+    return [tuple(outcome) for outcome in outcomes], timings  # a job's ranks exchange plain types only
 
 
 def _stream(mesh: ParallelMesh, loaded: Loaded, request: Request) -> Iterator[int]:

@@ -38,7 +38,7 @@ class Answer:
         self.room = 0 if token in self.stop else self.room - 1
         return token
 
-    def noise(self, tokens: int = 1) -> list[tuple[int, int]]:
+    def noise(self, tokens: int) -> list[tuple[int, int]]:
         """What the noise of the next tokens is keyed by: see :func:`multicard.models.sampling.choose`."""
         return [(self.number, step) for step in range(self.new, self.new + tokens)]
 

@@ -30,9 +30,10 @@ class Drafter(Protocol):
 
 
 def lookup(tokens: Sequence[int], most: int) -> list[int]:
-    """What followed the last few of ``tokens`` where they occur before: as many as possible, the last time.
+    """What followed the ending of ``tokens`` where it occurred before, at most so many; nothing if it didn't.
 
-    They are LONGEST to SHORTEST. The copy may overlap what it is appended to, so a repetition is continued.
+    The ending is as long as one that did, LONGEST to SHORTEST tokens, and the place the last one. What followed may
+    overlap the ending, and then goes on with itself: a repetition is continued.
     """
     text = array.array("I", tokens)
     raw, size = text.tobytes(), text.itemsize

@@ -39,7 +39,7 @@ def _step(stepper: Stepper, cache: Cache, answer: Answer, drafter: Drafter) -> l
     with torch.inference_mode():
         drafts = drafter.draft(answer)
         last = torch.tensor(answer.tokens[-1:], device=drafts.device)
-        ids = torch.cat([last, drafts.clamp(min=0)])
+        ids = torch.cat([last, drafts.clamp(min=0)])  # NOT_FINITE has no embedding
         before, noise = cache.length, answer.noise(len(ids))
         chosen = stepper.choose(stepper.run(ids[None], cache, last_only=False)[0], noise)
         numbers: list[int] = torch.cat([drafts, chosen]).tolist()
