@@ -42,7 +42,7 @@ def card():
         _setup_privateuseone_for_python_backend("card")
     with (
         mock.patch.object(memory, "free_bytes", return_value=1 << 40),
-        mock.patch.object(fake_tensor, "CONSTANT_NUMEL_LIMIT", 0),  # it would compute with single numbers
+        mock.patch.object(fake_tensor, "CONSTANT_NUMEL_LIMIT", -1),  # it would compute with single numbers, or none
         fake_tensor.FakeTensorMode(),
         HostReads() as reads,
     ):

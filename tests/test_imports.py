@@ -16,7 +16,7 @@ FLOORS = [  # what a module may import, anywhere in it: its own floor and those 
     {"layers", "attention", "guidance"},
     {"weights", "models"},
     {"integrations"},
-    {"llm", "diffusion", "progress"},
+    {"llm", "engines", "diffusion", "progress"},
     {"cli", "__main__"},
 ]
 BESIDE = {"launch", "ranks", "session"}

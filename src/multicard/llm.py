@@ -4,33 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 import os
-import pathlib
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Unpack
 
 import torch
 
-from multicard import place
+from multicard import engines
 from multicard.config import ParallelConfig
-from multicard.errors import CheckpointError, ConfigError, MulticardError, UnsupportedError
-from multicard.extras import command, has
+from multicard.engines import Loaded
+from multicard.errors import ConfigError
 from multicard.mesh import ParallelMesh
 from multicard.models import generate as decoding
-from multicard.models.compiled import Compilation, why_not
 from multicard.models.generate import Request
-from multicard.models.load import check_folder, load_decoder
 from multicard.models.sampling import Sampling
 from multicard.models.tokenizer import Tokenizer
 from multicard.progress import loading_bar
 from multicard.ranks.settings import Options
-from multicard.replica import Replica
 from multicard.session import Session
 from multicard.weights import LoadReport
 from multicard.weights.folder import folder_path, parse_dtype
-
-LOG = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Text, token ids, or chat messages (``{"role": ..., "content": ...}``)."""
@@ -46,12 +39,15 @@ class Generation:
         prompt_tokens: how many tokens the prompt had.
         timings: of the whole batch, in seconds: "prefill" (to the first token) and "decode" (the others), and
             "tokens_per_second" of decoding, for each prompt.
+        drafted, accepted: how many tokens were drafted for this answer, and how many of those it has.
     """
 
     text: str | None
     token_ids: list[int]
     prompt_tokens: int
     timings: dict[str, float]
+    drafted: int = 0
+    accepted: int = 0
 
 
 class LLM(Session):
@@ -71,6 +67,10 @@ class LLM(Session):
         compile: the decode step of single prompts on CPUs; our own decoder's only. "auto": beside the first answers, if
             there is a C++ compiler and unless MULTICARD_COMPILE=0, for this and later runs; True: before the first
             answer; False: not at all.
+        draft: how tokens are drafted, for single prompts; answers stay the same, but for bfloat16's rounding. "prompt":
+            what followed the last tokens earlier in the prompt or the answer; a folder: what a smaller checkpoint with
+            the same vocabulary answers, split over the same ranks. Our own decoder's only.
+        draft_tokens: at most so many in a step.
         verify: compare the files with SHA256SUMS in their folder first.
         progress: show a bar on standard error while loading; None: only on a terminal.
         options: how ranks are started, as for :func:`multicard.launch`.
@@ -91,27 +91,28 @@ class LLM(Session):
         dp: int = 1,
         dtype: str | torch.dtype = "auto",
         compile: bool | str = "auto",
+        draft: str | os.PathLike[str] | None = None,
+        draft_tokens: int = 5,
         verify: bool = False,
         progress: bool | None = None,
         **options: Unpack[Options],
     ) -> None:
         degrees = ParallelConfig(tp=tp, ring=ring, ulysses=ulysses, dp=dp)
-        self.path = folder_path(path)
-        _check_compile(compile)
-        loading = (str(self.path), parse_dtype(dtype), verify, compile)
-        self.config, self.engine = _check_folder(self.path, degrees)
-        if compile is True and self.engine != "multicard":
-            raise UnsupportedError(f"compile=True: {self.engine} runs this model; only our own decoder is compiled")
+        self.path, self.draft = folder_path(path), engines.parse_draft(draft)
+        loading = (str(self.path), parse_dtype(dtype), verify, compile, self.draft, draft_tokens)
+        self.config, self.engine = engines.check(self.path, degrees, compile, self.draft, draft_tokens)
         self.tokenizer = Tokenizer.from_folder(self.path)
         self._before_loading()
         bar = functools.partial(loading_bar, progress, f"loading {self.path.name} on {degrees}")
-        super().__init__(degrees, options, _load, self.engine, *loading, bar=bar)
+        super().__init__(degrees, options, engines.load, self.engine, *loading, bar=bar)
 
     def _before_loading(self) -> None:
         """For a subclass that has its prompts by now: what is wrong with them needn't wait for the weights."""
 
     def _after_loading(self) -> None:
-        self.load_reports = [LoadReport(**report) for report in self._run(_report)]
+        by_rank = [[LoadReport(**report) for report in reports] for reports in self._run(_reports)]
+        self.load_reports = [reports[0] for reports in by_rank]
+        self.draft_load_reports = [reports[1] for reports in by_rank if len(reports) > 1]
 
     def generate(
         self,
@@ -147,10 +148,10 @@ class LLM(Session):
         many = _is_list(prompts)
         sampling = Sampling(temperature, top_k, top_p, seed)
         request = self._request(prompts if many else [prompts], max_new_tokens, sampling, ignore_eos, raw)
-        tokens, timings = self._run(_generate, request)[0]
+        outcomes, timings = self._run(_generate, request)[0]
         found = [
-            Generation(self.tokenizer.decode(new) if self.tokenizer else None, new, len(prompt), timings)
-            for prompt, new in zip(request.prompts, tokens, strict=True)
+            Generation(self.tokenizer.decode(new) if self.tokenizer else None, new, len(prompt), timings, *drafts)
+            for prompt, (new, *drafts) in zip(request.prompts, outcomes, strict=True)
         ]
         return found if many else found[0]
 
@@ -203,100 +204,24 @@ class LLM(Session):
         return request
 
 
-@dataclasses.dataclass
-class _Loaded:
-    """What a rank keeps. All ranks are given the same requests, also those of different replicas."""
-
-    model: Any
-    report: LoadReport
-    replicas: Replica
-    compilation: Compilation | None
+def _reports(mesh: ParallelMesh, loaded: Loaded) -> list[dict[str, Any]]:
+    return [dataclasses.asdict(report) for report in loaded.reports]
 
 
-def _check_folder(path: pathlib.Path, degrees: ParallelConfig) -> tuple[Any, str]:
-    """The decoder's config, and which library runs it: transformers runs architectures that our decoder lacks."""
-    try:
-        return check_folder(path, degrees), "multicard"
-    except UnsupportedError as refusal:
-        if not has("transformers"):
-            raise UnsupportedError(f"{refusal}; or {command('transformers')}: LLM uses it for other models") from None
-        try:
-            return _check_with_transformers(path, degrees), "transformers"
-        except CheckpointError as other:
-            raise CheckpointError(f"{refusal}; {other}") from None
-        except MulticardError as other:
-            raise other from refusal
-
-
-def _check_with_transformers(path: pathlib.Path, degrees: ParallelConfig) -> Any:
-    """The config of a model that transformers runs. Its warnings are hidden: if it fails, the error says why."""
-    from transformers.utils import logging
-
-    from multicard.integrations.transformers.llm import check_folder as check_transformers
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        return check_transformers(path, degrees)
-    finally:
-        logging.set_verbosity(verbosity)
-
-
-def _load(
-    mesh: ParallelMesh, engine: str, path: str, dtype: torch.dtype | None, verify: bool, compile: bool | str
-) -> Generator[float, None, _Loaded]:
-    replicas = Replica(mesh, whole_mesh=True)
-    replicas.compare("loading an LLM", {"engine": engine, "dtype": dtype, "verify": verify, "compile": compile})
-    compiles = engine == "multicard" and _compiles(mesh, compile)
-    if engine == "transformers":
-        from multicard.integrations.transformers.llm import load_decoder as load_with_transformers
-
-        steps: Iterator[Any] = load_with_transformers(mesh, path, dtype, verify)
-    else:
-        steps = load_decoder(mesh, path, dtype, verify, reorder=not compiles)
-    for step in steps:
-        if isinstance(step, float):
-            yield step
-        else:
-            model, report = step
-    compilation = Compilation(model, path, wait=compile is True) if compiles else None
-    return _Loaded(model, report, replicas, compilation)
-
-
-def _check_compile(compile: object) -> None:
-    if not isinstance(compile, bool) and compile != "auto":
-        raise ConfigError(f"compile={compile!r}: must be True, False or 'auto'")
-
-
-def _compiles(mesh: ParallelMesh, compile: bool | str) -> bool:
-    """Whether this rank compiles; where it can't, ``compile=True`` raises, and "auto" says so on the first rank."""
-    if compile is False or (compile == "auto" and not place.compiling()):
-        return False
-    obstacle = why_not(mesh.device)
-    if obstacle and compile is True:
-        raise ConfigError(f"compile=True: {obstacle}")
-    if obstacle and mesh.rank == 0:
-        LOG.warning("decoding stays uncompiled, which gives the same tokens but slower: %s", obstacle)
-    return obstacle is None
-
-
-def _report(mesh: ParallelMesh, loaded: _Loaded) -> dict[str, Any]:
-    return dataclasses.asdict(loaded.report)
-
-
-def _generate(mesh: ParallelMesh, loaded: _Loaded, request: Request) -> tuple[list[list[int]], dict[str, float]]:
+def _generate(mesh: ParallelMesh, loaded: Loaded, request: Request) -> tuple[list[Any], dict[str, float]]:
     loaded.replicas.compare("LLM.generate", vars(request))
-    return decoding.answer(loaded.model, mesh, request, loaded.compilation)
+    outcomes, timings = decoding.answer(loaded.model, mesh, request, loaded.compilation, loaded.drafting)
+    return [tuple(outcome) for outcome in outcomes], timings  # a job's ranks exchange plain types only
 
 
-def _stream(mesh: ParallelMesh, loaded: _Loaded, request: Request) -> Iterator[int]:
+def _stream(mesh: ParallelMesh, loaded: Loaded, request: Request) -> Iterator[int]:
     # Every data-parallel replica computes the stream: the others have nothing else to do.
     loaded.replicas.compare("LLM.stream", vars(request))
-    for step in decoding.generate(loaded.model, request, loaded.compilation):
+    for step in decoding.generate(loaded.model, request, loaded.compilation, loaded.drafting):
         yield step[0]  # type: ignore[misc]
 
 
-def _logits(mesh: ParallelMesh, loaded: _Loaded, token_ids: list[int]) -> torch.Tensor:
+def _logits(mesh: ParallelMesh, loaded: Loaded, token_ids: list[int]) -> torch.Tensor:
     loaded.replicas.compare("LLM.logits", {"token_ids": token_ids})
     return decoding.logits(loaded.model, token_ids)
 

@@ -14,37 +14,15 @@ import torch
 
 import multicard as mc
 import tiny_decoders as tiny
+from interpreted import Interpreted
 from multicard.errors import ConfigError, MulticardError, UnsupportedError
-from multicard.models import artifacts, compiler, stages
-from multicard.models.compiled import LOOK, CompiledStep
+from multicard.models import artifacts, stages
+from multicard.models.compiled import LOOK
 from multicard.models.generate import Request, generate
 from multicard.models.load import load_decoder
 
 NEW = 6
 DEGREES = [{}, {"tp": 2}, {"tp": 3}, {"dp": 2}, {"ring": 2}, {"ulysses": 2}, {"tp": 2, "ring": 2}]
-
-
-class Interpreted:
-    """Stages run as they are compiled, but by Python: in place of :class:`Compilation`."""
-
-    def __init__(self, model, folder):
-        tp, sequence = model.mesh.tp, model.mesh.sequence.size
-        outline = compiler.outline(folder, tp.rank, tp.size, sequence, model.dtype)
-        compiler.multiply_one_row(outline)
-        runners = {stage.name: self.runner(stages.Applied(stage)) for stage in stages.different(outline)}
-        self._step, self.calls = CompiledStep(model, runners), 0
-
-    @staticmethod
-    def runner(applied):
-        def run(arguments):
-            weights = len(stages.weights_of(applied.stage))
-            return applied(arguments[:weights], tuple(arguments[weights:-2]), *arguments[-2:])
-
-        return run
-
-    def step(self):
-        self.calls += 1
-        return self._step
 
 
 def both_ways(mesh, folders):

@@ -51,8 +51,11 @@ def reference(logits, sampling, row, step):
 def choose_all(mesh, logits):
     vocabulary = partition.split(logits.shape[1], mesh.tp.size)[mesh.tp.rank]
     local = logits[:, vocabulary.start : vocabulary.stop]
-    rows = [5, 6, 7, 8]
-    return [[choose(local, mesh.tp, vocabulary, s, rows, step).tolist() for step in range(3)] for s in ONE]
+    return [[choose(local, mesh.tp, vocabulary, s, noise(step)).tolist() for step in range(3)] for s in ONE]
+
+
+def noise(step):
+    return [(row, step) for row in (5, 6, 7, 8)]
 
 
 @pytest.mark.parametrize("tp", [1, 2, 3, 4])
@@ -61,6 +64,21 @@ def test_equal_to_sorting_on_one_card_at_every_degree(run_on, tp):
     expected = [[[reference(row, s, 5 + i, step) for i, row in enumerate(logits)] for step in range(3)] for s in ONE]
     for found in run_on(choose_all, logits, tp=tp):
         assert found == expected
+
+
+def choose_in_one_exchange(mesh, logits, noise):
+    vocabulary = partition.split(logits.shape[1], mesh.tp.size)[mesh.tp.rank]
+    local = logits[:, vocabulary.start : vocabulary.stop]
+    return [choose(local, mesh.tp, vocabulary, sampling, noise).tolist() for sampling in ONE]
+
+
+@pytest.mark.parametrize("tp", [1, 3])
+def test_rows_of_several_steps(run_on, tp):
+    logits = logits_with_ties()[[0, 0, 0, 3]]
+    noise = [(5, 2), (5, 3), (5, 4), (6, 0)]
+    expected = [[reference(row, s, *key) for row, key in zip(logits, noise, strict=True)] for s in ONE]
+    assert any(len(set(tokens[:3])) > 1 for tokens in expected), "the same logits, and other noise"
+    assert run_on(choose_in_one_exchange, logits, noise, tp=tp) == [expected] * tp
 
 
 def test_ranks_without_vocabulary(run_on):
@@ -99,7 +117,7 @@ def not_finite(mesh):
     if mesh.tp.rank == 1:
         local[0, 0] = math.nan
     try:
-        read(choose(local, mesh.tp, vocabulary, Sampling(), [0], 0))
+        read(choose(local, mesh.tp, vocabulary, Sampling(), [(0, 0)]))
     except MulticardError as error:
         return str(error)
 

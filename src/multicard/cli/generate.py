@@ -32,6 +32,15 @@ def generate(
             show_default=False,
         ),
     ] = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            help="Draft tokens, for the same answer sooner: 'prompt' looks them up in it; a folder is a smaller "
+            "checkpoint.",
+            show_default=False,
+        ),
+    ] = None,
+    draft_tokens: Annotated[int, typer.Option(help="Tokens drafted in a step at most.")] = 5,
     verify: Annotated[bool, typer.Option("--verify", help="Compare the files with SHA256SUMS first.")] = False,
     dtype: options.Dtype = "auto",
     ranks: dict[str, Any],
@@ -64,7 +73,14 @@ def generate(
         "raw": raw,
     }
     compiles = "auto" if compile is None else compile
-    with Asked(model, dtype=dtype, compile=compiles, verify=verify, **degrees, **ranks) as llm:
+    loading: dict[str, Any] = {
+        "dtype": dtype,
+        "compile": compiles,
+        "draft": draft,
+        "draft_tokens": draft_tokens,
+        "verify": verify,
+    }
+    with Asked(model, **loading, **degrees, **ranks) as llm:
         live = sys.stdout.isatty() and not as_json and not place.in_job()
         if live and len(prompts) == 1 and llm.tokenizer is not None:
             for piece in llm.stream(texts[0], **asked):
@@ -82,10 +98,9 @@ def generate(
 
 def _described(llm: Any, answers: list[Any]) -> dict[str, Any]:
     """The fields of one answer, or of several as a list."""
-    each = [
-        {"text": answer.text, "token_ids": answer.token_ids, "prompt_tokens": answer.prompt_tokens}
-        for answer in answers
-    ]
-    loading = max(report.seconds for report in llm.load_reports)
+    fields = ["text", "token_ids", "prompt_tokens", *(["drafted", "accepted"] if llm.draft else [])]
+    each = [{field: getattr(answer, field) for field in fields} for answer in answers]
+    reports = (llm.load_reports, llm.draft_load_reports)
+    loading = sum(max((report.seconds for report in by_rank), default=0.0) for by_rank in reports)
     shared = {"engine": llm.engine, "mesh": llm.degrees.degrees, "timings": {"load": loading, **answers[0].timings}}
     return {**(each[0] if len(each) == 1 else {"answers": each}), **shared}

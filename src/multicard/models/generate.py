@@ -13,12 +13,16 @@ from multicard import collectives, partition
 from multicard.errors import ConfigError, UnsupportedError
 from multicard.layers.head import GatherLastDim
 from multicard.mesh import ParallelMesh
+from multicard.models.answer import Answer, Outcome
 from multicard.models.compiled import Compilation
 from multicard.models.config import DecoderConfig
 from multicard.models.decoder import Cache, ParallelTransformer
+from multicard.models.drafts import Drafting
 from multicard.models.kv_cache import KVCache
 from multicard.models.packed_prompts import PackedPrompts
-from multicard.models.sampling import Sampling, choose, read
+from multicard.models.sampling import Sampling, read
+from multicard.models.speculation import speculate
+from multicard.models.step import Stepper
 from multicard.values import is_whole
 
 
@@ -39,6 +43,13 @@ class Request:
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     stop: frozenset[int] = frozenset()
     first: int = 0
+
+    def answers(self, config: DecoderConfig) -> list[Answer]:
+        """For every prompt the answer that it gets, still empty."""
+        return [
+            Answer(number, list(prompt), min(self.max_new_tokens, config.context - len(prompt) + 1), self.stop)
+            for number, prompt in enumerate(self.prompts, start=self.first)
+        ]
 
     def check(self, config: DecoderConfig) -> None:
         """Refuse an invalid request before anything runs.
@@ -66,40 +77,56 @@ class Request:
 
 
 def generate(
-    model: ParallelTransformer, request: Request, compilation: Compilation | None = None
+    model: ParallelTransformer,
+    request: Request,
+    compilation: Compilation | None = None,
+    drafting: Drafting | None = None,
 ) -> Iterator[list[int | None]]:
     """At each step, every prompt's new token, or None if its answer has ended.
 
     An answer ends at a stop id, at ``max_new_tokens``, or at the end of the model's context; the generator ends with
-    the last answer. Every rank yields the same. Our caches drop an ended answer, which then costs nothing.
+    the last answer. Every rank yields the same. Our caches drop an ended answer, which then costs nothing; once a
+    single answer is left, its tokens may be drafted.
     """
-    if not request.prompts:  # a data-parallel replica without work
+    return _steps(model, request, request.answers(model.config), compilation, drafting)
+
+
+def _steps(
+    model: ParallelTransformer,
+    request: Request,
+    answers: Sequence[Answer],
+    compilation: Compilation | None,
+    drafting: Drafting | None,
+) -> Iterator[list[int | None]]:
+    """As :func:`generate`; the answers grow."""
+    if not answers:  # a data-parallel replica without work
         return
-    prompts, axis = request.prompts, model.mesh.sequence
-    room = [min(request.max_new_tokens, model.config.context - len(prompt) + 1) for prompt in prompts]
-    rows, running, ids = list(range(len(prompts))), [True] * len(prompts), torch.empty(0)
-    for step in range(max(room)):
+    stepper, rows, ids = Stepper(model, compilation, request.sampling), list(answers), torch.empty(0)
+    longest = max(len(answer.tokens) + answer.room for answer in answers)
+    with torch.inference_mode():
+        drafter = drafting.drafter(longest, request.sampling, model.mesh.device) if drafting else None
+    for step in itertools.count():
         with torch.inference_mode():
             if step == 0:
-                cache, logits = _prefill(model, prompts, max(room))
+                cache, logits = _prefill(model, request.prompts, max(answer.room for answer in answers))
             else:
-                # Compiling waits for the first token, and a batch is computed by the model itself.
-                compiled = compilation.step() if compilation and len(rows) == 1 and not cache.padded else None
-                logits = (compiled or model)(ids, cache)
-            numbers = [request.first + row for row in rows]
-            new = choose(logits[:, -1], model.mesh.tp, model.lm_head.vocabulary, request.sampling, numbers, step)
-            new = collectives.broadcast(new, axis)  # each has chosen the same; the broadcast guarantees it
-        tokens = {row: token for row, token in zip(rows, read(new), strict=True) if running[row]}
-        yield [tokens.get(row) for row in range(len(prompts))]
-        for row, token in tokens.items():
-            running[row] = token not in request.stop and step + 1 < room[row]
-        if not any(running):
+                logits = stepper.run(ids, cache)
+            new = stepper.choose(logits[:, -1], [(answer.number, step) for answer in rows])
+        for answer, token in zip(rows, read(new), strict=True):
+            if answer.room:
+                answer.add(token)
+        yield [answer.tokens[-1] if answer.new > step else None for answer in answers]
+        going = [row for row, answer in enumerate(rows) if answer.room]
+        if not going:
             return
-        going = [index for index, row in enumerate(rows) if running[row]]
         with torch.inference_mode():
             if len(going) < len(rows) and hasattr(cache, "select"):  # caches of transformers keep all rows
-                cache, new, rows = cache.select(going), new[going], [rows[index] for index in going]
+                cache, new, rows = cache.select(going), new[going], [rows[row] for row in going]
             ids = new[:, None]
+        if drafter is not None and len(rows) == 1:
+            for token in speculate(stepper, cache, rows[0], drafter):
+                yield [token if answer is rows[0] else None for answer in answers]
+            return
 
 
 def _prefill(model: ParallelTransformer, prompts: Sequence[Sequence[int]], room: int) -> tuple[Cache, torch.Tensor]:
@@ -119,35 +146,38 @@ def _prefill(model: ParallelTransformer, prompts: Sequence[Sequence[int]], room:
 
 
 def answer(
-    model: ParallelTransformer, mesh: ParallelMesh, request: Request, compilation: Compilation | None = None
-) -> tuple[list[list[int]], dict[str, float]]:
-    """Every prompt's new tokens, on every rank, and timings; each data-parallel replica answers some of the prompts."""
+    model: ParallelTransformer,
+    mesh: ParallelMesh,
+    request: Request,
+    compilation: Compilation | None = None,
+    drafting: Drafting | None = None,
+) -> tuple[list[Outcome], dict[str, float]]:
+    """What every prompt was answered, on every rank, and timings; each data-parallel replica answers some prompts."""
     mine = partition.split(len(request.prompts), mesh.dp.size)[mesh.dp.rank]
     part = dataclasses.replace(request, prompts=request.prompts[mine.start : mine.stop], first=mine.start)
-    tokens: list[list[int]] = [[] for _ in mine]
+    answers = part.answers(model.config)
     begin = time.perf_counter()
     first, steps = begin, 0
-    for step in generate(model, part, compilation):
+    for _ in _steps(model, part, answers, compilation, drafting):
         steps += 1
         if steps == 1:
             first = time.perf_counter()
-        for row, token in enumerate(step):
-            if token is not None:
-                tokens[row].append(token)
     decode = time.perf_counter() - first
     rate = (steps - 1) / decode if steps > 1 else 0.0
     timings = {"prefill": first - begin, "decode": decode, "tokens_per_second": rate}
-    return _gather_tokens(tokens, mesh, len(request.prompts), request.max_new_tokens), timings
+    outcomes = [each.outcome for each in answers]
+    return _gather(outcomes, mesh, len(request.prompts), request.max_new_tokens), timings
 
 
-def _gather_tokens(tokens: list[list[int]], mesh: ParallelMesh, prompts: int, width: int) -> list[list[int]]:
-    """Every replica's answers on every rank. One all-gather on ``dp``."""
+def _gather(outcomes: list[Outcome], mesh: ParallelMesh, prompts: int, width: int) -> list[Outcome]:
+    """Every replica's outcomes on every rank. One all-gather on ``dp``."""
     if mesh.dp.size == 1:
-        return tokens
-    table = torch.tensor([row + [-1] * (width - len(row)) for row in tokens], device=mesh.device, dtype=torch.int64)
+        return outcomes
+    rows = [[o.drafted, o.accepted, *o.tokens, *[-1] * (width - len(o.tokens))] for o in outcomes]
+    table = torch.tensor(rows, device=mesh.device, dtype=torch.int64).reshape(-1, 2 + width)
     sizes = partition.split_sizes(prompts, mesh.dp.size)
-    whole = collectives.all_gather(table.reshape(-1, width), mesh.dp, sizes=sizes)
-    return [[token for token in row if token >= 0] for row in whole.tolist()]
+    whole = collectives.all_gather(table, mesh.dp, sizes=sizes).tolist()
+    return [Outcome([token for token in row if token >= 0], drafted, accepted) for drafted, accepted, *row in whole]
 
 
 def logits(model: ParallelTransformer, ids: Sequence[int]) -> torch.Tensor:

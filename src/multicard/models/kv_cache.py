@@ -83,6 +83,11 @@ class KVCache:
         part.length, part.capacity = max(0, self.length - first), self.capacity - first
         return part
 
+    def crop(self, length: int) -> None:
+        """Forget all slots but the first ``length``, padding included."""
+        assert 0 <= length <= self.length
+        self.length = length
+
     def advance(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Make room for the next tokens ``(batch, tokens)``; return them and their positions ``(batch or 1, tokens)``.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -12,7 +13,7 @@ import torch
 from multicard import mesh as meshes
 from multicard.axis import Axis
 from multicard.config import ParallelConfig
-from multicard.errors import ConfigError, MulticardError
+from multicard.errors import CheckpointError, ConfigError, MulticardError, UnsupportedError
 from multicard.layers import rows
 from multicard.layers.head import ParallelLMHead
 from multicard.layers.linear import ColumnParallelLinear, RowParallelLinear
@@ -45,6 +46,26 @@ def check_folder(folder: str | os.PathLike[str], degrees: ParallelConfig) -> Dec
     with Checkpoint(folder) as checkpoint:
         check(model, checkpoint, source_of, functools.partial(is_ignored, config))
     return config
+
+
+def check_draft(folder: str | os.PathLike[str], degrees: ParallelConfig, config: DecoderConfig) -> None:
+    """Refuse a checkpoint that can't draft for the model of ``config``. Raises as :func:`check_folder`."""
+    with naming_draft(folder):
+        draft = check_folder(folder, degrees)
+        if draft.vocab_size != config.vocab_size:
+            raise ConfigError(
+                f"a vocabulary of {draft.vocab_size} tokens, and the model's has {config.vocab_size}: a draft model "
+                "needs the same tokens"
+            )
+
+
+@contextlib.contextmanager
+def naming_draft(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Errors about a checkpoint say that it is the draft."""
+    try:
+        yield
+    except (CheckpointError, ConfigError, UnsupportedError) as error:
+        raise type(error)(f"draft={os.fspath(folder)!r}: {error}") from None
 
 
 def load_decoder(

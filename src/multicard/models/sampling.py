@@ -61,26 +61,25 @@ class Sampling:
 
 
 def choose(
-    logits: Tensor, axis: Axis, vocabulary: range, sampling: Sampling, prompts: Sequence[int], step: int
+    logits: Tensor, axis: Axis, vocabulary: range, sampling: Sampling, noise: Sequence[tuple[int, int]]
 ) -> Tensor:
-    """The next token of every prompt, the same on every rank.
+    """The next token of every row, the same on every rank.
 
-    One all-gather of (score, id) pairs; with top_p and no top_k about thirty of one number a prompt before it.
+    One all-gather of (score, id) pairs; with top_p and no top_k about thirty of one number a row before it.
 
     Args:
-        logits: ``(batch, this rank's vocabulary)``.
+        logits: ``(rows, this rank's vocabulary)``.
         vocabulary: the ids that this rank holds.
-        prompts: the number of every row's prompt among the caller's, for its noise.
-        step: which new token this is, from 0.
+        noise: what every row's is keyed by: the number of its prompt among the caller's, and of this new token, from 0.
 
     Returns:
-        ``(batch,)`` int64, NOT_FINITE where logits aren't numbers: see :func:`read`. Nothing is read from the device.
+        ``(rows,)`` int64, NOT_FINITE where logits aren't numbers: see :func:`read`. Nothing is read from the device.
     """
     if sampling.temperature == 0:
         return _winner(*_exchange(*_best(logits.float(), vocabulary), axis))
     ids = torch.arange(vocabulary.start, vocabulary.stop, device=logits.device)
     scores = logits.double() / sampling.temperature
-    keys = [noise_key(sampling.seed, prompt, step) for prompt in prompts]
+    keys = [noise_key(sampling.seed, prompt, step) for prompt, step in noise]
     if sampling.top_k is not None:
         return _choose_of_top_k(scores, ids, axis, sampling, keys)
     if sampling.top_p is not None and sampling.top_p < 1:
@@ -94,10 +93,14 @@ def read(tokens: Tensor) -> list[int]:
     Raises:
         MulticardError: logits that aren't numbers.
     """
-    found: list[int] = tokens.tolist()
-    if NOT_FINITE in found:
-        raise MulticardError("the model's logits aren't finite numbers: damaged weights, or try dtype='float32'")
-    return found
+    return finite(tokens.tolist())
+
+
+def finite(tokens: list[int], whose: str = "model") -> list[int]:
+    """The tokens, if all were chosen from numbers. Raises as :func:`read`, about the model that ``whose`` names."""
+    if NOT_FINITE in tokens:
+        raise MulticardError(f"the {whose}'s logits aren't finite numbers: damaged weights, or try dtype='float32'")
+    return tokens
 
 
 def _choose_of_top_k(scores: Tensor, ids: Tensor, axis: Axis, sampling: Sampling, keys: list[int]) -> Tensor:

@@ -51,7 +51,8 @@ class SequenceKVCache:
         self.padded = any(starts)
         self._new = range(0)
         self._split = False
-        self._turns: Tensor | None = None
+        self._split_slots = 0  # of a prompt; ranks keep the later ones in turn
+        self._turns = slice(None)
         self._key_mask: Tensor | None = None
         self._mask: Tensor | None = None
 
@@ -62,6 +63,12 @@ class SequenceKVCache:
         self.starts = self.starts[index]
         return self
 
+    def crop(self, length: int) -> None:
+        """Forget all slots but the first ``length``, which hold at least the prompt if that was split."""
+        assert self._split_slots <= length <= self.length
+        kept = self._new.stop - len(range(length, self.length)[self._turn(length)])
+        self._new, self.length = range(kept, kept), length
+
     def advance(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Make room for the next tokens ``(batch, tokens)``; return this rank's part of them, and its positions."""
         axis, tokens = self.mesh.sequence, ids.shape[1]
@@ -69,10 +76,10 @@ class SequenceKVCache:
         self._split = self.length == 0 and tokens >= 2 * axis.size
         if self._split:
             slots, ids = (shard_sequence(x, self.mesh, dim, "zigzag") for x, dim in ((slots, 0), (ids, 1)))
-            self._turns, kept = None, slots
+            self._split_slots, self._turns = tokens, slice(None)
         else:
-            self._turns = (slots % axis.size == axis.rank).nonzero()[:, 0]
-            kept = slots[self._turns]
+            self._turns = self._turn(self.length)
+        kept = slots[self._turns]
         self._new = range(self._new.stop, self._new.stop + len(kept))
         self.slots[self._new.start : self._new.stop] = kept
         self.length += tokens
@@ -89,7 +96,7 @@ class SequenceKVCache:
         """
         start, stop = self._new.start, self._new.stop
         for cache, new in ((self.keys[layer], k), (self.values[layer], v)):
-            cache[:, start:stop] = new if self._turns is None else new[:, self._turns]
+            cache[:, start:stop] = new[:, self._turns]
         if not self._split:
             k, v = self.keys[layer][:, :stop], self.values[layer][:, :stop]
         return by_segment(self._segment, self.heads.segments, q, k, v)
@@ -102,6 +109,11 @@ class SequenceKVCache:
     def whole(self, x: Tensor) -> Tensor:
         """All tokens' rows on every rank, in order. At most one all-gather."""
         return gather_sequence(x, self.mesh, self.length, 1, "zigzag") if self._split else x
+
+    def _turn(self, first: int) -> slice:
+        """Which of the slots from ``first`` on this rank keeps."""
+        axis = self.mesh.sequence
+        return slice((axis.rank - first) % axis.size, None, axis.size)
 
     def _segment(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self._split:
