@@ -122,17 +122,19 @@ def load(
         return Loaded(model, [report], replicas)
     compiles = _compiles(mesh, compile)
 
-    def ours(folder: str, begin: float, end: float) -> Generator[float, None, tuple[Any, LoadReport, Any]]:
+    def ours(
+        folder: str, begin: float, end: float, drafts: bool
+    ) -> Generator[float, None, tuple[Any, LoadReport, Any]]:
         steps = load_decoder(mesh, folder, dtype, verify, reorder=not compiles)
         model, report = yield from _last(steps, begin, end)
-        return model, report, Compilation(model, folder, wait=compile is True) if compiles else None
+        return model, report, Compilation(model, folder, compile is True, drafts) if compiles else None
 
     if not isinstance(draft, pathlib.Path):
-        model, report, compilation = yield from ours(path, 0.0, 1.0)
+        model, report, compilation = yield from ours(path, 0.0, 1.0, draft is not None)
         return Loaded(model, [report], replicas, compilation, Drafting(draft_tokens) if draft else None)
-    model, report, compilation = yield from ours(path, 0.0, 0.5)
+    model, report, compilation = yield from ours(path, 0.0, 0.5, True)
     with naming_draft(draft):
-        other, draft_report, of_draft = yield from ours(str(draft), 0.5, 1.0)
+        other, draft_report, of_draft = yield from ours(str(draft), 0.5, 1.0, False)
     return Loaded(model, [report, draft_report], replicas, compilation, Drafting(draft_tokens, other, of_draft))
 
 

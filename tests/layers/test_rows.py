@@ -24,12 +24,12 @@ def close(ours, exact):
 
 
 @settings(deadline=None, max_examples=40)
-@given(SIZES, SIZES, st.booleans(), st.sampled_from(list(TOLERANCE)))
-def test_one_row(out, size, biased, dtype):
-    x, weight = numbers(1, 1, size, seed=1, dtype=dtype), numbers(out, size, dtype=dtype)
+@given(st.sampled_from([1, 2, 5, 8]), SIZES, SIZES, st.booleans(), st.sampled_from(list(TOLERANCE)))
+def test_few_rows(count, out, size, biased, dtype):
+    x, weight = numbers(1, count, size, seed=1, dtype=dtype), numbers(out, size, dtype=dtype)
     bias = numbers(out, seed=2, dtype=dtype) if biased else None
-    y = rows.one_row(x, weight, bias)
-    assert y.shape == (1, 1, out)
+    y = rows.few_rows(x, weight, bias)
+    assert y.shape == (1, count, out)
     close(y, F.linear(x.double(), weight.double(), None if bias is None else bias.double()))
 
 

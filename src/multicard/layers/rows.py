@@ -1,7 +1,7 @@
 """Products with a weight in row order, as checkpoints have it, on the CPU.
 
-For a single row the product is as fast as reading the weight, and library kernels read it at half to two thirds of
-memory's speed (docs/llm.md). What :func:`one_row` says, Inductor compiles to code that reads it at nearly all of it.
+For a few rows the product is as fast as reading the weight, and library kernels read it at half to two thirds of
+memory's speed (docs/llm.md). What :func:`few_rows` says, Inductor compiles to code that reads it at nearly all of it.
 """
 
 from __future__ import annotations
@@ -13,25 +13,28 @@ from torch import Tensor
 from multicard.backends.eager import HALF
 from multicard.layers import packed
 
-STREAMS = 4
+STREAMS = {1: 4}
+"""Rows of the weight that are read side by side, by the number of rows; for others FEW_STREAMS."""
+FEW_STREAMS = 2  # of more, a processor with 16 vector registers would keep some sums in memory
 SOME, MANY = 4, 128
 """Rows: from SOME on half types are better widened; from MANY on a product takes its time for arithmetic."""
 CHUNK = 1 << 18  # numbers of a weight that are widened at a time, so that they stay in the processor's cache
 
 
-def one_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x Aᵀ + b`` for a single row ``x``, ``(..., in_features)``; sums in float32. To be compiled.
+def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x Aᵀ + b`` for a few rows ``x``, ``(..., in_features)``; sums in float32. To be compiled.
 
-    Four rows of the weight, a quarter of it apart, are read side by side: with one at a time additions wait for each
-    other, and memory waits for them.
+    Some rows of the weight, far from each other, are read side by side: with one at a time additions wait for each
+    other, and memory waits for them. Each number that was read is used for all rows of ``x``.
     """
     rows, columns = weight.shape
-    row = x.reshape(columns).float()
-    even = rows - rows % STREAMS
-    streams = weight[:even].view(STREAMS, even // STREAMS, columns).float()
-    sums = [(stream * row).sum(-1) for stream in streams.unbind(0)]
-    rest = [(weight[even:].float() * row).sum(-1)] if even < rows else []
-    y = torch.cat([*sums, *rest]).to(x.dtype)
+    vectors = x.reshape(-1, columns).float().unbind(0)
+    streams = STREAMS.get(len(vectors), FEW_STREAMS)
+    even = rows - rows % streams
+    parts = [*weight[:even].view(streams, -1, columns).unbind(0)] if even else []
+    parts += [weight[even:]] if even < rows else []
+    # A half type is widened in each product: widened once, Inductor would write the float32 weight to memory.
+    y = torch.stack([torch.cat([(part * vector).sum(-1) for part in parts]) for vector in vectors]).to(x.dtype)
     return (y if bias is None else y + bias).view(*x.shape[:-1], rows)
 
 

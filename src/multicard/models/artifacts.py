@@ -53,11 +53,12 @@ def cache_folder() -> pathlib.Path:
     return folder
 
 
-def folder_of(model: ParallelTransformer) -> pathlib.Path:
-    """Where the compiled stages of such a model are, or will be, for this processor and number of threads."""
-    shapes = [(s.name, [(n, tuple(p.shape)) for n, p in s.named_parameters()]) for s in stages.different(model)]
+def folder_of(model: ParallelTransformer, rows: int) -> pathlib.Path:
+    """Where such a model's compiled stages for ``rows`` are, or will be, for this processor and number of threads."""
+    found = stages.different(model, rows)
+    shapes = [(stage.name, [(n, tuple(p.shape)) for n, p in stage.named_parameters()]) for stage in found]
     config = model.config
-    fixed = (model.heads, config.head_dim, config.norm_eps, config.hidden, config.qk_norm, model.dtype)
+    fixed = (model.heads, config.head_dim, config.norm_eps, config.hidden, config.qk_norm, model.dtype, rows)
     return cache_folder() / _digest([shapes, fixed, _here(), torch.get_num_threads()])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import pathlib
 import re
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from multicard.models.kv_cache import KVCache
 LOG = logging.getLogger(__name__)
 LOOK = 0.25  # seconds between two looks for what another process compiles
 IDLE = 19  # the compiler's niceness while ranks answer: it takes the time that they leave
+SEVERAL = 8  # tokens of a step that is compiled for more than one
 LINES = 20  # of what a failed compiler has said
 EXCEPTION = re.compile(r"[\w.]+(Error|Exception): ")
 
@@ -49,23 +51,26 @@ def cxx() -> str:
 
 
 class CompiledStep:
-    """The model's step for a single sequence and token, with the interface of the model itself.
+    """The model's step for a few tokens, with the interface of the model itself.
 
     Args:
         model: its parameters are used where they are.
+        rows: tokens for which the stages were compiled; a step of fewer computes that many all the same.
         runners: for each stage what runs its compiled code, ``(weights, state, cos, sin)`` in a flat list.
     """
 
-    def __init__(self, model: ParallelTransformer, runners: dict[str, Callable[[list[Tensor]], list[Tensor]]]) -> None:
-        self._model = model
-        self._stages = [(runners[s.name], stages.weights_of(s), s.exchange) for s in stages.stages_of(model)]
+    def __init__(
+        self, model: ParallelTransformer, rows: int, runners: dict[str, Callable[[list[Tensor]], list[Tensor]]]
+    ) -> None:
+        self._model, self._rows = model, rows
+        self._stages = [(runners[s.name], stages.weights_of(s), s.exchange) for s in stages.stages_of(model, rows)]
 
     def __call__(self, ids: Tensor, cache: Cache) -> Tensor:
-        """``(1, 1)`` ids to ``(1, 1, this rank's vocabulary)``."""
-        model, layer = self._model, 0
+        """``(batch, tokens)`` ids, at most ``rows`` of them, to ``(batch, tokens, this rank's vocabulary)``."""
+        model, shape, layer = self._model, ids.shape, 0
         ids, positions = cache.advance(ids)
-        cos, sin = model.rope(positions, cache.length)
-        found = [model.embed_tokens(ids)]
+        cos, sin = (self._padded(t.expand(*shape, *t.shape[2:])) for t in model.rope(positions, cache.length))
+        found = [self._padded(model.embed_tokens(ids))]
         x = torch.zeros_like(found[0])
         for run, weights, exchange in self._stages:
             x, *found = run([*weights, x, *found, cos, sin])
@@ -75,11 +80,25 @@ class CompiledStep:
                 found = [q, *cache.keep(layer, k, v)]
                 layer += 1
             elif exchange == "attend":
-                found = [cache.attend(layer, *found).flatten(2)]
+                found = [self._padded(cache.attend(layer, *(_only(t, shape) for t in found)).flatten(2))]
                 layer += 1
             elif exchange == "sum":
-                found = [collectives.all_reduce(found[0], model.mesh.tp)]
-        return found[0]
+                found = [self._padded(collectives.all_reduce(_only(found[0], shape), model.mesh.tp))]
+        return _only(found[0], shape)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """``(batch, tokens, ...)`` as ``(1, rows, ...)``, with zeros in the rows that aren't used."""
+        flat = x.reshape(1, -1, *x.shape[2:])
+        if flat.shape[1] == self._rows:
+            return flat
+        whole = flat.new_zeros(1, self._rows, *flat.shape[2:])
+        whole[:, : flat.shape[1]] = flat
+        return whole
+
+
+def _only(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """The rows in use of ``(1, rows, ...)``, as ``(batch, tokens, ...)``."""
+    return x[:, : math.prod(shape)].view(*shape, *x.shape[2:])
 
 
 class Compilation:
@@ -89,15 +108,19 @@ class Compilation:
         model: whose.
         checkpoint: its folder.
         wait: compile now, rather than beside the first answers.
+        drafts: steps of several tokens will be asked for: with ``wait``, compile these now too.
+        rows: tokens in a step, 1 or SEVERAL.
 
     Raises:
         MulticardError: with ``wait``, the compiler failed.
     """
 
-    def __init__(self, model: ParallelTransformer, checkpoint: str, wait: bool) -> None:
-        self._model, self._checkpoint = model, checkpoint
-        self._folder = artifacts.folder_of(model)
-        self._names = [stage.name for stage in stages.different(model)]
+    def __init__(
+        self, model: ParallelTransformer, checkpoint: str, wait: bool, drafts: bool = False, rows: int = 1
+    ) -> None:
+        self._model, self._checkpoint, self._rows = model, checkpoint, rows
+        self._folder = artifacts.folder_of(model, rows)
+        self._names = [stage.name for stage in stages.different(model, rows)]
         self._nice = 0 if wait else IDLE
         self._process: subprocess.Popen[str] | None = None
         self._step: CompiledStep | None = None
@@ -107,6 +130,15 @@ class Compilation:
             if self._failure is not None:
                 raise MulticardError(f"decoding can't be compiled, which compile=False leaves out: {self._failure}")
             time.sleep(LOOK)
+        self._several = Compilation(model, checkpoint, wait, rows=SEVERAL) if wait and drafts else None
+
+    def of(self, tokens: int) -> Compilation | None:
+        """That of a step of so many tokens; None if there are too many to be worth it."""
+        if tokens <= self._rows:
+            return self
+        if self._several is None and tokens <= SEVERAL:
+            self._several = Compilation(self._model, self._checkpoint, wait=False, rows=SEVERAL)
+        return self._several if tokens <= SEVERAL else None
 
     def step(self) -> CompiledStep | None:
         """The compiled step; None while it is being compiled, here or by another rank with the same shapes."""
@@ -114,7 +146,9 @@ class Compilation:
             self._looked = time.monotonic()
             if not artifacts.missing(self._folder, self._names):
                 paths = {name: artifacts.path_of(self._folder, name) for name in self._names}
-                self._step = CompiledStep(self._model, {name: _runner(path) for name, path in paths.items()})
+                self._step = CompiledStep(
+                    self._model, self._rows, {name: _runner(path) for name, path in paths.items()}
+                )
             elif self._process is None:
                 self._process = self._start()
             elif self._process.poll() is not None:
@@ -134,6 +168,7 @@ class Compilation:
             "rank": tp.rank,
             "size": tp.size,
             "sequence": self._model.mesh.sequence.size,
+            "rows": self._rows,
             "dtype": str(self._model.dtype).removeprefix("torch."),
         }
         threads = str(torch.get_num_threads())  # the code has their number built in

@@ -22,7 +22,7 @@ import torch
 
 from multicard import mesh as meshes
 from multicard.axis import Axis
-from multicard.layers.rows import one_row
+from multicard.layers.rows import few_rows
 from multicard.models import artifacts, stages
 from multicard.models.config import DecoderConfig
 from multicard.models.decoder import ParallelTransformer
@@ -41,20 +41,20 @@ def outline(folder: str, rank: int, size: int, sequence: int, dtype: torch.dtype
     return ParallelTransformer(two, mesh, dtype, device="meta")
 
 
-def multiply_one_row(model: ParallelTransformer) -> None:
+def multiply_few_rows(model: ParallelTransformer) -> None:
     for module in model.modules():
         if isinstance(module, MULTIPLYING):
-            module.multiply = one_row
+            module.multiply = few_rows
 
 
-def compile_stages(model: ParallelTransformer, folder: pathlib.Path, work: str) -> None:
+def compile_stages(model: ParallelTransformer, rows: int, folder: pathlib.Path, work: str) -> None:
     """Compile those that aren't in ``folder`` yet, with all files in between in ``work``, on the same file system."""
-    multiply_one_row(model)
-    for stage in stages.different(model):
+    multiply_few_rows(model)
+    for stage in stages.different(model, rows):
         target = artifacts.path_of(folder, stage.name)
         if target.exists():
             continue
-        arguments = stages.example(stage, model)
+        arguments = stages.example(stage, model, rows)
         shapes: Any = ([{}] * len(arguments[0]), tuple(stages.varying(stage)), {}, {})
         exported = torch.export.export(stages.Applied(stage), arguments, dynamic_shapes=shapes, strict=False)
         made = os.path.join(work, target.name)
@@ -77,7 +77,7 @@ def main() -> None:
     model = outline(asked["checkpoint"], *degrees, getattr(torch, asked["dtype"]))
     try:
         with torch.no_grad():
-            compile_stages(model, folder, work)
+            compile_stages(model, asked["rows"], folder, work)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

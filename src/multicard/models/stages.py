@@ -1,4 +1,4 @@
-"""A decode step of one sequence as stages: what a rank computes between two exchanges, or reads of the cache.
+"""A decode step of a few tokens as stages: what a rank computes between two exchanges, or reads of the cache.
 
 A stage has no collective, no cache and no shape that changes from token to token, so it can be compiled once, and the
 same code serves all layers: weights are arguments. Its operations are the decoder's own modules.
@@ -123,11 +123,15 @@ class Applied(nn.Module):
         return result
 
 
-def stages_of(model: ParallelTransformer) -> list[Stage]:
-    """The stages of a step in order; without tensor parallel everything between two accesses to the cache is one."""
+def stages_of(model: ParallelTransformer, rows: int) -> list[Stage]:
+    """The stages of a step in order; without tensor parallel everything between two accesses to the cache is one.
+
+    Args:
+        rows: tokens in a step; several may be of one sequence or of several, which only the cache knows.
+    """
     stages: list[Stage] = []
     pending: list[nn.Module] = []
-    for operation, exchange in _operations(model):
+    for operation, exchange in _operations(model, rows):
         pending.append(operation)
         if exchange is not None and (exchange != "sum" or model.mesh.tp.size > 1):
             stages.append(Stage(pending, exchange))
@@ -135,29 +139,29 @@ def stages_of(model: ParallelTransformer) -> list[Stage]:
     return [*stages, Stage(pending, None)]
 
 
-def different(model: ParallelTransformer) -> list[Stage]:
+def different(model: ParallelTransformer, rows: int) -> list[Stage]:
     """One stage of each name."""
-    return list({stage.name: stage for stage in stages_of(model)}.values())
+    return list({stage.name: stage for stage in stages_of(model, rows)}.values())
 
 
 def weights_of(stage: Stage) -> list[Tensor]:
     return [parameter.detach() for parameter in stage.parameters()]
 
 
-def example(stage: Stage, model: ParallelTransformer) -> tuple[list[Tensor], State, Tensor, Tensor]:
+def example(stage: Stage, model: ParallelTransformer, rows: int) -> tuple[list[Tensor], State, Tensor, Tensor]:
     """Arguments of :class:`Applied` with the shapes and dtypes of a step, whose memory is never touched."""
     config, heads = model.config, model.heads
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(1, *shape, dtype=model.dtype)
 
-    state: State = (empty(1, config.hidden), empty(1, config.hidden))
+    state: State = (empty(rows, config.hidden), empty(rows, config.hidden))
     if isinstance(stage.operations[0], Attend):
         q, k = (1, len(heads.query), config.head_dim), (LENGTH, len(heads.kv), config.head_dim)
         state = (state[0], empty(*q), empty(*k), empty(*k))
     elif isinstance(stage.operations[0], Output):
-        state = (state[0], empty(1, len(heads.query) * config.head_dim))
-    turn = (1, 1, config.head_dim)
+        state = (state[0], empty(rows, len(heads.query) * config.head_dim))
+    turn = (rows, 1, config.head_dim)
     weights = [torch.empty(p.shape, dtype=p.dtype) for p in stage.parameters()]
     return weights, state, empty(*turn), empty(*turn)
 
@@ -170,11 +174,11 @@ def varying(stage: Stage) -> list[dict[int, Any]]:
     return [{}, {}, length, length]
 
 
-def _operations(model: ParallelTransformer) -> Iterator[tuple[nn.Module, str | None]]:
+def _operations(model: ParallelTransformer, rows: int) -> Iterator[tuple[nn.Module, str | None]]:
     """The operations of a step in order, each with the exchange after it."""
     bias, layers = None, cast(Iterable[ParallelTransformerLayer], model.layers)
     for layer in layers:
-        if model.mesh.sequence.size > 1:
+        if model.mesh.sequence.size > 1 or rows > 1:
             yield Project(layer, bias), "attend"
         else:
             yield Project(layer, bias), "keep"

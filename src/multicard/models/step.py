@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from multicard import collectives
-from multicard.models.compiled import Compilation
+from multicard.models.compiled import Compilation, CompiledStep
 from multicard.models.decoder import Cache, ParallelTransformer
 from multicard.models.sampling import Sampling, choose
 
@@ -17,7 +17,7 @@ class Stepper:
 
     Args:
         model: our decoder, or another with its interface.
-        compilation: of its step for a single sequence and token; None: there is none.
+        compilation: of its steps; None: there is none.
         sampling: how tokens are chosen.
     """
 
@@ -26,12 +26,16 @@ class Stepper:
 
     def run(self, ids: Tensor, cache: Cache, last_only: bool = True) -> Tensor:
         """Logits, as from the model. ``cache`` holds tokens already: compiling waits for an answer's first token."""
-        if self._compilation is not None and ids.shape == (1, 1) and not cache.padded:
-            compiled = self._compilation.step()
-            if compiled is not None:
-                return compiled(ids, cache)
-        logits: Tensor = self.model(ids, cache, last_only)
+        compiled = self._compiled(ids, cache, last_only)
+        logits: Tensor = self.model(ids, cache, last_only) if compiled is None else compiled(ids, cache)
         return logits
+
+    def _compiled(self, ids: Tensor, cache: Cache, last_only: bool) -> CompiledStep | None:
+        tokens = ids.numel()
+        if self._compilation is None or (last_only and ids.shape[1] > 1) or (tokens == 1 and cache.padded):
+            return None
+        compilation = self._compilation.of(tokens)
+        return None if compilation is None else compilation.step()
 
     def choose(self, logits: Tensor, noise: Sequence[tuple[int, int]]) -> Tensor:
         """See :func:`multicard.models.sampling.choose`. One broadcast on the sequence axis beside its collectives."""
