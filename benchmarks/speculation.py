@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--threads", type=int, default=0, help="for each rank; 0: the cores divided by the ranks")
     parser.add_argument("--draft", help="a smaller checkpoint's folder, beside looking up")
-    parser.add_argument("--draft-tokens", type=int, default=5)
+    parser.add_argument("--draft-tokens", type=int, default=7)
     parser.add_argument("--new", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--uncompiled", action="store_true", help="with compile=False")

@@ -77,11 +77,8 @@ def words(folder):
 
 
 def steps_of(mesh, loaded):
-    drafting = loaded.drafting
-    return (
-        loaded.compilation.step() is not None,
-        drafting.compilation is not None and drafting.compilation.step() is not None,
-    )
+    kinds = loaded.compilation, loaded.compilation.of(1 + loaded.drafting.most), loaded.drafting.compilation
+    return [compilation.step() is not None for compilation in kinds]
 
 
 def test_a_draft_model_is_compiled(folders, plain, tmp_path):
@@ -91,7 +88,7 @@ def test_a_draft_model_is_compiled(folders, plain, tmp_path):
         found = answers(llm)
         assert [answer.token_ids for answer in found] == plain
         assert found[0].accepted == found[0].drafted > 10
-        assert llm._run(steps_of) == [(True, True)]
+        assert llm._run(steps_of) == [[True] * 3]
 
 
 # ---- refusals

@@ -64,7 +64,7 @@ class LLM(Session):
         ring, ulysses: ranks that share the sequence and its cache.
         dp: replicas, over which a list of prompts is divided.
         dtype: "auto" (the checkpoint's), "float32", "bfloat16", "float16".
-        compile: the decode step of single prompts on CPUs; our own decoder's only. "auto": beside the first answers, if
+        compile: decode steps of up to 8 tokens on CPUs; our own decoder's only. "auto": beside the first answers, if
             there is a C++ compiler and unless MULTICARD_COMPILE=0, for this and later runs; True: before the first
             answer; False: not at all.
         draft: how tokens are drafted, for single prompts; answers stay the same, but for bfloat16's rounding. "prompt":
@@ -92,7 +92,7 @@ class LLM(Session):
         dtype: str | torch.dtype = "auto",
         compile: bool | str = "auto",
         draft: str | os.PathLike[str] | None = None,
-        draft_tokens: int = 5,
+        draft_tokens: int = 7,
         verify: bool = False,
         progress: bool | None = None,
         **options: Unpack[Options],

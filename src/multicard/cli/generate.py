@@ -40,7 +40,7 @@ def generate(
             show_default=False,
         ),
     ] = None,
-    draft_tokens: Annotated[int, typer.Option(help="Tokens drafted in a step at most.")] = 5,
+    draft_tokens: Annotated[int, typer.Option(help="Tokens drafted in a step at most.")] = 7,
     verify: Annotated[bool, typer.Option("--verify", help="Compare the files with SHA256SUMS first.")] = False,
     dtype: options.Dtype = "auto",
     ranks: dict[str, Any],
