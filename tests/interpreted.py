@@ -22,6 +22,7 @@ class Interpreted:
     @staticmethod
     def runner(applied):
         def run(arguments):
+            assert all(each.is_contiguous() for each in arguments), "compiled code takes it for granted"
             weights = len(stages.weights_of(applied.stage))
             return applied(arguments[:weights], tuple(arguments[weights:-2]), *arguments[-2:])
 

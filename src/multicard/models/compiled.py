@@ -87,8 +87,11 @@ class CompiledStep:
         return _only(found[0], shape)
 
     def _padded(self, x: Tensor) -> Tensor:
-        """``(batch, tokens, ...)`` as ``(1, rows, ...)``, with zeros in the rows that aren't used."""
-        flat = x.reshape(1, -1, *x.shape[2:])
+        """``(batch, tokens, ...)`` as ``(1, rows, ...)``, with zeros in the rows that aren't used.
+
+        Contiguous, which compiled code takes for granted.
+        """
+        flat = x.reshape(1, -1, *x.shape[2:]).contiguous()
         if flat.shape[1] == self._rows:
             return flat
         whole = flat.new_zeros(1, self._rows, *flat.shape[2:])
