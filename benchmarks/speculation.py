@@ -1,7 +1,7 @@
 """Decoding a real model with drafted tokens against the same without: an answer that repeats its prompt, and one that
 doesn't.
 
-    python benchmarks/speculation.py [--dtype bfloat16] [--tp 2] [--draft FOLDER] [--draft-tokens 5]
+    python benchmarks/speculation.py [--dtype bfloat16] [--tp 2] [--draft FOLDER] [--draft-tokens 7]
 
 All alternate in one run; figures are medians. The bound is that a step takes as long as a plain one, however many
 tokens it runs: tokens ÷ steps.

@@ -13,11 +13,11 @@ from torch import Tensor
 from multicard.backends.eager import HALF
 from multicard.layers import packed
 
-STREAMS = {1: 4}
-"""Rows of the weight that are read side by side, by the number of rows; for others FEW_STREAMS."""
-FEW_STREAMS = 2  # of more, a processor with 16 vector registers would keep some sums in memory
-SOME, MANY = 4, 128
-"""Rows: from SOME on half types are better widened; from MANY on a product takes its time for arithmetic."""
+ALONE, TOGETHER = 4, 2
+"""Rows of the weight that are read side by side for one row and for several: of more, sums would leave registers."""
+SOME, FEW, MANY = 4, 8, 128
+"""Rows from which on half types are better widened (SOME), or reordered where the processor has instructions for them
+(FEW); from MANY on a product of float32 takes its time for arithmetic."""
 CHUNK = 1 << 18  # numbers of a weight that are widened at a time, so that they stay in the processor's cache
 
 
@@ -29,7 +29,7 @@ def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     rows, columns = weight.shape
     vectors = x.reshape(-1, columns).float().unbind(0)
-    streams = STREAMS.get(len(vectors), FEW_STREAMS)
+    streams = ALONE if len(vectors) == 1 else TOGETHER
     even = rows - rows % streams
     parts = [*weight[:even].view(streams, -1, columns).unbind(0)] if even else []
     parts += [weight[even:]] if even < rows else []
@@ -41,14 +41,16 @@ def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x Aᵀ + b`` by the library kernel that is fastest for so many rows on this processor."""
     rows = x.numel() // x.shape[-1]
-    native = weight.dtype in packed.PACKED_TYPES and packed.available(weight.dtype)
-    if weight.dtype in HALF and not native and rows >= SOME:
-        return _widened(x, weight, bias)
-    if weight.dtype == torch.float32 and 1 < rows < MANY:
+    if rows == 1:
+        return F.linear(x, weight, bias)
+    if weight.dtype == torch.float32 and rows < MANY:
         # MKL reads a weight on the left twice as fast as one on the right
         y = (weight @ x.reshape(rows, -1).t()).t().contiguous().view(*x.shape[:-1], -1)
         return y if bias is None else y + bias
-    return packed.multiply(x, weight, bias) if native and rows >= SOME else F.linear(x, weight, bias)
+    if weight.dtype in packed.PACKED_TYPES and packed.available(weight.dtype):
+        return packed.multiply(x, weight, bias) if rows >= FEW else F.linear(x, weight, bias)
+    widens = weight.dtype in HALF and rows >= SOME
+    return _widened(x, weight, bias) if widens else F.linear(x, weight, bias)
 
 
 def _widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -91,17 +91,16 @@ class CompiledStep:
 
         Contiguous, which compiled code takes for granted.
         """
-        flat = x.reshape(1, -1, *x.shape[2:]).contiguous()
-        if flat.shape[1] == self._rows:
-            return flat
-        whole = flat.new_zeros(1, self._rows, *flat.shape[2:])
-        whole[:, : flat.shape[1]] = flat
+        if x.shape[:2] == (1, self._rows):
+            return x.contiguous()
+        whole = x.new_zeros(1, self._rows, *x.shape[2:])
+        _only(whole, x.shape[:2]).copy_(x)
         return whole
 
 
 def _only(x: Tensor, shape: Sequence[int]) -> Tensor:
     """The rows in use of ``(1, rows, ...)``, as ``(batch, tokens, ...)``."""
-    return x[:, : math.prod(shape)].view(*shape, *x.shape[2:])
+    return x if x.shape[:2] == shape else x[:, : math.prod(shape)].view(*shape, *x.shape[2:])
 
 
 class Compilation:
