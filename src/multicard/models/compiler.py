@@ -24,18 +24,17 @@ from multicard import mesh as meshes
 from multicard.axis import Axis
 from multicard.layers.rows import few_rows
 from multicard.models import artifacts, stages
-from multicard.models.config import DecoderConfig
 from multicard.models.decoder import ParallelTransformer
-from multicard.models.load import MULTIPLYING
+from multicard.models.load import MULTIPLYING, describe
 
 OPTIONS = {
     "realize_reads_threshold": 0,  # a norm is computed once, not again in the inner loop of each product
 }
 
 
-def outline(folder: str, rank: int, size: int, sequence: int, dtype: torch.dtype) -> ParallelTransformer:
+def outline(checkpoint: str, rank: int, size: int, sequence: int, dtype: torch.dtype) -> ParallelTransformer:
     """What rank ``rank`` of ``size`` has of the decoder, without memory and with two layers: all kinds of stages."""
-    config = DecoderConfig.from_folder(folder)
+    config = describe(checkpoint)
     mesh = dataclasses.replace(meshes.single(), tp=Axis("tp", rank, size), sequence=Axis("sequence", 0, sequence))
     two = dataclasses.replace(config, layers=min(config.layers, 2))
     return ParallelTransformer(two, mesh, dtype, device="meta")

@@ -1,4 +1,4 @@
-"""Loading a decoder from a checkpoint folder, and the checks before it."""
+"""Loading a decoder from a checkpoint, a folder or a GGUF file, and the checks before it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ from multicard.layers.packed import pack, pack_tied
 from multicard.mesh import ParallelMesh
 from multicard.models.config import DecoderConfig
 from multicard.models.decoder import ParallelTransformer
+from multicard.models.gguf.config import config_of, is_interleaved
+from multicard.models.gguf.names import ROPE_FACTORS, Named, key_of
 from multicard.models.memory import GIB, free_bytes, ranks_here
-from multicard.weights import Checkpoint, LoadReport, Plain, agree, check, load
+from multicard.weights import LoadReport, Plain, SourceOf, TensorFiles, agree, check, is_gguf, load, open_files
+from multicard.weights.gguf.files import GGUFFiles
 
 MULTIPLYING = (ColumnParallelLinear, RowParallelLinear, ParallelLMHead)
 
@@ -33,7 +36,15 @@ def outline(config: DecoderConfig, degrees: ParallelConfig, dtype: torch.dtype |
     return ParallelTransformer(config, mesh, dtype, device="meta")
 
 
-def check_folder(folder: str | os.PathLike[str], degrees: ParallelConfig) -> DecoderConfig:
+def describe(path: str | os.PathLike[str]) -> DecoderConfig:
+    """The config of a checkpoint's folder or of a GGUF file. Raises CheckpointError or UnsupportedError."""
+    if is_gguf(path):
+        with GGUFFiles(path) as files:
+            return config_of(files)
+    return DecoderConfig.from_folder(path)
+
+
+def check_folder(path: str | os.PathLike[str], degrees: ParallelConfig) -> DecoderConfig:
     """Refuse a checkpoint, as far as that is possible without starting a rank.
 
     Raises:
@@ -41,10 +52,10 @@ def check_folder(folder: str | os.PathLike[str], degrees: ParallelConfig) -> Dec
         UnsupportedError: a feature that the decoder lacks.
         ConfigError: degrees that don't fit the model.
     """
-    config = DecoderConfig.from_folder(folder)
+    config = describe(path)
     model = outline(config, degrees)
-    with Checkpoint(folder) as checkpoint:
-        check(model, checkpoint, source_of, functools.partial(is_ignored, config))
+    with contextlib.closing(open_files(path)) as files:
+        check(model, files, sources(config, files), functools.partial(is_ignored, config))
     return config
 
 
@@ -70,12 +81,12 @@ def naming_draft(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 def load_decoder(
     mesh: ParallelMesh,
-    folder: str | os.PathLike[str],
+    path: str | os.PathLike[str],
     dtype: torch.dtype | None = None,
     checksums: bool = False,
     reorder: bool = True,
 ) -> Iterator[float | tuple[ParallelTransformer, LoadReport]]:
-    """This rank's part of the decoder in ``folder``. Yields the fraction done, then the model and the report.
+    """This rank's part of the decoder at ``path``. Yields the fraction done, then the model and the report.
 
     Every rank yields equally often.
 
@@ -89,7 +100,7 @@ def load_decoder(
     """
     failure = None
     try:
-        config = DecoderConfig.from_folder(folder)
+        config = describe(path)
         model = ParallelTransformer(config, mesh, dtype, device="meta")
         _check_memory(config, mesh, model)
     except MulticardError as error:  # perhaps on one rank only: a file changed, or memory differs
@@ -97,10 +108,10 @@ def load_decoder(
     agree(failure, mesh.world, mesh.device)
     for done in load(
         model,
-        folder,
+        path,
         mesh.world,
         mesh.device,
-        lambda checkpoint: source_of,
+        functools.partial(sources, config),
         ignored=functools.partial(is_ignored, config),
         checksums=checksums,
         finish=functools.partial(_reorder, model) if reorder else _in_row_order,
@@ -123,14 +134,19 @@ def _in_row_order(module: torch.nn.Module) -> int:
     return 0
 
 
-def source_of(name: str) -> Plain:
-    """The source of one of our parameters in a Hugging Face causal-LM checkpoint."""
-    return Plain(name if name.startswith("lm_head.") else f"model.{name}")
+def sources(config: DecoderConfig, files: TensorFiles) -> SourceOf:
+    """The source of each of our parameters: in a GGUF file, or in a Hugging Face causal-LM checkpoint."""
+    if isinstance(files, GGUFFiles):
+        pairs_of = config.head_dim if is_interleaved(files) else None
+        return lambda name: Named(key_of(name), pairs_of)
+    return lambda name: Plain(name if name.startswith("lm_head.") else f"model.{name}")
 
 
 def is_ignored(config: DecoderConfig, name: str) -> bool:
     """Whether a checkpoint's tensor is unused: rotary tables, and the copy of a tied head."""
-    return name.endswith("rotary_emb.inv_freq") or (config.tied_head and name == "lm_head.weight")
+    if name.endswith("rotary_emb.inv_freq") or name == ROPE_FACTORS:
+        return True
+    return config.tied_head and name == "lm_head.weight"
 
 
 def parameter_bytes(model: torch.nn.Module) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from multicard.errors import CheckpointError
 from multicard.layers.shard import Shard, Spans
-from multicard.weights.checkpoint import Checkpoint
+from multicard.weights.files import TensorFiles
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -31,15 +31,23 @@ class Reader:
 
     Attributes:
         bytes_read: of tensors, so far.
-        staging: bytes of the largest staging buffer since this was last set to 0.
+        shard_bytes: what the slices that were asked for take in the files.
+        dequantized_bytes: what slices of quantised tensors take in memory.
+        staging: bytes of the largest staging buffers since this was last set to 0.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: TensorFiles) -> None:
         self.checkpoint = checkpoint
-        self.bytes_read = self.staging = 0
+        self.bytes_read = self.shard_bytes = self.dequantized_bytes = self.staging = 0
 
     def rows(self, key: str, dim: int, rows: range, out: Tensor) -> None:
         """Read ``rows`` of a tensor along ``dim`` into ``out``."""
+        self._read(key, dim, rows, out)
+        stored = self.checkpoint.tensors[key]
+        self.shard_bytes += stored.size(out.numel())
+        self.dequantized_bytes += out.nbytes if stored.quantized else 0
+
+    def _read(self, key: str, dim: int, rows: range, out: Tensor) -> None:
         size, staging = self.checkpoint.read(key, dim, rows, out)
         self.bytes_read += size
         self.staging = max(self.staging, staging)
@@ -55,7 +63,7 @@ class Reader:
         """All of a tensor, in float32."""
         shape = self.checkpoint.tensors[key].shape
         out = torch.empty(shape or 1)
-        self.rows(key, 0, range(len(out)), out)
+        self._read(key, 0, range(len(out)), out)
         return out.view(shape)
 
 
