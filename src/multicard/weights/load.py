@@ -37,8 +37,8 @@ class LoadReport:
 
     Attributes:
         bytes_read: of tensors; headers and the index are a few kilobytes more.
-        shard_bytes: size of this rank's slices in the files; less than ``bytes_read`` if a tensor had to be converted or
-            a slice cuts blocks of a quantised one.
+        shard_bytes: size of this rank's slices in the files; less than ``bytes_read`` if a tensor had to be converted
+            or blocks of a quantised one are cut.
         parameter_bytes: size of its parameters in memory.
         peak_bytes: the largest total of parameters, staging buffers and a weight that is being reordered.
         seconds: from the first tensor to the last.

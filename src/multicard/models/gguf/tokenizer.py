@@ -29,8 +29,8 @@ def build(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
 
 def special_tokens(vocabulary: Vocabulary) -> dict[str, str]:
     """The special tokens that a chat template may name: ``bos_token`` and so on."""
-    roles = {name: role for name, role in SPECIAL.items() if role in vocabulary.special}
-    return {f"{name}_token": vocabulary.tokens[vocabulary.special[role]] for name, role in roles.items()}
+    ids = vocabulary.special
+    return {name: vocabulary.tokens[ids[role]] for name, role in SPECIAL.items() if role in ids}
 
 
 def _byte_level(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
@@ -61,12 +61,11 @@ def _sentence_piece(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
     """BPE with scores (https://github.com/google/sentencepiece): spaces are characters, and the two neighbours are
     merged that make the token of the highest score; characters without a token become bytes."""
     ids = {text: id for id, text in enumerate(vocabulary.tokens)}
-    unknown = vocabulary.special.get("unknown", 0)
     made = tokenizers.Tokenizer(
         models.BPE(
             ids,
             _merges(vocabulary),
-            unk_token=vocabulary.tokens[unknown],
+            unk_token=vocabulary.tokens[vocabulary.special["unknown"]],
             fuse_unk=True,
             byte_fallback=BYTE in vocabulary.types,
         )
@@ -111,7 +110,7 @@ def _add_ends(made: tokenizers.Tokenizer, vocabulary: Vocabulary) -> None:
     missing = [role for role in wanted if role not in vocabulary.special]
     if missing:
         raise CheckpointError(
-            f"a text needs a {missing[0]} token, and there is no tokenizer.ggml.{missing[0]}_token_id"
+            f"a text needs a {missing[0]} token, and the file names none"
         )
     if wanted:
         pairs = [(f"<{role}>", vocabulary.special[role]) for role in wanted]

@@ -15,8 +15,11 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 KINDS = ("gpt2", "llama")
 PREFIX = "tokenizer.ggml."
-SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+ID = "token_id"
+SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 """How a chat template calls a special token, and how a file does."""
+LLAMA_IDS = {"bos": 1, "eos": 2, "unknown": 0}
+"""Of SentencePiece's files, where they say nothing else."""
 
 ENDS = ("eos", "eot", "eom")
 END_TEXTS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>")
@@ -43,7 +46,7 @@ class Vocabulary:
     Attributes:
         kind: "gpt2" (byte-level BPE with merges) or "llama" (SentencePiece's BPE with scores).
         pre: the name of the rule by which text is cut before it is merged; None: there is none.
-        special: ids by role: "bos", "eos", "unknown", ...
+        special: ids by role: those of SPECIAL and ENDS that there are.
         adds: whether the file asks for a token at the "bos" or "eos", or for a "space", in front; None: it doesn't say.
     """
 
@@ -78,7 +81,7 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary | None:
     if kind not in KINDS:
         raise UnsupportedError(f"a tokenizer of the kind {kind!r}; readable are {', '.join(KINDS)}")
     for key, value in found.items():
-        if key not in (*USED, *UNNEEDED) and not key.endswith("_token_id") and value is not False:
+        if key not in (*USED, *UNNEEDED) and not key.endswith(ID) and value is not False:
             raise UnsupportedError(f"{PREFIX}{key} is a setting of the tokenizer that isn't implemented")
     tokens = _list(found, "tokens", str)
     tokens = [text or f"[EMPTY_{id}]" for id, text in enumerate(tokens)]
@@ -89,7 +92,8 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary | None:
     if not all(map(math.isfinite, scores)):
         raise CheckpointError(f"{PREFIX}scores holds what isn't a finite number")
     merges = [_pair(text) for text in _list(found, "merges", str)] if kind == "gpt2" else []
-    return Vocabulary(kind, found.get("pre"), tokens, types, scores, merges, *_roles(found, len(tokens)))
+    special, adds = _special(found, kind, len(tokens)), _adds(found)
+    return Vocabulary(kind, found.get("pre"), tokens, types, scores, merges, special, adds)
 
 
 def _list(found: Mapping[str, Any], key: str, kind: type, length: int | None = None) -> list[Any]:
@@ -102,21 +106,28 @@ def _list(found: Mapping[str, Any], key: str, kind: type, length: int | None = N
 
 
 def _pair(text: str) -> tuple[str, str]:
-    left, space, right = text[:1], *text[1:].partition(" ")[1:]  # a part may itself begin with a space
-    left += text[1:].partition(" ")[0]
-    if not space or not left or not right:
+    cut = text.find(" ", 1)  # the first of the pair may itself begin with a space
+    if cut < 0 or cut + 1 == len(text):
         raise CheckpointError(f"{PREFIX}merges has {text!r}, which isn't a pair")
-    return left, right
+    return text[:cut], text[cut + 1 :]
 
 
-def _roles(found: Mapping[str, Any], tokens: int) -> tuple[dict[str, int], dict[str, bool | None]]:
-    special = {key.removesuffix("_token_id"): value for key, value in found.items() if key.endswith("_token_id")}
-    for role, id in special.items():
-        if not is_whole(id, 0, tokens - 1):
-            raise CheckpointError(f"{PREFIX}{role}_token_id={id!r}, and there are {tokens} tokens")
+def _special(found: Mapping[str, Any], kind: str, tokens: int) -> dict[str, int]:
+    """Ids by role; roles that nothing here depends on are left out."""
+    special = dict(LLAMA_IDS) if kind == "llama" else {}
+    for role in (*SPECIAL.values(), *ENDS):
+        key = f"{role}_{ID}"
+        if key in found:
+            special[role] = found[key]
+        if role in special and not is_whole(special[role], 0, tokens - 1):
+            raise CheckpointError(f"{PREFIX}{key}={special[role]!r}, and there are {tokens} tokens")
+    return special
+
+
+def _adds(found: Mapping[str, Any]) -> dict[str, bool | None]:
     keys = {"bos": "add_bos_token", "eos": "add_eos_token", "space": "add_space_prefix"}
     adds = {name: found.get(key) for name, key in keys.items()}
     for name, value in adds.items():
         if not isinstance(value, bool | None):
             raise CheckpointError(f"{PREFIX}{keys[name]}={value!r}: true or false")
-    return special, adds
+    return adds

@@ -91,10 +91,10 @@ class GGUFFiles:
         first, stop, whole = columns.start // elements, -(-columns.stop // elements), entry.shape[-1] // elements
         raw = torch.empty(len(lines), stop - first, size, dtype=torch.uint8)
         begin = entry.offset + (lines.start * whole + first) * size
+        held: Any = raw.flatten(1).numpy()
         if stop - first == whole:
-            self._open.fill(entry.path, memoryview(raw.view(-1).numpy()), begin, entry.name)
+            self._open.fill(entry.path, memoryview(held.reshape(-1)), begin, entry.name)
         else:
-            held: Any = raw.flatten(1).numpy()
             for line in range(len(lines)):
                 self._open.fill(entry.path, memoryview(held[line]), begin + line * whole * size, entry.name)
         return raw, range(columns.start - first * elements, columns.stop - first * elements)

@@ -7,6 +7,7 @@ A file is: "GGUF", version, number of tensors, number of metadata values; the va
 from __future__ import annotations
 
 import collections
+import dataclasses
 import math
 import os
 import pathlib
@@ -30,7 +31,8 @@ NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 STRING, ARRAY = 8, 9
 
 
-class Entry(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Entry:
     """Where a tensor is: ``offset`` bytes from its file's start. Blocks run along its last dimension."""
 
     path: pathlib.Path
@@ -102,7 +104,7 @@ class _Reader:
             raise self._damaged(f"general.alignment {alignment!r}, not a power of 2 from 8 to {1 << 20}")
         entries = [self._entry() for _ in range(tensors)]
         begin = _aligned(self._offset, alignment)
-        found = [entry._replace(offset=begin + entry.offset) for entry in entries]
+        found = [dataclasses.replace(entry, offset=begin + entry.offset) for entry in entries]
         self._check_layout(found, begin, alignment)
         return Header(metadata, found)
 
@@ -165,7 +167,7 @@ class _Reader:
         for name, count in collections.Counter(entry.name for entry in tensors).most_common(1):
             if count > 1:
                 raise self._damaged(f"the tensor {name!r} twice")
-        at = begin
+        at = begin if tensors else self._offset  # a first part may have none, and then no bytes up to where they begin
         for entry in sorted(tensors, key=lambda entry: (entry.offset, entry.stop)):
             if entry.offset != (expected := _aligned(at, alignment)):
                 kind = "overlaps another tensor" if entry.offset < at else "isn't where the one before it ends"
