@@ -151,7 +151,10 @@ def metadata(writer, config, family):
         writer.add_value_length(config.head_dim)
 
 
-def trained(size=300):
+SAID = ["the sea is calm tonight, 12 2024  and the moon lies fair\n\nwe're IT's"] * 3
+
+
+def trained(size=300, texts=SAID):
     """A byte-level tokenizer: GPT-2's rule, four control tokens first."""
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -162,19 +165,19 @@ def trained(size=300):
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    made.train_from_iterator(["the sea is calm tonight, 12 2024  and the moon lies fair\n\nwe're IT's"] * 3, trainer)
+    made.train_from_iterator(texts, trainer)
     return made
 
 
-def words(writer, made, pre="gpt-2", user_defined=()):
+def words(writer, made, pre="gpt-2"):
     """The tokens of such a tokenizer."""
     model = json.loads(made.to_str())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].get)
-    controls = {token.content for token in made.get_added_tokens_decoder().values()} - set(user_defined)
+    controls = {token.content for token in made.get_added_tokens_decoder().values()}
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
-    writer.add_token_types([3 if token in controls else 4 if token in user_defined else 1 for token in tokens])
+    writer.add_token_types([3 if token in controls else 1 for token in tokens])
     writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)

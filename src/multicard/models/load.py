@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import pathlib
 from collections.abc import Iterator
 
 import torch
@@ -41,7 +42,10 @@ def describe(path: str | os.PathLike[str]) -> DecoderConfig:
     if is_gguf(path):
         with GGUFFiles(path) as files:
             return config_of(files)
-    return DecoderConfig.from_folder(path)
+    folder = pathlib.Path(path)
+    if not (folder / "config.json").exists() and any(folder.glob("*.gguf")):
+        raise CheckpointError(f"{folder} has no config.json, but GGUF files: give the path of one")
+    return DecoderConfig.from_folder(folder)
 
 
 def check_folder(path: str | os.PathLike[str], degrees: ParallelConfig) -> DecoderConfig:

@@ -109,9 +109,7 @@ def _add_ends(made: tokenizers.Tokenizer, vocabulary: Vocabulary) -> None:
     wanted = [role for role in ("bos", "eos") if adds[role]]
     missing = [role for role in wanted if role not in vocabulary.special]
     if missing:
-        raise CheckpointError(
-            f"a text needs a {missing[0]} token, and the file names none"
-        )
+        raise CheckpointError(f"a text needs a {missing[0]} token, and the file names none")
     if wanted:
         pairs = [(f"<{role}>", vocabulary.special[role]) for role in wanted]
         single = [*(["<bos>"] if "bos" in wanted else []), "$A", *(["<eos>"] if "eos" in wanted else [])]
