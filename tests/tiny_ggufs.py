@@ -36,9 +36,9 @@ MODELS = {
         "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
     },
-    "qwen3": {"intermediate_size": 768, "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 32},
+    "qwen3": {"intermediate_size": 1024, "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 32},
 }
-"""At tp=3 rows of 512, 544 and 768 are cut inside a block, and so are the heads of the first."""
+"""At tp=3 rows of 512, 544 and 1024 are cut inside a block, and so are the heads of the first."""
 
 NAMES = {
     "model.embed_tokens": "token_embd",

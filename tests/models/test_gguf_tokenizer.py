@@ -227,6 +227,13 @@ def test_scores_that_are_no_numbers(tmp_path):
         written_pieces(tmp_path / "m.gguf", model, lambda w: w.add_token_scores([float("nan")] * model.vocab_size()))
 
 
+def test_tokens_that_would_take_hours(tmp_path):
+    model = sentence_piece()
+    tokens = ["a" * 40_000, *(model.id_to_piece(id) for id in range(1, model.vocab_size()))]
+    with pytest.raises(CheckpointError, match=r"tokenizer.ggml.tokens are too long"):
+        written_pieces(tmp_path / "m.gguf", model, lambda writer: writer.add_token_list(tokens))
+
+
 def test_smollm2_is_cut_by_its_own_rule():
     """The same ids as from the folder, but where the folder, made by transformers' converter, leaves digits joined."""
     path = SMOLLM2 / "smollm2.gguf"

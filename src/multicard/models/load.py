@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import os
 import pathlib
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from multicard.models.memory import GIB, free_bytes, ranks_here
 from multicard.weights import LoadReport, Plain, SourceOf, TensorFiles, agree, check, is_gguf, load, open_files
 from multicard.weights.gguf.files import GGUFFiles
 
+LOG = logging.getLogger(__name__)
 MULTIPLYING = (ColumnParallelLinear, RowParallelLinear, ParallelLMHead)
 
 
@@ -120,6 +122,9 @@ def load_decoder(
         checksums=checksums,
         finish=functools.partial(_reorder, model) if reorder else _in_row_order,
     ):
+        if isinstance(done, LoadReport) and done.dequantized_bytes and mesh.rank == 0:
+            words = (done.dequantized_bytes / GIB, model.dtype, done.shard_bytes / GIB)
+            LOG.info("%s: a rank's weights take %.3g GiB as %s, and %.3g GiB quantised, in the file", path, *words)
         yield (model, done) if isinstance(done, LoadReport) else done
 
 

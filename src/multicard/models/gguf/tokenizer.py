@@ -10,6 +10,7 @@ from multicard.models.gguf.pretokenizers import RULES
 from multicard.models.gguf.vocabulary import BYTE, CONTROL, NORMAL, SPECIAL, UNKNOWN, USER_DEFINED, Vocabulary
 
 SPACE = "▁"
+MOST_WORK = 1 << 30  # characters that are looked at for merges: some seconds
 
 
 def build(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
@@ -87,6 +88,8 @@ def _sentence_piece(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
 
 def _merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
     """All pairs of tokens that make a token, the token of the highest score first."""
+    if sum(len(text) ** 2 for text in vocabulary.tokens) > MOST_WORK:
+        raise CheckpointError("tokenizer.ggml.tokens are too long: their squared lengths add up to more than 2^30")
     scores = {
         text: score
         for text, kind, score in zip(vocabulary.tokens, vocabulary.types, vocabulary.scores, strict=True)
