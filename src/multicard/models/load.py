@@ -7,12 +7,10 @@ import dataclasses
 import functools
 import logging
 import os
-import pathlib
 from collections.abc import Iterator
 
 import torch
 
-from multicard import mesh as meshes
 from multicard.axis import Axis
 from multicard.config import ParallelConfig
 from multicard.errors import CheckpointError, ConfigError, MulticardError, UnsupportedError
@@ -20,34 +18,16 @@ from multicard.layers import rows
 from multicard.layers.head import ParallelLMHead
 from multicard.layers.linear import ColumnParallelLinear, RowParallelLinear
 from multicard.layers.packed import pack, pack_tied
-from multicard.mesh import ParallelMesh
+from multicard.mesh import ParallelMesh, single
 from multicard.models.config import DecoderConfig
 from multicard.models.decoder import ParallelTransformer
-from multicard.models.gguf.config import config_of, is_interleaved
-from multicard.models.gguf.names import ROPE_FACTORS, Named, key_of
 from multicard.models.memory import GIB, free_bytes, ranks_here
-from multicard.weights import LoadReport, Plain, SourceOf, TensorFiles, agree, check, is_gguf, load, open_files
-from multicard.weights.gguf.files import GGUFFiles
+from multicard.models.outline import declare, describe, is_ignored, outline, sources
+from multicard.quantized.weight import blocks_of
+from multicard.weights import LoadReport, agree, check, load, open_files
 
 LOG = logging.getLogger(__name__)
 MULTIPLYING = (ColumnParallelLinear, RowParallelLinear, ParallelLMHead)
-
-
-def outline(config: DecoderConfig, degrees: ParallelConfig, dtype: torch.dtype | None = None) -> ParallelTransformer:
-    """The first rank's part of the model without memory, for its shapes. Raises ConfigError as the model does."""
-    mesh = dataclasses.replace(meshes.single(), tp=Axis("tp", 0, degrees.tp))
-    return ParallelTransformer(config, mesh, dtype, device="meta")
-
-
-def describe(path: str | os.PathLike[str]) -> DecoderConfig:
-    """The config of a checkpoint's folder or of a GGUF file. Raises CheckpointError or UnsupportedError."""
-    if is_gguf(path):
-        with GGUFFiles(path) as files:
-            return config_of(files)
-    folder = pathlib.Path(path)
-    if not (folder / "config.json").exists() and any(folder.glob("*.gguf")):
-        raise CheckpointError(f"{folder} has no config.json, but GGUF files: give the path of one")
-    return DecoderConfig.from_folder(folder)
 
 
 def check_folder(path: str | os.PathLike[str], degrees: ParallelConfig) -> DecoderConfig:
@@ -106,9 +86,9 @@ def load_decoder(
     """
     failure = None
     try:
-        config = describe(path)
-        model = ParallelTransformer(config, mesh, dtype, device="meta")
-        _check_memory(config, mesh, model)
+        model = declare(path, mesh, dtype)
+        config = model.config
+        _check_memory(path, mesh, model)
     except MulticardError as error:  # perhaps on one rank only: a file changed, or memory differs
         failure = error
     agree(failure, mesh.world, mesh.device)
@@ -117,7 +97,7 @@ def load_decoder(
         path,
         mesh.world,
         mesh.device,
-        functools.partial(sources, config),
+        functools.partial(sources, config, model=model),
         ignored=functools.partial(is_ignored, config),
         checksums=checksums,
         finish=functools.partial(_reorder, model) if reorder else _in_row_order,
@@ -138,24 +118,9 @@ def _reorder(model: ParallelTransformer, module: torch.nn.Module) -> int:
 
 
 def _in_row_order(module: torch.nn.Module) -> int:
-    if isinstance(module, MULTIPLYING) and module.weight.device.type == "cpu":
+    if isinstance(module, MULTIPLYING) and module.weight.device.type == "cpu" and not blocks_of(module.weight):
         module.multiply = rows.multiply
     return 0
-
-
-def sources(config: DecoderConfig, files: TensorFiles) -> SourceOf:
-    """The source of each of our parameters: in a GGUF file, or in a Hugging Face causal-LM checkpoint."""
-    if isinstance(files, GGUFFiles):
-        pairs_of = config.head_dim if is_interleaved(files) else None
-        return lambda name: Named(key_of(name), pairs_of)
-    return lambda name: Plain(name if name.startswith("lm_head.") else f"model.{name}")
-
-
-def is_ignored(config: DecoderConfig, name: str) -> bool:
-    """Whether a checkpoint's tensor is unused: rotary tables, and the copy of a tied head."""
-    if name.endswith("rotary_emb.inv_freq") or name == ROPE_FACTORS:
-        return True
-    return config.tied_head and name == "lm_head.weight"
 
 
 def parameter_bytes(model: torch.nn.Module) -> int:
@@ -163,24 +128,28 @@ def parameter_bytes(model: torch.nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def _check_memory(config: DecoderConfig, mesh: ParallelMesh, model: ParallelTransformer) -> None:
+def _check_memory(path: str | os.PathLike[str], mesh: ParallelMesh, model: ParallelTransformer) -> None:
     ranks, needed = ranks_here(), parameter_bytes(model)
     free = free_bytes(mesh.device, ranks)
     if needed <= free:
         return
-    fits = _degree_that_fits(config, mesh, model.dtype, ranks)
-    advice = f"tp={fits} would fit" if fits else f"no degree up to tp={config.heads} would fit here"
-    half = "" if model.dtype.itemsize == 2 else "; dtype='bfloat16' takes half"
+    fits = _degree_that_fits(path, mesh, model, ranks)
+    advice = f"tp={fits} would fit" if fits else f"no degree up to tp={model.config.heads} would fit here"
+    half = (
+        "" if model.dtype.itemsize == 2 or any(map(blocks_of, model.parameters())) else "; dtype='bfloat16' takes half"
+    )
     raise ConfigError(
         f"a shard takes {needed / GIB:.3g} GiB at tp={mesh.tp.size} and a rank has {free / GIB:.3g} GiB free: "
         f"{advice}{half}"
     )
 
 
-def _degree_that_fits(config: DecoderConfig, mesh: ParallelMesh, dtype: torch.dtype, ranks: int) -> int | None:
+def _degree_that_fits(
+    path: str | os.PathLike[str], mesh: ParallelMesh, model: ParallelTransformer, ranks: int
+) -> int | None:
     """The lowest degree at which a shard fits. On the CPU more ranks share the same memory."""
-    for tp in range(mesh.tp.size + 1, config.heads + 1):
-        here = ranks * tp // mesh.tp.size
-        if parameter_bytes(outline(config, ParallelConfig(tp=tp), dtype)) <= free_bytes(mesh.device, here):
+    for tp in range(mesh.tp.size + 1, model.config.heads + 1):
+        other = dataclasses.replace(single(), tp=Axis("tp", 0, tp))
+        if parameter_bytes(declare(path, other, model.dtype)) <= free_bytes(mesh.device, ranks * tp // mesh.tp.size):
             return tp
     return None

@@ -12,6 +12,7 @@ from torch import Tensor
 from multicard.errors import CheckpointError
 from multicard.layers.shard import Shard, Spans
 from multicard.weights.files import TensorFiles
+from multicard.weights.gguf.files import GGUFFiles
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -59,6 +60,17 @@ class Reader:
             start += len(span)
         return start
 
+    def blocks(self, key: str, dim: int, rows: range) -> Tensor:
+        """The blocks that hold ``rows`` of a quantised matrix along ``dim``, uint8 ``(rows, blocks, bytes)``."""
+        files = self.checkpoint
+        assert isinstance(files, GGUFFiles)
+        _, raw, _ = files.blocks(key, dim, rows)
+        stored = files.tensors[key]
+        self.bytes_read += raw.nbytes
+        self.shard_bytes += stored.size(len(rows) * stored.shape[1 - dim])
+        self.staging = max(self.staging, 2 * raw.nbytes)
+        return raw
+
     def whole(self, key: str) -> Tensor:
         """All of a tensor, in float32."""
         shape = self.checkpoint.tensors[key].shape
@@ -89,7 +101,14 @@ class Plain:
             return
         at = 0
         for key, spans in self.slices(shard):
-            at = reader.spans(key, shard.dim, spans, out, at)
+            stop = reader.spans(key, shard.dim, spans, out, at)
+            if shard.dim == 0 and (ordered := self.in_order(key, rows := out[at:stop])) is not rows:
+                rows.copy_(ordered)
+            at = stop
+
+    def in_order(self, key: str, rows: Tensor) -> Tensor:
+        """Rows of a tensor in the order in which the model has them."""
+        return rows
 
     def slices(self, shard: Shard) -> list[tuple[str, Spans]]:
         """Tensors and their spans along the shard rule's dimension, in the order of the parameter's rows."""

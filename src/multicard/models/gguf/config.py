@@ -139,9 +139,9 @@ def _shape(files: GGUFFiles, name: str) -> tuple[int, ...]:
 
 
 def _dtype(files: GGUFFiles) -> torch.dtype:
-    """bfloat16, the half type that loses no range, unless nothing is stored in less than float32."""
+    """bfloat16, the half type that loses no range, for half types; float32 where blocks or float32 are all there is."""
     kinds = {entry.kind.name for entry in files.tensors.values()}
-    return torch.float32 if kinds == {"F32"} else torch.bfloat16
+    return torch.bfloat16 if kinds & {"F16", "BF16"} else torch.float32
 
 
 def _decimal(value: Any) -> float:

@@ -7,9 +7,7 @@ import re
 
 from torch import Tensor
 
-from multicard.layers.shard import Shard
 from multicard.weights import Plain
-from multicard.weights.source import Reader
 
 NAMES = {
     "embed_tokens": "token_embd",
@@ -53,16 +51,9 @@ class Named(Plain):
 
     pairs_of: int | None = None
 
-    def fill(self, reader: Reader, name: str, shard: Shard, out: Tensor) -> None:
-        super().fill(reader, name, shard, out)
-        if self.pairs_of is None:
-            return
-        turned, at = {self._part(part) for part in INTERLEAVED}, 0
-        for key, spans in self.slices(shard):
-            rows = out[at : at + sum(map(len, spans))]
-            if key in turned:
-                rows.copy_(in_halves(rows, self.pairs_of))
-            at += len(rows)
+    def in_order(self, key: str, rows: Tensor) -> Tensor:
+        turned = self.pairs_of is not None and key in map(self._part, INTERLEAVED)
+        return in_halves(rows, self.pairs_of) if turned and self.pairs_of else rows
 
     def _part(self, part: str) -> str:
         module, _, leaf = self.key.rpartition(".")

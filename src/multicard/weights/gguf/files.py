@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from multicard.errors import CheckpointError, UnsupportedError
+from multicard.quantized.words import dequantize
 from multicard.values import is_whole
 from multicard.weights.files import STAGING, OpenFiles
 from multicard.weights.gguf.header import Entry, Header, read_header
-from multicard.weights.gguf.quants import dequantize
 
 PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.gguf)")
 MOST_PARTS = 9999
@@ -87,7 +87,7 @@ class GGUFFiles:
 
     def _raw(self, entry: Entry, lines: range, columns: range) -> tuple[Tensor, range]:
         """The blocks of a matrix that cover ``columns`` of ``lines``, and the range of ``columns`` within them."""
-        elements, size = entry.kind.elements, entry.kind.bytes
+        elements, size = entry.kind.columns, entry.kind.size
         first, stop, whole = columns.start // elements, -(-columns.stop // elements), entry.shape[-1] // elements
         raw = torch.empty(len(lines), stop - first, size, dtype=torch.uint8)
         begin = entry.offset + (lines.start * whole + first) * size

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from multicard.errors import CheckpointError, UnsupportedError
+from multicard.quantized.types import BlockType
 from multicard.weights.files import open_regular
-from multicard.weights.gguf.types import READABLE, REFUSED, BlockType
+from multicard.weights.gguf.types import READABLE, REFUSED
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -43,13 +44,13 @@ class Entry:
 
     @property
     def quantized(self) -> bool:
-        return self.kind.elements > 1
+        return self.kind.groups is not None
 
     def check_dtype(self) -> None:
         """All types in READABLE can be read."""
 
     def size(self, elements: int) -> int:
-        return elements * self.kind.bytes // self.kind.elements
+        return elements * self.kind.size // self.kind.columns
 
     @property
     def stop(self) -> int:
@@ -158,8 +159,8 @@ class _Reader:
         found = Entry(self._path, name, READABLE[number], shape, offset)
         if min(shape) < 1 or math.prod(shape) > 1 << 60 or offset > self._size:
             raise self._damaged(f"{name!r} has shape {shape} at {offset}, in a file of {self._size} bytes")
-        if shape[-1] % found.kind.elements:
-            raise self._damaged(f"{name!r} has rows of {shape[-1]}, and blocks of {found.kind.elements} elements")
+        if shape[-1] % found.kind.columns:
+            raise self._damaged(f"{name!r} has rows of {shape[-1]}, and blocks of {found.kind.columns} elements")
         return found
 
     def _check_layout(self, tensors: list[Entry], begin: int, alignment: int) -> None:

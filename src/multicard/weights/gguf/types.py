@@ -1,34 +1,24 @@
-"""The types of GGUF tensors: how many elements a block holds, in how many bytes."""
+"""The types of GGUF tensors by the numbers that stand for them in a file."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-
-class BlockType(NamedTuple):
-    """A type's name, and the elements and bytes of one block."""
-
-    name: str
-    elements: int
-    bytes: int
-
+from multicard.quantized.types import BLOCK_TYPES, BlockType
 
 READABLE = {
     0: BlockType("F32", 1, 4),
     1: BlockType("F16", 1, 2),
-    2: BlockType("Q4_0", 32, 18),
-    3: BlockType("Q4_1", 32, 20),
-    6: BlockType("Q5_0", 32, 22),
-    7: BlockType("Q5_1", 32, 24),
-    8: BlockType("Q8_0", 32, 34),
-    10: BlockType("Q2_K", 256, 84),
-    11: BlockType("Q3_K", 256, 110),
-    12: BlockType("Q4_K", 256, 144),
-    13: BlockType("Q5_K", 256, 176),
-    14: BlockType("Q6_K", 256, 210),
+    2: BLOCK_TYPES["Q4_0"],
+    3: BLOCK_TYPES["Q4_1"],
+    6: BLOCK_TYPES["Q5_0"],
+    7: BLOCK_TYPES["Q5_1"],
+    8: BLOCK_TYPES["Q8_0"],
+    10: BLOCK_TYPES["Q2_K"],
+    11: BLOCK_TYPES["Q3_K"],
+    12: BLOCK_TYPES["Q4_K"],
+    13: BLOCK_TYPES["Q5_K"],
+    14: BLOCK_TYPES["Q6_K"],
     30: BlockType("BF16", 1, 2),
 }
-"""By the number that stands for it in a file."""
 
 REFUSED = {
     9: "Q8_1",

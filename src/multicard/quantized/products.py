@@ -1,0 +1,65 @@
+"""Products with a matrix of blocks, and its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from multicard.quantized.words import LANES, Blocks
+
+CHUNK = 1 << 18  # numbers that are taken out of blocks at a time, so that they stay in the processor's cache
+
+
+def few_rows(blocks: Blocks, held: Tensor, vectors: Sequence[Tensor]) -> Tensor:
+    """``x Aᵀ`` for a few vectors, float32 ``(blocks.columns,)`` each; ``(vectors, rows)``, float32. To be compiled.
+
+    A group's scale is multiplied once, by the sum of codes times numbers of ``x``.
+    """
+    split = [vector.view(blocks.units, -1) for vector in vectors]
+    parts = []
+    for tiles in blocks.tiles(held):
+        sums = [_of_unit(blocks, tiles.unbind(2), x).sum(1).flatten() for x in split]
+        parts.append(torch.stack(sums))
+    return torch.cat(parts, -1)
+
+
+def _of_unit(blocks: Blocks, words: Sequence[Tensor], x: Tensor) -> Tensor:
+    """The units' parts of the product, ``(tiles, units, lanes)``; ``x``: ``(units, columns of a unit)``."""
+    terms, column = [], 0
+    for scale, codes, zero, minimum in blocks.groups(words):
+        here = x[:, column : column + len(codes)]
+        product = _sum([code.float() * here[:, n, None] for n, code in enumerate(codes)])
+        terms.append(scale * (product - zero * here.sum(-1, keepdim=True) if zero else product))
+        if minimum is not None:
+            terms.append(minimum * here.sum(-1, keepdim=True))
+        column += len(codes)
+    return _sum(terms)
+
+
+def _sum(terms: list[Tensor]) -> Tensor:
+    """By halves: one after the other, additions would wait for each other, and rounding errors would add up."""
+    while len(terms) > 1:
+        terms = [a + b for a, b in zip(terms[::2], terms[1::2], strict=False)] + terms[len(terms) & ~1 :]
+    return terms[0]
+
+
+def in_chunks(blocks: Blocks, held: Tensor) -> Iterator[Tensor]:
+    """The matrix in float32, some rows at a time, ``(some, blocks.columns)``."""
+    for tiles in blocks.tiles(held):
+        for some in tiles.split(max(1, CHUNK // (tiles.shape[-1] * blocks.columns))):
+            values = blocks.values(some.unbind(2))  # (tiles, units, lanes, columns)
+            yield values.transpose(1, 2).reshape(-1, blocks.columns)
+
+
+def lookup(blocks: Blocks, held: Tensor, rows: Tensor) -> Tensor:
+    """Rows of the matrix by number, float32 ``(..., blocks.columns)``."""
+    rest, per_row = blocks.rows % LANES, blocks.units * blocks.unit_words
+    full = blocks.rows - rest
+    lanes = torch.where(rows < full, LANES, rest)
+    inside = torch.where(rows < full, rows % LANES, rows - full)
+    start = (rows - inside) * per_row + inside
+    places = start.unsqueeze(-1) + lanes.unsqueeze(-1) * torch.arange(per_row, device=rows.device)
+    words = held[places].view(*rows.shape, blocks.units, blocks.unit_words)
+    return blocks.values(words.unbind(-1)).flatten(-2)
