@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from multicard.quantized.bits import Words
 from multicard.quantized.words import LANES, Blocks
 
 CHUNK = 1 << 18  # numbers that are taken out of blocks at a time, so that they stay in the processor's cache
@@ -20,21 +21,22 @@ def few_rows(blocks: Blocks, held: Tensor, vectors: Sequence[Tensor]) -> Tensor:
     split = [vector.view(blocks.units, -1) for vector in vectors]
     parts = []
     for tiles in blocks.tiles(held):
-        sums = [_of_unit(blocks, tiles.unbind(2), x).sum(1).flatten() for x in split]
+        bits = Words(tiles.unbind(2))
+        sums = [_of_unit(blocks, bits, x).sum(1).flatten() for x in split]
         parts.append(torch.stack(sums))
     return torch.cat(parts, -1)
 
 
-def _of_unit(blocks: Blocks, words: Sequence[Tensor], x: Tensor) -> Tensor:
+def _of_unit(blocks: Blocks, bits: Words, x: Tensor) -> Tensor:
     """The units' parts of the product, ``(tiles, units, lanes)``; ``x``: ``(units, columns of a unit)``."""
     terms, column = [], 0
-    for scale, codes, zero, minimum in blocks.groups(words):
-        here = x[:, column : column + len(codes)]
-        product = _sum([code.float() * here[:, n, None] for n, code in enumerate(codes)])
+    for scale, codes, zero, minimum in blocks.groups(bits):
+        here = x[:, column : column + len(codes.columns)]
+        product = _sum([code.float() * here[:, n, None] for n, code in enumerate(codes.columns)])
         terms.append(scale * (product - zero * here.sum(-1, keepdim=True) if zero else product))
         if minimum is not None:
             terms.append(minimum * here.sum(-1, keepdim=True))
-        column += len(codes)
+        column += len(codes.columns)
     return _sum(terms)
 
 
@@ -49,8 +51,7 @@ def in_chunks(blocks: Blocks, held: Tensor) -> Iterator[Tensor]:
     """The matrix in float32, some rows at a time, ``(some, blocks.columns)``."""
     for tiles in blocks.tiles(held):
         for some in tiles.split(max(1, CHUNK // (tiles.shape[-1] * blocks.columns))):
-            values = blocks.values(some.unbind(2))  # (tiles, units, lanes, columns)
-            yield values.transpose(1, 2).reshape(-1, blocks.columns)
+            yield blocks.values(some.permute(0, 3, 1, 2).flatten(0, 1))
 
 
 def lookup(blocks: Blocks, held: Tensor, rows: Tensor) -> Tensor:
@@ -61,5 +62,5 @@ def lookup(blocks: Blocks, held: Tensor, rows: Tensor) -> Tensor:
     inside = torch.where(rows < full, rows % LANES, rows - full)
     start = (rows - inside) * per_row + inside
     places = start.unsqueeze(-1) + lanes.unsqueeze(-1) * torch.arange(per_row, device=rows.device)
-    words = held[places].view(*rows.shape, blocks.units, blocks.unit_words)
-    return blocks.values(words.unbind(-1)).flatten(-2)
+    words = held[places].view(-1, blocks.units, blocks.unit_words)
+    return blocks.values(words).view(*rows.shape, blocks.columns)

@@ -1,58 +1,58 @@
 """How numbers are packed into blocks of bits, by the names that GGUF files have for them.
 
-A block is some columns of one row of a matrix. Its bytes are read as little-endian words of 32 bits, and everything is
-taken out of these by shifts: an operation on integers serves a row, a tile of rows and a compiled kernel alike.
+A block is some columns of one row of a matrix. What its bytes mean is said once here, in terms of :class:`Bits`, and
+served in two ways: an array of bytes for library kernels, and words of 32 bits for compiled code.
 The layouts are those of ggml (https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
+
+Codes = Any
+"""Whole numbers of adjacent columns: a tensor whose last dimension they are, or :class:`~.bits.Lanes`."""
 
 
 class Group(NamedTuple):
     """Adjacent columns with one scale: their numbers are ``scale * (code - zero) + minimum``, float32.
 
     Attributes:
-        codes: whole numbers, one tensor for each column.
         minimum: None: 0.
     """
 
     scale: Tensor
-    codes: list[Tensor]
+    codes: Codes
     zero: int = 0
     minimum: Tensor | None = None
 
 
-class Bits:
-    """What is in blocks: one tensor of int32 for each of a block's words, all of the same shape."""
+class Bits(Protocol):
+    """The bytes of blocks, in two implementations (:mod:`multicard.quantized.bits`)."""
 
-    def __init__(self, words: Sequence[Tensor]) -> None:
-        self._words = words
+    def half(self, at: int) -> Tensor:
+        """The finite float16 at byte ``at``, in float32."""
 
-    def take(self, at: int, count: int) -> Tensor:
-        """``count`` bits from bit ``at`` on, inside one word, as a whole number from 0 on."""
-        word, shift = divmod(at, 32)
-        return (self._words[word] >> shift) & ((1 << count) - 1)
+    def part(self, at: int, shift: int, count: int) -> Tensor:
+        """``count`` bits of byte ``at`` from bit ``shift`` on, as a whole number from 0 on."""
 
-    def signed(self, byte: int) -> Tensor:
-        """Byte ``byte``, -128 to 127."""
-        word, place = divmod(byte, 4)
-        return (self._words[word] << (24 - 8 * place)) >> 24
+    def signed(self, at: int) -> Tensor:
+        """Byte ``at``, -128 to 127."""
 
-    def half(self, byte: int) -> Tensor:
-        """The finite float16 at byte ``byte``, in float32, from normal numbers only: compiled code may drop others."""
-        bits = self.take(8 * byte, 16)
-        exponent, significand = (bits >> 10) & 31, bits & 1023
-        normal = exponent.clamp(max=1)
-        power = ((exponent - normal + 1 + 127 - 25) << 23).view(torch.float32)
-        size = (significand + (normal << 10)).float() * power
-        return torch.where(bits > 0x7FFF, -size, size)
+    def parts(self, at: int, columns: int, shift: int, count: int) -> Codes:
+        """:meth:`part` of so many adjacent bytes, one for each column."""
+
+    def signed_all(self, at: int, columns: int) -> Codes:
+        """:meth:`signed` of so many adjacent bytes, one for each column."""
+
+    def single(self, at: int, columns: int) -> Codes:
+        """Adjacent single bits, the lowest of byte ``at`` first, one for each column."""
+
+    def join(self, first: Codes, second: Codes) -> Codes:
+        """The columns of both, one after the other."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,47 +73,45 @@ class BlockType:
 
 
 def _q4_0(bits: Bits, at: int) -> list[Group]:
-    return [Group(bits.half(at), _nibbles(bits, at + 2, 16), zero=8)]
+    return [Group(bits.half(at), _nibbles(bits, at + 2), zero=8)]
 
 
 def _q4_1(bits: Bits, at: int) -> list[Group]:
-    return [Group(bits.half(at), _nibbles(bits, at + 4, 16), minimum=bits.half(at + 2))]
+    return [Group(bits.half(at), _nibbles(bits, at + 4), minimum=bits.half(at + 2))]
 
 
 def _q5_0(bits: Bits, at: int) -> list[Group]:
-    return [Group(bits.half(at), _fifth(_nibbles(bits, at + 6, 16), bits, at + 2), zero=16)]
+    return [Group(bits.half(at), _nibbles(bits, at + 6) + bits.single(at + 2, 32) * 16, zero=16)]
 
 
 def _q5_1(bits: Bits, at: int) -> list[Group]:
-    return [Group(bits.half(at), _fifth(_nibbles(bits, at + 8, 16), bits, at + 4), minimum=bits.half(at + 2))]
+    codes = _nibbles(bits, at + 8) + bits.single(at + 4, 32) * 16
+    return [Group(bits.half(at), codes, minimum=bits.half(at + 2))]
 
 
 def _q8_0(bits: Bits, at: int) -> list[Group]:
-    return [Group(bits.half(at), [bits.signed(at + 2 + column) for column in range(32)])]
+    return [Group(bits.half(at), bits.signed_all(at + 2, 32))]
 
 
 def _q2_k(bits: Bits, at: int) -> list[Group]:
     scale, least = bits.half(at + 80), bits.half(at + 82)
     groups = []
-    for number in range(16):
-        first = 8 * (at + 16 + 32 * (number // 8) + 16 * (number % 2)) + 2 * (number % 8 // 2)
-        codes = [bits.take(first + 8 * column, 2) for column in range(16)]
-        low, high = bits.take(8 * (at + number), 4), bits.take(8 * (at + number) + 4, 4)
-        groups.append(Group(scale * low, codes, minimum=-least * high))
+    for number, (half, quarter, pair) in enumerate(SIXTEENTHS):
+        codes = bits.parts(at + 16 + 32 * half + 16 * pair, 16, 2 * quarter, 2)
+        factor, below = bits.part(at + number, 0, 4), bits.part(at + number, 4, 4)
+        groups.append(Group(scale * factor, codes, minimum=-least * below))
     return groups
 
 
 def _q3_k(bits: Bits, at: int) -> list[Group]:
     scale = bits.half(at + 108)
     groups = []
-    for number in range(16):
-        half, pair, quarter = number // 8, number % 2, number % 8 // 2
-        low = 8 * (at + 32 + 32 * half + 16 * pair) + 2 * quarter
-        high = 8 * (at + 16 * pair) + 4 * half + quarter
-        codes = [bits.take(low + 8 * n, 2) + 4 * bits.take(high + 8 * n, 1) for n in range(16)]
-        sixteenth = bits.take(8 * (at + 96 + number % 8) + 4 * (number // 8), 4)
-        factor = sixteenth + 16 * bits.take(8 * (at + 104 + number % 4) + 2 * (number // 4), 2) - 32
-        groups.append(Group(scale * factor, codes, zero=4))
+    for number, (half, quarter, pair) in enumerate(SIXTEENTHS):
+        low = bits.parts(at + 32 + 32 * half + 16 * pair, 16, 2 * quarter, 2)
+        high = bits.parts(at + 16 * pair, 16, 4 * half + quarter, 1)
+        factor = bits.part(at + 96 + number % 8, 4 * (number // 8), 4)
+        factor = factor + 16 * bits.part(at + 104 + number % 4, 2 * (number // 4), 2)
+        groups.append(Group(scale * (factor.float() - 32), low + high * 4, zero=4))
     return groups
 
 
@@ -121,9 +119,8 @@ def _q4_k(bits: Bits, at: int) -> list[Group]:
     scale, least = bits.half(at), bits.half(at + 2)
     groups = []
     for number in range(8):
+        codes = bits.parts(at + 16 + 32 * (number // 2), 32, 4 * (number % 2), 4)
         factor, below = _six_bits(bits, at + 4, number)
-        first = 8 * (at + 16 + 32 * (number // 2)) + 4 * (number % 2)
-        codes = [bits.take(first + 8 * column, 4) for column in range(32)]
         groups.append(Group(scale * factor, codes, minimum=-least * below))
     return groups
 
@@ -132,9 +129,9 @@ def _q5_k(bits: Bits, at: int) -> list[Group]:
     scale, least = bits.half(at), bits.half(at + 2)
     groups = []
     for number in range(8):
+        low = bits.parts(at + 48 + 32 * (number // 2), 32, 4 * (number % 2), 4)
+        codes = low + bits.parts(at + 16, 32, number, 1) * 16
         factor, below = _six_bits(bits, at + 4, number)
-        low, high = 8 * (at + 48 + 32 * (number // 2)) + 4 * (number % 2), 8 * (at + 16) + number
-        codes = [bits.take(low + 8 * n, 4) + 16 * bits.take(high + 8 * n, 1) for n in range(32)]
         groups.append(Group(scale * factor, codes, minimum=-least * below))
     return groups
 
@@ -142,33 +139,29 @@ def _q5_k(bits: Bits, at: int) -> list[Group]:
 def _q6_k(bits: Bits, at: int) -> list[Group]:
     scale = bits.half(at + 208)
     groups = []
-    for number in range(16):
-        half, quarter, pair = number // 8, number % 8 // 2, number % 2
-        low = 8 * (at + 64 * half + 32 * (quarter % 2) + 16 * pair) + 4 * (quarter // 2)
-        high = 8 * (at + 128 + 32 * half + 16 * pair) + 2 * quarter
-        codes = [bits.take(low + 8 * n, 4) + 16 * bits.take(high + 8 * n, 2) for n in range(16)]
+    for number, (half, quarter, pair) in enumerate(SIXTEENTHS):
+        low = bits.parts(at + 64 * half + 32 * (quarter % 2) + 16 * pair, 16, 4 * (quarter // 2), 4)
+        codes = low + bits.parts(at + 128 + 32 * half + 16 * pair, 16, 2 * quarter, 2) * 16
         groups.append(Group(scale * bits.signed(at + 192 + number), codes, zero=32))
     return groups
 
 
-def _nibbles(bits: Bits, at: int, count: int) -> list[Tensor]:
-    """The low halves of ``count`` bytes, then the high ones."""
-    return [bits.take(8 * (at + byte) + side, 4) for side in (0, 4) for byte in range(count)]
+SIXTEENTHS = [(half, quarter, pair) for half in (0, 1) for quarter in range(4) for pair in (0, 1)]
+"""Groups of 16 of 256 columns: which 128 columns, which 32 of those, and which 16."""
 
 
-def _fifth(codes: list[Tensor], bits: Bits, at: int) -> list[Tensor]:
-    """Codes with a fifth bit each, from byte ``at`` on."""
-    return [code + 16 * bits.take(8 * (at + n // 8) + n % 8, 1) for n, code in enumerate(codes)]
+def _nibbles(bits: Bits, at: int) -> Codes:
+    """The low halves of 16 bytes, then the high ones."""
+    return bits.join(bits.parts(at, 16, 0, 4), bits.parts(at, 16, 4, 4))
 
 
 def _six_bits(bits: Bits, at: int, number: int) -> tuple[Tensor, Tensor]:
     """A group's factors of the scale and the minimum: 16 numbers of six bits in 12 bytes."""
     if number < 4:
-        return bits.take(8 * (at + number), 6), bits.take(8 * (at + number + 4), 6)
-    last = 8 * (at + number + 4)
+        return bits.part(at + number, 0, 6), bits.part(at + number + 4, 0, 6)
     return (
-        bits.take(last, 4) + 16 * bits.take(8 * (at + number - 4) + 6, 2),
-        bits.take(last + 4, 4) + 16 * bits.take(8 * (at + number) + 6, 2),
+        bits.part(at + number + 4, 0, 4) + 16 * bits.part(at + number - 4, 6, 2),
+        bits.part(at + number + 4, 4, 4) + 16 * bits.part(at + number, 6, 2),
     )
 
 

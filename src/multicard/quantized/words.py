@@ -6,12 +6,13 @@ So one instruction on 16 words does the same to 16 rows, and no sum goes across 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from multicard.quantized.bits import Bytes
 from multicard.quantized.types import BLOCK_TYPES, Bits, BlockType, Group
 
 LANES = 16  # words of the widest vectors
@@ -81,24 +82,25 @@ class Blocks:
         views = [held[:full].view(*shape, LANES)] if full else []
         return [*views, held[full:].view(*shape, rest)] if rest else views
 
-    def groups(self, words: Sequence[Tensor]) -> Iterator[Group]:
-        """What a unit's words hold, in the order of columns."""
-        bits, groups = Bits(words), self.type.groups
+    def groups(self, bits: Bits) -> Iterator[Group]:
+        """What units hold, in the order of columns."""
+        groups = self.type.groups
         assert groups is not None, f"{self.kind} has no blocks"
         for number in range(self.together):
             yield from groups(bits, number * self.type.size)
 
-    def values(self, words: Sequence[Tensor]) -> Tensor:
-        """A unit's numbers, float32 ``(..., columns)``, from words of shape ``(...)``."""
+    def values(self, words: Tensor) -> Tensor:
+        """Numbers, float32 ``(rows, columns)``, from the words of whole rows, ``(rows, units, unit_words)``."""
+        bits = Bytes(words.contiguous().view(torch.uint8))
         parts = []
-        for scale, codes, zero, minimum in self.groups(words):
-            part = (torch.stack(codes, -1) - zero) * scale.unsqueeze(-1)
+        for scale, codes, zero, minimum in self.groups(bits):
+            part = codes.float()
+            part = (part.sub_(zero) if zero else part).mul_(scale.unsqueeze(-1))
             parts.append(part if minimum is None else part.add_(minimum.unsqueeze(-1)))
-        return torch.cat(parts, -1)
+        return torch.cat(parts, -1).flatten(1) if len(parts) > 1 else parts[0].flatten(1)
 
 
 def dequantize(kind: str, raw: Tensor) -> Tensor:
     """A file's bytes, uint8 ``(rows, width, size of a block)``, as float32 ``(rows, columns)``."""
     blocks = Blocks(kind, *raw.shape[:2])
-    words = blocks.in_words(raw).unbind(-1)
-    return blocks.values(words).flatten(1)[:, : blocks.width * blocks.type.columns]
+    return blocks.values(blocks.in_words(raw))[:, : blocks.width * blocks.type.columns]
