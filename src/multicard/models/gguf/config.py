@@ -104,10 +104,11 @@ def _config(files: GGUFFiles) -> DecoderConfig:
 
 def _check_keys(found: dict[str, Any], fixed: dict[str, Any], prefix: str) -> None:
     for key, value in found.items():
+        said = f"{prefix + key!r} is {value!r:.40}"
         if key in fixed and value != fixed[key]:
-            raise UnsupportedError(f"{prefix}{key}={value!r}: the decoder has {fixed[key]!r} here only")
+            raise UnsupportedError(f"{said}: the decoder has {fixed[key]!r} here only")
         if key not in (*USED, *UNNEEDED, *fixed):
-            raise UnsupportedError(f"{prefix}{key}={value!s:.40}: the decoder doesn't implement this")
+            raise UnsupportedError(f"{said}: the decoder doesn't implement this")
 
 
 def _rope(files: GGUFFiles, found: dict[str, Any], head_dim: int) -> RopeConfig:
