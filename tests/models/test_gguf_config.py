@@ -161,6 +161,27 @@ def test_what_changes_nothing_is_accepted(tmp_path):
         check_folder(tmp_path / "m.gguf", ParallelConfig(tp=9))
 
 
+SCALINGS = [
+    ({"rope.scaling.factor": 2.0}, ("linear", 2.0)),
+    ({"rope.scale_linear": 3.0}, ("linear", 3.0)),
+    ({"rope.scaling.type": "linear", "rope.scaling.factor": 1.5}, ("linear", 1.5)),
+    ({"rope.scaling.type": "none", "rope.scaling.factor": 2.0}, ("default", 1.0)),
+    ({"rope.scaling.factor": 0.0}, ("default", 1.0)),
+    ({}, ("default", 1.0)),
+]
+
+
+@pytest.mark.parametrize(("keys", "expected"), SCALINGS)
+def test_scalings_are_read_as_llama_cpp_reads_them(tmp_path, keys, expected):
+    def change(writer, tensors):
+        for key, value in keys.items():
+            sets(f"llama.{key}", value)(writer, tensors)
+
+    tiny.write(tmp_path / "m.gguf", "llama", ["Q8_0"], change)
+    rope = describe(tmp_path / "m.gguf").rope
+    assert (rope.kind, rope.factor) == expected
+
+
 def test_a_sliding_window(tmp_path):
     tiny.write(tmp_path / "m.gguf", change=sets("llama.attention.sliding_window", 64))
     assert describe(tmp_path / "m.gguf").window == 64

@@ -112,14 +112,15 @@ def _check_keys(found: dict[str, Any], fixed: dict[str, Any], prefix: str) -> No
 
 
 def _rope(files: GGUFFiles, found: dict[str, Any], head_dim: int) -> RopeConfig:
-    kind = found.get("rope.scaling.type", "linear" if "rope.scale_linear" in found else "none")
+    kind = found.get("rope.scaling.type", "linear")  # as in llama.cpp, a factor alone is linear
     if kind not in ("none", "linear"):
         raise UnsupportedError(f"rope.scaling.type {kind!r}: the decoder has none and linear")
-    factor = found.get("rope.scaling.factor", found.get("rope.scale_linear", 1.0)) if kind == "linear" else 1.0
+    factor = found.get("rope.scaling.factor", found.get("rope.scale_linear")) or 1.0
+    linear = kind == "linear" and factor != 1.0
     return RopeConfig(
         theta=_decimal(found.get("rope.freq_base", 10000.0)),
-        kind="linear" if kind == "linear" else "default",
-        factor=_decimal(factor),
+        kind="linear" if linear else "default",
+        factor=_decimal(factor) if linear else 1.0,
         divisors=_divisors(files, head_dim) if ROPE_FACTORS in files.tensors else (),
     )
 
