@@ -65,13 +65,16 @@ REFUSED = {
     "architecture": (sets("general.architecture", "mistral3"), "'mistral3' isn't one of LLM's for GGUF (llama, qwen2"),
     "no whole model": (sets("general.type", "adapter"), "general.type 'adapter'"),
     "yarn": (sets("llama.rope.scaling.type", "yarn"), "rope.scaling.type 'yarn': the decoder has none and linear"),
-    "experts": (sets("llama.expert_count", 8), "llama.expert_count=8"),
-    "partial rotation": (sets("llama.rope.dimension_count", 16), "llama.rope.dimension_count=16: the decoder has 32"),
-    "other values": (sets("llama.attention.value_length", 64), "llama.attention.value_length=64"),
-    "unknown key": (sets("llama.logit_scale", 2.0), "llama.logit_scale=2.0: the decoder doesn't implement"),
-    "vocabulary": (sets("llama.vocab_size", 299), "llama.vocab_size=299: the decoder has 300"),
+    "experts": (sets("llama.expert_count", 8), "'llama.expert_count' is 8"),
+    "partial rotation": (
+        sets("llama.rope.dimension_count", 16),
+        "'llama.rope.dimension_count' is 16: the decoder has 32",
+    ),
+    "other values": (sets("llama.attention.value_length", 64), "'llama.attention.value_length' is 64"),
+    "unknown key": (sets("llama.logit_scale", 2.0), "'llama.logit_scale' is 2.0: the decoder doesn't implement"),
+    "vocabulary": (sets("llama.vocab_size", 299), "'llama.vocab_size' is 299: the decoder has 300"),
     "tokenizer": (sets("tokenizer.ggml.model", "t5"), "a tokenizer of the kind 't5'; readable are gpt2, llama"),
-    "tokenizer's setting": (sets("tokenizer.ggml.add_sep_token", True), "add_sep_token is a setting"),
+    "tokenizer's setting": (sets("tokenizer.ggml.add_sep_token", True), "add_sep_token' is a setting"),
     "rule for text": (sets("tokenizer.ggml.pre", "gpt-4o"), "tokenizer.ggml.pre 'gpt-4o': the rule for cutting text"),
     "no rule for text": (sets("tokenizer.ggml.pre", None), "tokenizer.ggml.pre None"),
     "space in front": (sets("tokenizer.ggml.add_space_prefix", True), "add_space_prefix with a tokenizer of"),
@@ -156,6 +159,27 @@ def test_what_changes_nothing_is_accepted(tmp_path):
     assert check_folder(tmp_path / "m.gguf", ParallelConfig(tp=8))
     with pytest.raises(ConfigError, match="tp=9 with 8 attention heads"):
         check_folder(tmp_path / "m.gguf", ParallelConfig(tp=9))
+
+
+SCALINGS = [
+    ({"rope.scaling.factor": 2.0}, ("linear", 2.0)),
+    ({"rope.scale_linear": 3.0}, ("linear", 3.0)),
+    ({"rope.scaling.type": "linear", "rope.scaling.factor": 1.5}, ("linear", 1.5)),
+    ({"rope.scaling.type": "none", "rope.scaling.factor": 2.0}, ("default", 1.0)),
+    ({"rope.scaling.factor": 0.0}, ("default", 1.0)),
+    ({}, ("default", 1.0)),
+]
+
+
+@pytest.mark.parametrize(("keys", "expected"), SCALINGS)
+def test_scalings_are_read_as_llama_cpp_reads_them(tmp_path, keys, expected):
+    def change(writer, tensors):
+        for key, value in keys.items():
+            sets(f"llama.{key}", value)(writer, tensors)
+
+    tiny.write(tmp_path / "m.gguf", "llama", ["Q8_0"], change)
+    rope = describe(tmp_path / "m.gguf").rope
+    assert (rope.kind, rope.factor) == expected
 
 
 def test_a_sliding_window(tmp_path):

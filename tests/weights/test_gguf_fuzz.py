@@ -1,5 +1,8 @@
 """Damaged GGUF files: they load, or one of our errors says why not; never anything else, never a hang."""
 
+import pathlib
+import typing
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -14,14 +17,24 @@ FUZZ = settings(max_examples=300, deadline=None, suppress_health_check=list(Heal
 WORDS = st.sampled_from([0, 1, 2, 1 << 16, 1 << 31, (1 << 32) - 1, 1 << 40, (1 << 63) - 1, (1 << 64) - 1])
 
 
+class Whole(typing.NamedTuple):
+    """A file, its bytes, and where its data begins."""
+
+    path: pathlib.Path
+    content: bytes
+    end: int
+
+    def __repr__(self):
+        return f"{self.path}"
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A file, its bytes, and where its data begins."""
     path = tmp_path_factory.mktemp("fuzz") / "model.gguf"
     tiny.write(path, "llama", ["Q4_0"])
     content = path.read_bytes()
     end = content.rindex(b"rope_freqs.weight") + 17 + 4 + 8 + 4 + 8
-    return path, content, end
+    return Whole(path, content, end)
 
 
 def works(path):

@@ -37,7 +37,7 @@ def generate(
     draft: Annotated[
         str | None,
         typer.Option(
-            help="Draft tokens, for the same answer sooner: 'prompt' looks them up in it; a folder is a smaller "
+            help="Draft tokens, for the same answer sooner: 'prompt' looks them up in it; a path is a smaller "
             "checkpoint.",
             show_default=False,
         ),

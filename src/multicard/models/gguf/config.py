@@ -104,21 +104,23 @@ def _config(files: GGUFFiles) -> DecoderConfig:
 
 def _check_keys(found: dict[str, Any], fixed: dict[str, Any], prefix: str) -> None:
     for key, value in found.items():
+        said = f"{prefix + key!r} is {value!r:.40}"
         if key in fixed and value != fixed[key]:
-            raise UnsupportedError(f"{prefix}{key}={value!r}: the decoder has {fixed[key]!r} here only")
+            raise UnsupportedError(f"{said}: the decoder has {fixed[key]!r} here only")
         if key not in (*USED, *UNNEEDED, *fixed):
-            raise UnsupportedError(f"{prefix}{key}={value!s:.40}: the decoder doesn't implement this")
+            raise UnsupportedError(f"{said}: the decoder doesn't implement this")
 
 
 def _rope(files: GGUFFiles, found: dict[str, Any], head_dim: int) -> RopeConfig:
-    kind = found.get("rope.scaling.type", "linear" if "rope.scale_linear" in found else "none")
+    kind = found.get("rope.scaling.type", "linear")  # as in llama.cpp, a factor alone is linear
     if kind not in ("none", "linear"):
         raise UnsupportedError(f"rope.scaling.type {kind!r}: the decoder has none and linear")
-    factor = found.get("rope.scaling.factor", found.get("rope.scale_linear", 1.0)) if kind == "linear" else 1.0
+    factor = found.get("rope.scaling.factor", found.get("rope.scale_linear")) or 1.0
+    linear = kind == "linear" and factor != 1.0
     return RopeConfig(
         theta=_decimal(found.get("rope.freq_base", 10000.0)),
-        kind="linear" if kind == "linear" else "default",
-        factor=_decimal(factor),
+        kind="linear" if linear else "default",
+        factor=_decimal(factor) if linear else 1.0,
         divisors=_divisors(files, head_dim) if ROPE_FACTORS in files.tensors else (),
     )
 

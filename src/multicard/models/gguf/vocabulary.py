@@ -82,7 +82,7 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary | None:
         raise UnsupportedError(f"a tokenizer of the kind {kind!r}; readable are {', '.join(KINDS)}")
     for key, value in found.items():
         if key not in (*USED, *UNNEEDED) and not key.endswith(ID) and value is not False:
-            raise UnsupportedError(f"{PREFIX}{key} is a setting of the tokenizer that isn't implemented")
+            raise UnsupportedError(f"{PREFIX + key!r} is a setting of the tokenizer that isn't implemented")
     tokens = _list(found, "tokens", str)
     tokens = [text or f"[EMPTY_{id}]" for id, text in enumerate(tokens)]
     if len(set(tokens)) < len(tokens):
