@@ -134,7 +134,8 @@ def test_a_split_file(tmp_path, options):
         (loaded.layers[1].mlp.down_proj.weight, model.model.layers[1].mlp.down_proj.weight),
     ):
         assert torch.equal(numbers(ours), theirs)
-    assert report.bytes_read == report.shard_bytes < report.dequantized_bytes < report.parameter_bytes
+    assert report.bytes_read == report.shard_bytes < report.parameter_bytes
+    assert report.dequantized_bytes  # of layers that are in blocks in part
     with pytest.raises(UnsupportedError, match=rf"{second.name} is part 2 of .*: give the first, m-00001-of"):
         check_folder(second, ParallelConfig())
     second.rename(tmp_path / "away")

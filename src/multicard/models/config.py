@@ -65,6 +65,7 @@ class DecoderConfig:
         window: the sliding window in positions, if the checkpoint has one; longer requests are refused.
         eos: ids that end an answer.
         dtype: the checkpoint's.
+        block: intermediate features that stay together on a rank where that can be: those of a file's block.
     """
 
     family: str
@@ -86,6 +87,7 @@ class DecoderConfig:
     window: int | None = None
     eos: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
+    block: int = 1
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden", "intermediate", "layers", "heads", "kv_heads", "head_dim", "context"):

@@ -12,6 +12,7 @@ import torch
 from multicard.axis import Axis
 from multicard.config import ParallelConfig
 from multicard.errors import CheckpointError
+from multicard.layers.shard import shard_of
 from multicard.mesh import ParallelMesh, single
 from multicard.models.config import DecoderConfig
 from multicard.models.decoder import ParallelTransformer
@@ -19,7 +20,7 @@ from multicard.models.gguf.config import config_of, is_interleaved
 from multicard.models.gguf.names import ROPE_FACTORS, Named, key_of
 from multicard.quantized.weight import blocks_of
 from multicard.weights import Plain, SourceOf, TensorFiles, is_gguf
-from multicard.weights.blocks import InBlocks, hold_in_blocks
+from multicard.weights.blocks import hold_in_blocks, in_blocks
 from multicard.weights.gguf.files import GGUFFiles
 
 
@@ -60,10 +61,11 @@ def sources(config: DecoderConfig, files: TensorFiles, model: ParallelTransforme
     """
     if not isinstance(files, GGUFFiles):
         return lambda name: Plain(name if name.startswith("lm_head.") else f"model.{name}")
-    plain = gguf_sources(config, files)
-    parameters = model.named_parameters(remove_duplicate=False) if model is not None else ()
-    held = {name: weight for name, parameter in parameters if (weight := blocks_of(parameter)) is not None}
-    return lambda name: InBlocks(plain(name), held[name]) if name in held else plain(name)
+    plain, found = gguf_sources(config, files), {}
+    for name, parameter in model.named_parameters(remove_duplicate=False) if model is not None else ():
+        if (weight := blocks_of(parameter)) is not None:
+            found[name] = in_blocks(files, plain(name), shard_of(parameter), weight.dtype)
+    return lambda name: found.get(name) or plain(name)
 
 
 def gguf_sources(config: DecoderConfig, files: GGUFFiles) -> Callable[[str], Named]:

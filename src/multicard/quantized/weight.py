@@ -64,8 +64,8 @@ class BlockWeight:
 
     def numbers(self, weight: Tensor) -> Tensor:
         """The matrix in float32, ``(rows, columns)``."""
-        rows = [some for part, held in self._held(weight) for some in in_chunks(part, held)]
-        return torch.cat(rows)[:, self.before : self.before + self.columns]
+        here = slice(self.before, self.before + self.columns)
+        return torch.cat([some[:, here] for part, held in self._held(weight) for some in in_chunks(part, held)])
 
     def lookup(self, numbers: Tensor, weight: Tensor) -> Tensor:
         """Rows of the only part by number, ``(..., columns)``."""

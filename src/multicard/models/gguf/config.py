@@ -11,6 +11,7 @@ from multicard.errors import CheckpointError, UnsupportedError
 from multicard.models.config import DecoderConfig, RopeConfig, naming
 from multicard.models.gguf.names import ROPE_FACTORS
 from multicard.models.gguf.vocabulary import read_vocabulary
+from multicard.quantized.words import Blocks
 from multicard.weights.gguf.files import GGUFFiles
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {"llama": {}, "qwen2": {}, "qwen3": {"qk_norm": True}}
@@ -98,6 +99,7 @@ def _config(files: GGUFFiles) -> DecoderConfig:
         window=found.get("attention.sliding_window") or None,
         eos=() if vocabulary is None else vocabulary.ends,
         dtype=_dtype(files),
+        block=max(_unit(files, f"blk.{layer}.ffn_down.weight") for layer in range(found["block_count"])),
         **ARCHITECTURES[family],
     )
 
@@ -144,6 +146,14 @@ def _dtype(files: GGUFFiles) -> torch.dtype:
     """bfloat16, the half type that loses no range, for half types; float32 where blocks or float32 are all there is."""
     kinds = {entry.kind.name for entry in files.tensors.values()}
     return torch.bfloat16 if kinds & {"F16", "BF16"} else torch.float32
+
+
+def _unit(files: GGUFFiles, name: str) -> int:
+    """Columns between which a matrix can be cut without cutting a block or a word of blocks; 1 for plain numbers."""
+    entry = files.tensors.get(name)
+    if entry is None or not entry.quantized:
+        return 1
+    return entry.kind.columns * Blocks(entry.kind.name, 1, 2).runs[0].together
 
 
 def _decimal(value: Any) -> float:
