@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 MODEL := .cache/smollm2
+GGUF := .cache/smollm2.gguf
 INSTALL := python -m pip install --quiet --disable-pip-version-check
 EVERYTHING := .[transformers,diffusers,dev]
 QUESTION := What is the capital of France?
@@ -23,11 +24,14 @@ $(READY): pyproject.toml requirements.lock
 $(MODEL)/config.json: | $(READY)
 	$(BIN)/python examples/smollm2.py $(MODEL)
 
+$(GGUF): | $(READY)
+	$(BIN)/python examples/smollm2.py $(GGUF)
+
 demo: $(READY) $(MODEL)/config.json  ## a real model answers a question, and a picture is drawn, each on two ranks
 	$(BIN)/multicard generate --model $(MODEL) --tp 2 "$(QUESTION)" --max-new-tokens 32
 	$(BIN)/python examples/digits/sample.py --cfg 2 --output out/digits.png
 
-test: $(READY) $(MODEL)/config.json  ## all tests but the soak
+test: $(READY) $(MODEL)/config.json $(GGUF)  ## all tests but the soak
 	$(BIN)/python -m pytest -m "not soak"
 
 test-fast: $(READY)  ## a developer's loop: the tests that start no processes of their own and compile nothing
@@ -46,7 +50,7 @@ test-latest: $(MODEL)/config.json  ## the same, with the newest versions that th
 	.venv-latest/bin/$(INSTALL) --upgrade --upgrade-strategy eager --constraint .venv-latest/constraints.txt --editable '$(EVERYTHING)'
 	.venv-latest/bin/python -m pytest -m "seam and not soak"
 
-soak: $(READY) $(MODEL)/config.json  ## the long counts: faults, stress, long contexts
+soak: $(READY) $(MODEL)/config.json $(GGUF)  ## the long counts: faults, stress, long contexts
 	$(BIN)/python -m pytest -m soak
 
 check: $(READY)  ## lint, format and types

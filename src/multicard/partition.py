@@ -23,6 +23,13 @@ def split(size: int, parts: int) -> tuple[range, ...]:
     return tuple(range(a, b) for a, b in itertools.pairwise(starts))
 
 
+def split_blocks(size: int, parts: int, block: int) -> tuple[range, ...]:
+    """:func:`split` at multiples of ``block``, as long as every part gets one."""
+    if block == 1 or size < block * parts:
+        return split(size, parts)
+    return tuple(range(span.start * block, min(span.stop * block, size)) for span in split(-(-size // block), parts))
+
+
 def split_sizes(size: int, parts: int) -> tuple[int, ...]:
     """The lengths of :func:`split`."""
     return tuple(len(share) for share in split(size, parts))

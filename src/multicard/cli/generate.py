@@ -15,7 +15,9 @@ from multicard.cli import early, options
 def generate(
     *,
     prompts: Annotated[list[str], typer.Argument(help="What to answer; several are one batch.", show_default=False)],
-    model: Annotated[str, typer.Option("--model", help="A Hugging Face checkpoint folder.", show_default=False)],
+    model: Annotated[
+        str, typer.Option("--model", help="A Hugging Face checkpoint folder, or a GGUF file.", show_default=False)
+    ],
     degrees: dict[str, Any],
     max_new_tokens: Annotated[int, typer.Option(help="New tokens for each prompt at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
@@ -35,7 +37,7 @@ def generate(
     draft: Annotated[
         str | None,
         typer.Option(
-            help="Draft tokens, for the same answer sooner: 'prompt' looks them up in it; a folder is a smaller "
+            help="Draft tokens, for the same answer sooner: 'prompt' looks them up in it; a path is a smaller "
             "checkpoint.",
             show_default=False,
         ),

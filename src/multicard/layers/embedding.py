@@ -40,6 +40,7 @@ class VocabParallelEmbedding(nn.Module):
     ) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim, self.axis, self.checks = num_embeddings, embedding_dim, axis, checks
+        self.dtype = dtype or torch.get_default_dtype()
         self.vocabulary = partition.split(num_embeddings, axis.size)[axis.rank]
         shard = Shard((num_embeddings, embedding_dim), 0, (self.vocabulary,) if self.vocabulary else ())
         self.weight = empty(shard, dtype, device)
@@ -70,7 +71,7 @@ class VocabParallelEmbedding(nn.Module):
             mine = (local >= 0) & (local < len(self.vocabulary))
             rows = self.lookup(local * mine, self.weight).masked_fill_(~mine.unsqueeze(-1), 0)
         else:
-            rows = self.weight.new_zeros(*ids.shape, self.embedding_dim)
+            rows = self.weight.new_zeros(*ids.shape, self.embedding_dim, dtype=self.dtype)
         return collectives.all_reduce(rows, self.axis)
 
     def _check(self, ids: Tensor) -> None:

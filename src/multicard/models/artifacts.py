@@ -19,6 +19,7 @@ import torch
 from multicard.errors import ConfigError
 from multicard.models import stages
 from multicard.models.decoder import ParallelTransformer
+from multicard.quantized.weight import blocks_of
 
 SOURCES = (
     "models/stages.py",
@@ -28,6 +29,7 @@ SOURCES = (
     "attention/one_query.py",
     "attention/segments.py",
     "layers",
+    "quantized",
 )
 """Files of multicard from which a stage is compiled."""
 
@@ -56,7 +58,7 @@ def cache_folder() -> pathlib.Path:
 def folder_of(model: ParallelTransformer, rows: int) -> pathlib.Path:
     """Where such a model's compiled stages for ``rows`` are, or will be, for this processor and number of threads."""
     found = stages.different(model, rows)
-    shapes = [(stage.name, [(n, tuple(p.shape)) for n, p in stage.named_parameters()]) for stage in found]
+    shapes = [(s.name, [(n, tuple(p.shape), blocks_of(p)) for n, p in s.named_parameters()]) for s in found]
     config = model.config
     fixed = (model.heads, config.head_dim, config.norm_eps, config.hidden, config.qk_norm, model.dtype, rows)
     return cache_folder() / _digest([shapes, fixed, _here(), torch.get_num_threads()])

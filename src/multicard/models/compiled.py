@@ -108,7 +108,7 @@ class Compilation:
 
     Args:
         model: whose.
-        checkpoint: its folder.
+        checkpoint: its folder or GGUF file.
         wait: compile now, rather than beside the first answers.
         drafts: steps of several tokens will be asked for: with ``wait``, compile these now too.
         rows: tokens in a step, 1 or SEVERAL.

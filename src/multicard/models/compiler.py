@@ -24,27 +24,29 @@ from multicard import mesh as meshes
 from multicard.axis import Axis
 from multicard.layers.rows import few_rows
 from multicard.models import artifacts, stages
-from multicard.models.config import DecoderConfig
 from multicard.models.decoder import ParallelTransformer
 from multicard.models.load import MULTIPLYING
+from multicard.models.outline import declare
+from multicard.quantized.weight import blocks_of
 
 OPTIONS = {
-    "realize_reads_threshold": 0,  # a norm is computed once, not again in the inner loop of each product
+    "realize_reads_threshold": 1,  # a norm is computed once, not again in the inner loop of each product
+    "realize_opcount_threshold": 1 << 20,  # and what blocks hold never goes to memory
+    "realize_acc_reads_threshold": 1 << 20,
 }
 
 
-def outline(folder: str, rank: int, size: int, sequence: int, dtype: torch.dtype) -> ParallelTransformer:
-    """What rank ``rank`` of ``size`` has of the decoder, without memory and with two layers: all kinds of stages."""
-    config = DecoderConfig.from_folder(folder)
+def outline(checkpoint: str, rank: int, size: int, sequence: int, dtype: torch.dtype) -> ParallelTransformer:
+    """What rank ``rank`` of ``size`` has of the decoder, without memory."""
     mesh = dataclasses.replace(meshes.single(), tp=Axis("tp", rank, size), sequence=Axis("sequence", 0, sequence))
-    two = dataclasses.replace(config, layers=min(config.layers, 2))
-    return ParallelTransformer(two, mesh, dtype, device="meta")
+    return declare(checkpoint, mesh, dtype)
 
 
 def multiply_few_rows(model: ParallelTransformer) -> None:
     for module in model.modules():
         if isinstance(module, MULTIPLYING):
-            module.multiply = few_rows
+            blocks = blocks_of(module.weight)
+            module.multiply = few_rows if blocks is None else blocks.few_rows
 
 
 def compile_stages(model: ParallelTransformer, rows: int, folder: pathlib.Path, work: str) -> None:

@@ -37,6 +37,7 @@ class RopeConfig:
         kind: "default", "linear" (positions ÷ ``factor``, arXiv 2306.15595) or "llama3" (low frequencies ÷ ``factor``,
             high ones kept, smooth in between).
         factor, low_freq_factor, high_freq_factor, original_context: of those kinds.
+        divisors: of every pair's frequency, before all else; empty: none. How a GGUF file says "llama3".
     """
 
     theta: float = 10000.0
@@ -45,11 +46,14 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_context: int = 8192
+    divisors: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "original_context"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"rope {name}={getattr(self, name)!r}: a finite number above 0")
+        if not all(0 < each < math.inf for each in self.divisors):
+            raise ConfigError("rope divisors: finite numbers above 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +65,7 @@ class DecoderConfig:
         window: the sliding window in positions, if the checkpoint has one; longer requests are refused.
         eos: ids that end an answer.
         dtype: the checkpoint's.
+        block: intermediate features that stay together on a rank where that can be: those of a file's block.
     """
 
     family: str
@@ -82,6 +87,7 @@ class DecoderConfig:
     window: int | None = None
     eos: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
+    block: int = 1
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden", "intermediate", "layers", "heads", "kv_heads", "head_dim", "context"):
@@ -106,10 +112,10 @@ class DecoderConfig:
             UnsupportedError: an architecture, rope type or feature that the decoder lacks.
         """
         raw = read_json(pathlib.Path(folder), "config.json")
-        with _naming(f"{folder}/config.json"):
+        with naming(f"{folder}/config.json"):
             config = cls.from_dict(raw)
         generation = read_json(pathlib.Path(folder), "generation_config.json", optional=True)
-        with _naming(f"{folder}/generation_config.json"):
+        with naming(f"{folder}/generation_config.json"):
             eos = _ids(generation.get("eos_token_id"))
         return dataclasses.replace(config, eos=eos) if eos else config
 
@@ -151,14 +157,14 @@ class DecoderConfig:
 
 
 @contextlib.contextmanager
-def _naming(file: str) -> Iterator[None]:
+def naming(file: str) -> Iterator[None]:
     """Errors about a file's content begin with its name."""
     try:
         yield
     except KeyError as error:
         raise CheckpointError(f"{file} has no {error.args[0]!r}") from None
     except MulticardError as error:
-        raise type(error)(f"{file}: {error}") from None
+        raise type(error)(str(error) if str(error).startswith(file) else f"{file}: {error}") from None
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:  # a value of another kind
         raise CheckpointError(f"{file} is damaged ({type(error).__name__}: {error})") from None
 

@@ -96,7 +96,11 @@ class ParallelAttention(nn.Module):
 
 
 class ParallelMLP(nn.Module):
-    """``down(silu(gate(x)) · up(x))`` with this rank's part of the intermediate size. One all-reduce."""
+    """``down(silu(gate(x)) · up(x))`` with this rank's part of the intermediate size. One all-reduce.
+
+    Args:
+        block: features that stay together on a rank where every rank gets some.
+    """
 
     def __init__(
         self,
@@ -106,15 +110,18 @@ class ParallelMLP(nn.Module):
         bias: bool = False,
         dtype: torch.dtype | None = None,
         device: Where = None,
+        block: int = 1,
     ) -> None:
         super().__init__()
-        rows = partition.split(intermediate, mesh.tp.size)
+        rows = partition.split_blocks(intermediate, mesh.tp.size, block)
         shares = [(span, range(intermediate + span.start, intermediate + span.stop)) for span in rows]
         parts = (("gate_proj", intermediate), ("up_proj", intermediate))
         self.gate_up_proj = ColumnParallelLinear(
             hidden, 2 * intermediate, mesh.tp, bias, dtype=dtype, device=device, shares=shares, parts=parts
         )
-        self.down_proj = RowParallelLinear(intermediate, hidden, mesh.tp, bias, dtype=dtype, device=device)
+        self.down_proj = RowParallelLinear(
+            intermediate, hidden, mesh.tp, bias, dtype=dtype, device=device, shares=[(span,) for span in rows]
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., hidden)``, the same on every rank, to the same."""
@@ -136,7 +143,7 @@ class ParallelTransformerLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden, config.norm_eps, dtype, device)
         self.self_attn = ParallelAttention(config, mesh, dtype, device)
         self.post_attention_layernorm = RMSNorm(config.hidden, config.norm_eps, dtype, device)
-        self.mlp = ParallelMLP(config.hidden, config.intermediate, mesh, config.mlp_bias, dtype, device)
+        self.mlp = ParallelMLP(config.hidden, config.intermediate, mesh, config.mlp_bias, dtype, device, config.block)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Kept, layer: int) -> Tensor:
         """``(batch, tokens, hidden)``, the same on every rank, to the same."""

@@ -1,16 +1,16 @@
-"""Loading a decoder from a checkpoint folder, and the checks before it."""
+"""Loading a decoder from a checkpoint, a folder or a GGUF file, and the checks before it."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import functools
+import logging
 import os
 from collections.abc import Iterator
 
 import torch
 
-from multicard import mesh as meshes
 from multicard.axis import Axis
 from multicard.config import ParallelConfig
 from multicard.errors import CheckpointError, ConfigError, MulticardError, UnsupportedError
@@ -18,22 +18,19 @@ from multicard.layers import rows
 from multicard.layers.head import ParallelLMHead
 from multicard.layers.linear import ColumnParallelLinear, RowParallelLinear
 from multicard.layers.packed import pack, pack_tied
-from multicard.mesh import ParallelMesh
+from multicard.mesh import ParallelMesh, single
 from multicard.models.config import DecoderConfig
 from multicard.models.decoder import ParallelTransformer
 from multicard.models.memory import GIB, free_bytes, ranks_here
-from multicard.weights import Checkpoint, LoadReport, Plain, agree, check, load
+from multicard.models.outline import declare, describe, is_ignored, outline, sources
+from multicard.quantized.weight import blocks_of
+from multicard.weights import LoadReport, agree, check, load, open_files
 
+LOG = logging.getLogger(__name__)
 MULTIPLYING = (ColumnParallelLinear, RowParallelLinear, ParallelLMHead)
 
 
-def outline(config: DecoderConfig, degrees: ParallelConfig, dtype: torch.dtype | None = None) -> ParallelTransformer:
-    """The first rank's part of the model without memory, for its shapes. Raises ConfigError as the model does."""
-    mesh = dataclasses.replace(meshes.single(), tp=Axis("tp", 0, degrees.tp))
-    return ParallelTransformer(config, mesh, dtype, device="meta")
-
-
-def check_folder(folder: str | os.PathLike[str], degrees: ParallelConfig) -> DecoderConfig:
+def check_folder(path: str | os.PathLike[str], degrees: ParallelConfig) -> DecoderConfig:
     """Refuse a checkpoint, as far as that is possible without starting a rank.
 
     Raises:
@@ -41,10 +38,10 @@ def check_folder(folder: str | os.PathLike[str], degrees: ParallelConfig) -> Dec
         UnsupportedError: a feature that the decoder lacks.
         ConfigError: degrees that don't fit the model.
     """
-    config = DecoderConfig.from_folder(folder)
+    config = describe(path)
     model = outline(config, degrees)
-    with Checkpoint(folder) as checkpoint:
-        check(model, checkpoint, source_of, functools.partial(is_ignored, config))
+    with contextlib.closing(open_files(path)) as files:
+        check(model, files, sources(config, files), functools.partial(is_ignored, config))
     return config
 
 
@@ -70,12 +67,12 @@ def naming_draft(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 def load_decoder(
     mesh: ParallelMesh,
-    folder: str | os.PathLike[str],
+    path: str | os.PathLike[str],
     dtype: torch.dtype | None = None,
     checksums: bool = False,
     reorder: bool = True,
 ) -> Iterator[float | tuple[ParallelTransformer, LoadReport]]:
-    """This rank's part of the decoder in ``folder``. Yields the fraction done, then the model and the report.
+    """This rank's part of the decoder at ``path``. Yields the fraction done, then the model and the report.
 
     Every rank yields equally often.
 
@@ -89,22 +86,25 @@ def load_decoder(
     """
     failure = None
     try:
-        config = DecoderConfig.from_folder(folder)
-        model = ParallelTransformer(config, mesh, dtype, device="meta")
-        _check_memory(config, mesh, model)
+        model = declare(path, mesh, dtype)
+        config = model.config
+        _check_memory(path, mesh, model)
     except MulticardError as error:  # perhaps on one rank only: a file changed, or memory differs
         failure = error
     agree(failure, mesh.world, mesh.device)
     for done in load(
         model,
-        folder,
+        path,
         mesh.world,
         mesh.device,
-        lambda checkpoint: source_of,
+        functools.partial(sources, config, model=model),
         ignored=functools.partial(is_ignored, config),
         checksums=checksums,
         finish=functools.partial(_reorder, model) if reorder else _in_row_order,
     ):
+        if isinstance(done, LoadReport) and done.dequantized_bytes and mesh.rank == 0:
+            words = (done.dequantized_bytes / GIB, model.dtype, done.shard_bytes / GIB)
+            LOG.info("%s: a rank's weights take %.3g GiB as %s, and %.3g GiB quantised, in the file", path, *words)
         yield (model, done) if isinstance(done, LoadReport) else done
 
 
@@ -118,19 +118,9 @@ def _reorder(model: ParallelTransformer, module: torch.nn.Module) -> int:
 
 
 def _in_row_order(module: torch.nn.Module) -> int:
-    if isinstance(module, MULTIPLYING) and module.weight.device.type == "cpu":
+    if isinstance(module, MULTIPLYING) and module.weight.device.type == "cpu" and not blocks_of(module.weight):
         module.multiply = rows.multiply
     return 0
-
-
-def source_of(name: str) -> Plain:
-    """The source of one of our parameters in a Hugging Face causal-LM checkpoint."""
-    return Plain(name if name.startswith("lm_head.") else f"model.{name}")
-
-
-def is_ignored(config: DecoderConfig, name: str) -> bool:
-    """Whether a checkpoint's tensor is unused: rotary tables, and the copy of a tied head."""
-    return name.endswith("rotary_emb.inv_freq") or (config.tied_head and name == "lm_head.weight")
 
 
 def parameter_bytes(model: torch.nn.Module) -> int:
@@ -138,24 +128,28 @@ def parameter_bytes(model: torch.nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def _check_memory(config: DecoderConfig, mesh: ParallelMesh, model: ParallelTransformer) -> None:
+def _check_memory(path: str | os.PathLike[str], mesh: ParallelMesh, model: ParallelTransformer) -> None:
     ranks, needed = ranks_here(), parameter_bytes(model)
     free = free_bytes(mesh.device, ranks)
     if needed <= free:
         return
-    fits = _degree_that_fits(config, mesh, model.dtype, ranks)
-    advice = f"tp={fits} would fit" if fits else f"no degree up to tp={config.heads} would fit here"
-    half = "" if model.dtype.itemsize == 2 else "; dtype='bfloat16' takes half"
+    fits = _degree_that_fits(path, mesh, model, ranks)
+    advice = f"tp={fits} would fit" if fits else f"no degree up to tp={model.config.heads} would fit here"
+    half = (
+        "" if model.dtype.itemsize == 2 or any(map(blocks_of, model.parameters())) else "; dtype='bfloat16' takes half"
+    )
     raise ConfigError(
         f"a shard takes {needed / GIB:.3g} GiB at tp={mesh.tp.size} and a rank has {free / GIB:.3g} GiB free: "
         f"{advice}{half}"
     )
 
 
-def _degree_that_fits(config: DecoderConfig, mesh: ParallelMesh, dtype: torch.dtype, ranks: int) -> int | None:
+def _degree_that_fits(
+    path: str | os.PathLike[str], mesh: ParallelMesh, model: ParallelTransformer, ranks: int
+) -> int | None:
     """The lowest degree at which a shard fits. On the CPU more ranks share the same memory."""
-    for tp in range(mesh.tp.size + 1, config.heads + 1):
-        here = ranks * tp // mesh.tp.size
-        if parameter_bytes(outline(config, ParallelConfig(tp=tp), dtype)) <= free_bytes(mesh.device, here):
+    for tp in range(mesh.tp.size + 1, model.config.heads + 1):
+        other = dataclasses.replace(single(), tp=Axis("tp", 0, tp))
+        if parameter_bytes(declare(path, other, model.dtype)) <= free_bytes(mesh.device, ranks * tp // mesh.tp.size):
             return tp
     return None

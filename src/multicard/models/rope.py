@@ -13,6 +13,8 @@ from multicard.models.config import RopeConfig
 def frequencies(config: RopeConfig, head_dim: int) -> Tensor:
     """Radians per position of every pair, ``(head_dim/2,)`` float32."""
     base = 1.0 / config.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
+    if config.divisors:
+        base = base / torch.tensor(config.divisors)
     if config.kind == "linear":
         return base / config.factor
     if config.kind != "llama3":

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from multicard.attention.one_query import one_query
 from multicard.attention.segments import by_segment
 from multicard.models.decoder import ParallelTransformer, ParallelTransformerLayer
+from multicard.quantized.weight import blocks_of
 
 State = tuple[Tensor, ...]
 """``(x, y)``: the residual stream and what is to be added to it. Around attention ``(x, q, k, v)``, from which an
@@ -98,7 +99,8 @@ class Stage(nn.Module):
         super().__init__()
         self.operations, self.exchange = nn.ModuleList(operations), exchange
         names = [type(operation).__name__.lower() for operation in operations]
-        self.name = "-".join([*names, str(len(list(self.parameters())))])  # the first layer may have fewer
+        kinds = [weight.kinds for parameter in self.parameters() if (weight := blocks_of(parameter)) is not None]
+        self.name = "-".join([*names, str(len(list(self.parameters()))), *kinds])  # the first layer may have fewer
 
     def forward(self, state: State, cos: Tensor, sin: Tensor) -> State:
         for operation in self.operations:

@@ -1,4 +1,4 @@
-"""Text to token ids and back, and chat templates, as a Hugging Face checkpoint folder has them."""
+"""Text to token ids and back, and chat templates, as a checkpoint folder or a GGUF file has them."""
 
 from __future__ import annotations
 
@@ -9,38 +9,64 @@ from typing import Any
 import tokenizers
 from tokenizers.decoders import DecodeStream
 
-from multicard.errors import CheckpointError, ConfigError
+from multicard.errors import CheckpointError, ConfigError, MulticardError
+from multicard.models.config import naming
+from multicard.models.gguf.tokenizer import build, special_tokens
+from multicard.models.gguf.vocabulary import read_vocabulary
 from multicard.models.template import ChatTemplate, Messages
 from multicard.values import check_text
+from multicard.weights import is_gguf
 from multicard.weights.folder import read_json, read_text
+from multicard.weights.gguf.header import read_header
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 SAMPLE = "Hello, world 123! é"
 
 
 class Tokenizer:
-    """A checkpoint's ``tokenizer.json`` with its chat template, if it has one.
+    """A checkpoint's tokenizer with its chat template, if it has one.
 
-    Raises:
-        CheckpointError: files that can't be read or used; the message names the file.
+    Args:
+        tokenizer: text to ids and back.
+        template: None: prompts are taken as they are.
+        where: the file it is from, for messages.
     """
 
-    def __init__(self, folder: pathlib.Path) -> None:
-        path = folder / "tokenizer.json"
-
-        def fails(error: str) -> CheckpointError:
-            return CheckpointError(f"{path} can't be used: {error}")
-
-        self._tokenizer: tokenizers.Tokenizer = _guarded(fails, tokenizers.Tokenizer.from_file, str(path))
-        self._tokenizer.no_padding()  # to a length that the file names
-        self._tokenizer.no_truncation()
-        _guarded(fails, self._tokenizer.encode, SAMPLE)
-        self._template = _template(folder)
+    def __init__(self, tokenizer: tokenizers.Tokenizer, template: ChatTemplate | None, where: pathlib.Path) -> None:
+        self._tokenizer, self._template, self._where = tokenizer, template, where
 
     @classmethod
-    def from_folder(cls, folder: pathlib.Path) -> Tokenizer | None:
-        """The folder's tokenizer, or None if it has none."""
-        return cls(folder) if (folder / "tokenizer.json").is_file() else None
+    def of(cls, path: pathlib.Path) -> Tokenizer | None:
+        """That of a checkpoint's folder (its ``tokenizer.json``) or of a GGUF file; None if there is none.
+
+        Raises:
+            CheckpointError: files that can't be read or used; the message names the file.
+            UnsupportedError: a GGUF file's tokenizer of a kind that isn't implemented.
+        """
+        if is_gguf(path):
+            return cls._of_gguf(path)
+        file = path / "tokenizer.json"
+        if not file.is_file():
+            return None
+        made: tokenizers.Tokenizer = _guarded(_unusable(file), tokenizers.Tokenizer.from_file, str(file))
+        made.no_padding()  # to a length that the file names
+        made.no_truncation()
+        _guarded(_unusable(file), made.encode, SAMPLE)
+        return cls(made, _template(path), file)
+
+    @classmethod
+    def _of_gguf(cls, path: pathlib.Path) -> Tokenizer | None:
+        metadata = read_header(path).metadata
+        with naming(str(path)):
+            vocabulary = read_vocabulary(metadata)
+            if vocabulary is None:
+                return None
+            text = metadata.get("tokenizer.chat_template")
+            if not isinstance(text, str | None):
+                raise TypeError(f"tokenizer.chat_template is a {type(text).__name__}")
+            made = _guarded(_unusable(path), build, vocabulary)
+            _guarded(_unusable(path), made.encode, SAMPLE)
+        return cls(made, None if text is None else ChatTemplate(text, special_tokens(vocabulary), path), path)
 
     def encode(self, prompt: str | Messages, raw: bool = False) -> list[int]:
         """Token ids of a prompt, through the chat template if there is one and the prompt isn't ``raw``.
@@ -61,7 +87,7 @@ class Tokenizer:
         check_text(text)
 
         def fails(error: str) -> ConfigError:
-            return ConfigError(f"the checkpoint's tokenizer.json fails on this prompt: {error}")
+            return ConfigError(f"the checkpoint's {self._where.name} fails on this prompt: {error}")
 
         return _guarded(fails, self._tokenizer.encode, text, add_special_tokens=add_special_tokens).ids
 
@@ -82,11 +108,16 @@ class Tokenizer:
             yield rest
 
 
+def _unusable(path: pathlib.Path) -> Callable[[str], CheckpointError]:
+    return lambda error: CheckpointError(f"{path} can't be used: {error}")
+
+
 def _guarded(fails: Callable[[str], Exception], call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """What ``call`` returns. What it raises, a Rust library's panics too (no ``Exception``), becomes ``fails``'s."""
+    """What ``call`` returns. What it raises, a Rust library's panics too (no ``Exception``), becomes ``fails``'s, but
+    for our own errors."""
     try:
         return call(*args, **kwargs)
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MulticardError):
         raise
     except BaseException as error:
         raise fails(f"{type(error).__name__}: {error}" if type(error) is not Exception else str(error)) from None

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import collections
-import hashlib
 import json
 import math
 import os
 import pathlib
 import re
-import stat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor
 
 from multicard.errors import CheckpointError, UnsupportedError
+from multicard.weights.files import STAGING, OpenFiles, open_regular
 
 STORED_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 WIDTHS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -24,8 +23,7 @@ LARGEST_HEADER = 100_000_000
 MOST_TENSORS = 1 << 17
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """Exceptions that reading damaged JSON may raise."""
-STAGING = 8 << 20
-SINGLE, INDEX, SUMS = "{}.safetensors", "{}.safetensors.index.json", "SHA256SUMS"
+SINGLE, INDEX = "{}.safetensors", "{}.safetensors.index.json"
 
 
 class Entry(NamedTuple):
@@ -40,6 +38,13 @@ class Entry(NamedTuple):
     def check_dtype(self) -> None:
         if self.dtype not in STORED_TYPES:
             raise CheckpointError(f"{self.path}: {self.name} is {self.dtype}; readable are {', '.join(STORED_TYPES)}")
+
+    @property
+    def quantized(self) -> bool:
+        return False
+
+    def size(self, elements: int) -> int:
+        return elements * WIDTHS[self.dtype]
 
 
 class Checkpoint:
@@ -66,7 +71,7 @@ class Checkpoint:
         for name, file in (weight_map or {}).items():
             if name not in self.tensors:
                 raise CheckpointError(f"{self.folder / file}: no tensor {name!r}, which {self.where.name} puts there")
-        self._open: dict[pathlib.Path, int] = {}
+        self._open = OpenFiles()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -75,15 +80,9 @@ class Checkpoint:
         self.close()
 
     def close(self) -> None:
-        while self._open:
-            os.close(self._open.popitem()[1])
+        self._open.close()
 
     def read(self, name: str, dim: int, rows: range, out: Tensor) -> tuple[int, int]:
-        """Rows ``rows`` along ``dim`` of a tensor into ``out``, converted to its dtype; nothing else is read.
-
-        Returns:
-            the number of bytes read, and the size of the staging buffer.
-        """
         entry = self.tensors[name]
         entry.check_dtype()
         shape = entry.shape or (1,)
@@ -103,47 +102,12 @@ class Checkpoint:
                 count, length = block.shape
                 for i in range(count):
                     at = start + ((row + i) * stride + column) * width
-                    self._fill(entry, memoryview(staging[i])[: length * width], at)
+                    self._open.fill(entry.path, memoryview(staging[i])[: length * width], at, entry.name)
                 held = torch.from_numpy(staging[:count, : length * width]).view(STORED_TYPES[entry.dtype])
                 block.copy_(held)
         if not out.is_contiguous():
             out.copy_(target.view(out.shape))
         return outer * run * width, staging.nbytes
-
-    def _fill(self, entry: Entry, buffer: memoryview, offset: int) -> None:
-        if entry.path not in self._open:
-            self._open[entry.path] = _open(entry.path)
-        while buffer:
-            try:
-                got = os.preadv(self._open[entry.path], [buffer], offset)
-            except OSError as error:
-                raise CheckpointError(f"{entry.path}: {error.strerror} while reading {entry.name}") from None
-            if got == 0:
-                raise CheckpointError(f"{entry.path} is truncated: it ends at byte {offset}, inside {entry.name}")
-            buffer, offset = buffer[got:], offset + got
-
-
-def verify(checkpoint: Checkpoint, rank: int, size: int) -> None:
-    """Compare this rank's share of the files with ``SHA256SUMS`` in their folder (as ``sha256sum`` writes it).
-
-    Raises:
-        CheckpointError: there is no such list, it lacks a file, or a file's content differs.
-    """
-    sums = checkpoint.folder / SUMS
-    if not sums.is_file():
-        raise CheckpointError(f"{sums}: no such file to verify with: make it with `sha256sum *.safetensors > {SUMS}`")
-    lines = [line.split(maxsplit=1) for line in sums.read_text(errors="replace").splitlines()]
-    known = {fields[1].lstrip("*").strip(): fields[0] for fields in lines if len(fields) == 2}
-    for path in checkpoint.files[rank::size]:
-        if path.name not in known:
-            raise CheckpointError(f"{sums} has no line for {path.name}")
-        try:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise CheckpointError(f"{path}: {error.strerror}") from None
-        if digest != known[path.name].lower():
-            raise CheckpointError(f"{path} is damaged: its SHA-256 is {digest}, and {SUMS} says {known[path.name]}")
 
 
 def _files(folder: pathlib.Path, stem: str) -> tuple[list[pathlib.Path], dict[str, str] | None]:
@@ -168,7 +132,7 @@ def _files(folder: pathlib.Path, stem: str) -> tuple[list[pathlib.Path], dict[st
 
 def read_header(path: pathlib.Path) -> list[Entry]:
     """The tensors in a safetensors file's header, checked against the file's size. Raises CheckpointError."""
-    descriptor = _open(path)
+    descriptor = open_regular(path)
     try:
         size = os.fstat(descriptor).st_size
         length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
@@ -223,19 +187,6 @@ def _check_layout(path: pathlib.Path, ordered: list[tuple[Entry, int]], start: i
         raise CheckpointError(f"{path} is truncated: {size} bytes of {at}")
     if at < size:
         raise CheckpointError(f"{path} has {size - at} bytes after its last tensor")
-
-
-def _open(path: pathlib.Path) -> int:
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # opening a named pipe would block
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise CheckpointError(f"{path} is not a regular file")
-    return descriptor
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Loading a checkpoint: each rank reads only its own slices.
 
-safetensors files are read with ``pread``, never mapped: if a file is truncated while it is open, that is an error
+Files are read with ``pread``, never mapped: if a file is truncated while it is open, that is an error
 instead of a SIGBUS. Every fault is a :class:`~multicard.errors.CheckpointError` that names the file, the same on every
 rank.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +21,8 @@ from multicard import collectives, errors
 from multicard.axis import Axis
 from multicard.errors import CheckpointError, MulticardError
 from multicard.layers.shard import shard_of
-from multicard.weights.checkpoint import WIDTHS, Checkpoint, verify
+from multicard.weights.files import TensorFiles, verify
+from multicard.weights.formats import open_files
 from multicard.weights.source import Plain, Reader, Source
 
 SourceOf = Callable[[str], Source | None]
@@ -37,10 +37,12 @@ class LoadReport:
 
     Attributes:
         bytes_read: of tensors; headers and the index are a few kilobytes more.
-        shard_bytes: size of this rank's slices in the files; less than ``bytes_read`` if a tensor had to be converted.
+        shard_bytes: size of this rank's slices in the files; less than ``bytes_read`` if a tensor had to be converted
+            or blocks of a quantised one are cut.
         parameter_bytes: size of its parameters in memory.
-        peak_bytes: the largest total of parameters, staging buffer and a weight that is being reordered.
+        peak_bytes: the largest total of parameters, staging buffers and a weight that is being reordered.
         seconds: from the first tensor to the last.
+        dequantized_bytes: how much of ``parameter_bytes`` the files hold quantised, in fewer bytes.
     """
 
     bytes_read: int
@@ -48,19 +50,20 @@ class LoadReport:
     parameter_bytes: int
     peak_bytes: int
     seconds: float
+    dequantized_bytes: int = 0
 
 
-def same_names(checkpoint: Checkpoint) -> SourceOf:
+def same_names(checkpoint: TensorFiles) -> SourceOf:
     """The source of each parameter: the tensor of the same name."""
     return Plain
 
 
 def load(
     model: nn.Module,
-    folder: str | os.PathLike[str],
+    path: str | os.PathLike[str],
     world: Axis,
     device: torch.device | str = "cpu",
-    sources: Callable[[Checkpoint], SourceOf] = same_names,
+    sources: Callable[[TensorFiles], SourceOf] = same_names,
     *,
     stem: str = "model",
     ignored: Callable[[str], bool] | None = None,
@@ -75,7 +78,7 @@ def load(
     tensor and one after the last tell every rank of a failure on any.
 
     Args:
-        folder: with safetensors files whose names begin with ``stem``.
+        path: a folder with safetensors files whose names begin with ``stem``, or a GGUF file.
         world: the ranks that load together.
         sources: from the open checkpoint to the function that gives each parameter's source.
         ignored: see :func:`check`.
@@ -90,11 +93,11 @@ def load(
     with contextlib.ExitStack() as stack:
         failure = None
         try:
-            checkpoint = stack.enter_context(Checkpoint(folder, stem))
+            checkpoint = stack.enter_context(contextlib.closing(open_files(path, stem)))
             source_of = sources(checkpoint)
             check(model, checkpoint, source_of, ignored)
             if checksums:
-                verify(checkpoint, world.rank, world.size)
+                verify(checkpoint.files, world.rank, world.size)
         except MulticardError as error:
             failure = error
         agree(failure, world, device)
@@ -105,7 +108,7 @@ def load(
 
 def check(
     model: nn.Module,
-    checkpoint: Checkpoint,
+    checkpoint: TensorFiles,
     source_of: SourceOf,
     ignored: Callable[[str], bool] | None = None,
 ) -> None:
@@ -186,7 +189,7 @@ class _Placer:
         self._shared = {key for key, uses in self._uses.items() if uses > 1}
         self._placed: dict[int, Tensor] = {}
         self._scratch: Tensor | None = None
-        self._allocated = self._peak = self._shard_bytes = 0
+        self._allocated = self._peak = 0
 
     def run(self, world: Axis) -> Iterator[float]:
         """Read and place all tensors. Yields the fraction done after each."""
@@ -207,7 +210,9 @@ class _Placer:
         agree(failure, world, self._device)
 
     def report(self, seconds: float) -> LoadReport:
-        return LoadReport(self._reader.bytes_read, self._shard_bytes, self._allocated, self._peak, seconds)
+        reader = self._reader
+        sizes = reader.bytes_read, reader.shard_bytes, self._allocated, self._peak
+        return LoadReport(*sizes, seconds, reader.dequantized_bytes)
 
     def _place(self, module: nn.Module, leaf: str, name: str, declared: Tensor) -> None:
         """Read one tensor and put it in its module; a tensor that several modules share is read once."""
@@ -237,8 +242,6 @@ class _Placer:
             return out.fill_(shard.fill or 0.0)
         reader.staging = 0
         source.fill(reader, name, shard, out)
-        stored = next((reader.checkpoint.tensors[key].dtype for key in source.shapes(shard)), None)
-        self._shard_bytes += 0 if stored is None else math.prod(shard.local_shape) * WIDTHS[stored]
         scratch = 0 if self._scratch is None else self._scratch.nbytes
         self._peak = max(self._peak, self._allocated + scratch + reader.staging)
         return out

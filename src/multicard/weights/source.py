@@ -11,7 +11,8 @@ from torch import Tensor
 
 from multicard.errors import CheckpointError
 from multicard.layers.shard import Shard, Spans
-from multicard.weights.checkpoint import Checkpoint
+from multicard.weights.files import TensorFiles
+from multicard.weights.gguf.files import GGUFFiles
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -31,15 +32,23 @@ class Reader:
 
     Attributes:
         bytes_read: of tensors, so far.
-        staging: bytes of the largest staging buffer since this was last set to 0.
+        shard_bytes: what the slices that were asked for take in the files.
+        dequantized_bytes: what slices of quantised tensors take in memory.
+        staging: bytes of the largest staging buffers since this was last set to 0.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: TensorFiles) -> None:
         self.checkpoint = checkpoint
-        self.bytes_read = self.staging = 0
+        self.bytes_read = self.shard_bytes = self.dequantized_bytes = self.staging = 0
 
     def rows(self, key: str, dim: int, rows: range, out: Tensor) -> None:
         """Read ``rows`` of a tensor along ``dim`` into ``out``."""
+        self._read(key, dim, rows, out)
+        stored = self.checkpoint.tensors[key]
+        self.shard_bytes += stored.size(out.numel())
+        self.dequantized_bytes += out.nbytes if stored.quantized else 0
+
+    def _read(self, key: str, dim: int, rows: range, out: Tensor) -> None:
         size, staging = self.checkpoint.read(key, dim, rows, out)
         self.bytes_read += size
         self.staging = max(self.staging, staging)
@@ -51,11 +60,22 @@ class Reader:
             start += len(span)
         return start
 
+    def blocks(self, key: str, dim: int, rows: range) -> Tensor:
+        """The blocks that hold ``rows`` of a quantised matrix along ``dim``, uint8 ``(rows, blocks, bytes)``."""
+        files = self.checkpoint
+        assert isinstance(files, GGUFFiles)
+        _, raw, _ = files.blocks(key, dim, rows)
+        stored = files.tensors[key]
+        self.bytes_read += raw.nbytes
+        self.shard_bytes += stored.size(len(rows) * stored.shape[1 - dim])
+        self.staging = max(self.staging, 2 * raw.nbytes)
+        return raw
+
     def whole(self, key: str) -> Tensor:
         """All of a tensor, in float32."""
         shape = self.checkpoint.tensors[key].shape
         out = torch.empty(shape or 1)
-        self.rows(key, 0, range(len(out)), out)
+        self._read(key, 0, range(len(out)), out)
         return out.view(shape)
 
 
@@ -81,7 +101,14 @@ class Plain:
             return
         at = 0
         for key, spans in self.slices(shard):
-            at = reader.spans(key, shard.dim, spans, out, at)
+            stop = reader.spans(key, shard.dim, spans, out, at)
+            if shard.dim == 0 and (ordered := self.in_order(key, rows := out[at:stop])) is not rows:
+                rows.copy_(ordered)
+            at = stop
+
+    def in_order(self, key: str, rows: Tensor) -> Tensor:
+        """Rows of a tensor in the order in which the model has them."""
+        return rows
 
     def slices(self, shard: Shard) -> list[tuple[str, Spans]]:
         """Tensors and their spans along the shard rule's dimension, in the order of the parameter's rows."""

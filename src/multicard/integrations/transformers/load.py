@@ -42,6 +42,8 @@ def build(
     """
     from transformers import AutoConfig, GenerationConfig
 
+    if weights.is_gguf(path):
+        raise UnsupportedError(f"from_pretrained: {path} is a GGUF file, which mc.LLM runs; give a folder here")
     if not (pathlib.Path(path) / "config.json").is_file():
         raise CheckpointError(f"{path}: no config.json there; download a checkpoint first with `hf download NAME`")
     read_config(pathlib.Path(path))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from multicard.errors import UnsupportedError
 from multicard.layers.shard import shard_of
-from multicard.weights import Checkpoint, Converted, Plain, Source, SourceOf, Stacked
+from multicard.weights import Converted, Plain, Source, SourceOf, Stacked, TensorFiles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,7 +32,7 @@ class Sources:
         self.names = dict.fromkeys(model.state_dict(), True)
         self.tied: dict[str, str] = dict(internal(model, "all_tied_weights_keys"))
 
-    def find(self, checkpoint: Checkpoint) -> SourceOf:
+    def find(self, checkpoint: TensorFiles) -> SourceOf:
         """The source of every parameter and persistent buffer."""
         from transformers import core_model_loading
 

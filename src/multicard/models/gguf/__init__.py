@@ -1,0 +1,1 @@
+"""A model described by a GGUF file: its config, the names of its tensors, and its tokenizer."""

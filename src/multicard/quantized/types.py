@@ -1,0 +1,182 @@
+"""How numbers are packed into blocks of bits, by the names that GGUF files have for them.
+
+A block is some columns of one row of a matrix. What its bytes mean is said once here, in terms of :class:`Bits`, and
+served in two ways: an array of bytes for library kernels, and words of 32 bits for compiled code.
+The layouts are those of ggml (https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+Codes = Any
+"""Whole numbers of adjacent columns: a tensor whose last dimension they are, or :class:`~.bits.Lanes`."""
+
+
+class Group(NamedTuple):
+    """Adjacent columns with one scale: their numbers are ``scale * (code - zero) + minimum``, float32.
+
+    Attributes:
+        minimum: None: 0.
+    """
+
+    scale: Tensor
+    codes: Codes
+    zero: int = 0
+    minimum: Tensor | None = None
+
+
+class Bits(Protocol):
+    """The bytes of blocks, in two implementations (:mod:`multicard.quantized.bits`)."""
+
+    def half(self, at: int) -> Tensor:
+        """The finite float16 at byte ``at``, in float32."""
+
+    def part(self, at: int, shift: int, count: int) -> Tensor:
+        """``count`` bits of byte ``at`` from bit ``shift`` on, as a whole number from 0 on."""
+
+    def signed(self, at: int) -> Tensor:
+        """Byte ``at``, -128 to 127."""
+
+    def parts(self, at: int, columns: int, shift: int, count: int) -> Codes:
+        """:meth:`part` of so many adjacent bytes, one for each column."""
+
+    def signed_all(self, at: int, columns: int) -> Codes:
+        """:meth:`signed` of so many adjacent bytes, one for each column."""
+
+    def single(self, at: int, columns: int) -> Codes:
+        """Adjacent single bits, the lowest of byte ``at`` first, one for each column."""
+
+    def join(self, first: Codes, second: Codes) -> Codes:
+        """The columns of both, one after the other."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockType:
+    """How a block's numbers are packed.
+
+    Attributes:
+        name: in GGUF files.
+        columns: numbers in a block.
+        size: bytes of a block.
+        groups: the block's columns in order, given bits and the byte where it begins; None: one plain number.
+    """
+
+    name: str
+    columns: int
+    size: int
+    groups: Callable[[Bits, int], list[Group]] | None = dataclasses.field(default=None, compare=False, repr=False)
+
+
+def _q4_0(bits: Bits, at: int) -> list[Group]:
+    return [Group(bits.half(at), _nibbles(bits, at + 2), zero=8)]
+
+
+def _q4_1(bits: Bits, at: int) -> list[Group]:
+    return [Group(bits.half(at), _nibbles(bits, at + 4), minimum=bits.half(at + 2))]
+
+
+def _q5_0(bits: Bits, at: int) -> list[Group]:
+    return [Group(bits.half(at), _nibbles(bits, at + 6) + bits.single(at + 2, 32) * 16, zero=16)]
+
+
+def _q5_1(bits: Bits, at: int) -> list[Group]:
+    codes = _nibbles(bits, at + 8) + bits.single(at + 4, 32) * 16
+    return [Group(bits.half(at), codes, minimum=bits.half(at + 2))]
+
+
+def _q8_0(bits: Bits, at: int) -> list[Group]:
+    return [Group(bits.half(at), bits.signed_all(at + 2, 32))]
+
+
+def _q2_k(bits: Bits, at: int) -> list[Group]:
+    scale, least = bits.half(at + 80), bits.half(at + 82)
+    groups = []
+    for number, (half, quarter, pair) in enumerate(SIXTEENTHS):
+        codes = bits.parts(at + 16 + 32 * half + 16 * pair, 16, 2 * quarter, 2)
+        factor, below = bits.part(at + number, 0, 4), bits.part(at + number, 4, 4)
+        groups.append(Group(scale * factor, codes, minimum=-least * below))
+    return groups
+
+
+def _q3_k(bits: Bits, at: int) -> list[Group]:
+    scale = bits.half(at + 108)
+    groups = []
+    for number, (half, quarter, pair) in enumerate(SIXTEENTHS):
+        low = bits.parts(at + 32 + 32 * half + 16 * pair, 16, 2 * quarter, 2)
+        high = bits.parts(at + 16 * pair, 16, 4 * half + quarter, 1)
+        factor = bits.part(at + 96 + number % 8, 4 * (number // 8), 4)
+        factor = factor + 16 * bits.part(at + 104 + number % 4, 2 * (number // 4), 2)
+        groups.append(Group(scale * (factor.float() - 32), low + high * 4, zero=4))
+    return groups
+
+
+def _q4_k(bits: Bits, at: int) -> list[Group]:
+    scale, least = bits.half(at), bits.half(at + 2)
+    groups = []
+    for number in range(8):
+        codes = bits.parts(at + 16 + 32 * (number // 2), 32, 4 * (number % 2), 4)
+        factor, below = _six_bits(bits, at + 4, number)
+        groups.append(Group(scale * factor, codes, minimum=-least * below))
+    return groups
+
+
+def _q5_k(bits: Bits, at: int) -> list[Group]:
+    scale, least = bits.half(at), bits.half(at + 2)
+    groups = []
+    for number in range(8):
+        low = bits.parts(at + 48 + 32 * (number // 2), 32, 4 * (number % 2), 4)
+        codes = low + bits.parts(at + 16, 32, number, 1) * 16
+        factor, below = _six_bits(bits, at + 4, number)
+        groups.append(Group(scale * factor, codes, minimum=-least * below))
+    return groups
+
+
+def _q6_k(bits: Bits, at: int) -> list[Group]:
+    scale = bits.half(at + 208)
+    groups = []
+    for number, (half, quarter, pair) in enumerate(SIXTEENTHS):
+        low = bits.parts(at + 64 * half + 32 * (quarter % 2) + 16 * pair, 16, 4 * (quarter // 2), 4)
+        codes = low + bits.parts(at + 128 + 32 * half + 16 * pair, 16, 2 * quarter, 2) * 16
+        groups.append(Group(scale * bits.signed(at + 192 + number), codes, zero=32))
+    return groups
+
+
+SIXTEENTHS = [(half, quarter, pair) for half in (0, 1) for quarter in range(4) for pair in (0, 1)]
+"""Groups of 16 of 256 columns: which 128 columns, which 32 of those, and which 16."""
+
+
+def _nibbles(bits: Bits, at: int) -> Codes:
+    """The low halves of 16 bytes, then the high ones."""
+    return bits.join(bits.parts(at, 16, 0, 4), bits.parts(at, 16, 4, 4))
+
+
+def _six_bits(bits: Bits, at: int, number: int) -> tuple[Tensor, Tensor]:
+    """A group's factors of the scale and the minimum: 16 numbers of six bits in 12 bytes."""
+    if number < 4:
+        return bits.part(at + number, 0, 6), bits.part(at + number + 4, 0, 6)
+    return (
+        bits.part(at + number + 4, 0, 4) + 16 * bits.part(at + number - 4, 6, 2),
+        bits.part(at + number + 4, 4, 4) + 16 * bits.part(at + number, 6, 2),
+    )
+
+
+BLOCK_TYPES = {
+    each.name: each
+    for each in (
+        BlockType("Q4_0", 32, 18, _q4_0),
+        BlockType("Q4_1", 32, 20, _q4_1),
+        BlockType("Q5_0", 32, 22, _q5_0),
+        BlockType("Q5_1", 32, 24, _q5_1),
+        BlockType("Q8_0", 32, 34, _q8_0),
+        BlockType("Q2_K", 256, 84, _q2_k),
+        BlockType("Q3_K", 256, 110, _q3_k),
+        BlockType("Q4_K", 256, 144, _q4_k),
+        BlockType("Q5_K", 256, 176, _q5_k),
+        BlockType("Q6_K", 256, 210, _q6_k),
+    )
+}
