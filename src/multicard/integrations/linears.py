@@ -8,6 +8,7 @@ from torch import nn
 
 from multicard.axis import Axis
 from multicard.errors import UnsupportedError
+from multicard.integrations.adapters import base_of, check_adapter, is_adapter
 from multicard.layers import ColumnParallelLinear, RowParallelLinear
 from multicard.layers.shard import Shares, shard_of, sharded
 
@@ -19,8 +20,11 @@ def check_linear(module: nn.Module, path: str) -> tuple[int, int]:
     """``(in_features, out_features)`` of ``module`` at ``path``.
 
     Raises:
-        UnsupportedError: it doesn't multiply like a plain linear layer (an adapter, a quantised layer).
+        UnsupportedError: it doesn't multiply like a plain linear layer, with or without LoRA adapters.
     """
+    if is_adapter(module):
+        check_adapter(module, path)
+        module = base_of(module)
     if _is_conv1d(module):
         features_in, features_out = module.get_parameter("weight").shape
         return features_in, features_out
@@ -35,6 +39,7 @@ def check_linear(module: nn.Module, path: str) -> tuple[int, int]:
 
 def features(module: nn.Module) -> tuple[int, int]:
     """The same for any module: zeros if it isn't a linear layer."""
+    module = base_of(module)
     if _is_conv1d(module):
         return check_linear(module, "")
     return getattr(module, "in_features", 0), getattr(module, "out_features", 0)

@@ -69,6 +69,16 @@ def packer(model: nn.Module) -> Callable[[nn.Module], int]:
     return finish
 
 
+def add_to_weight(layer: ColumnParallelLinear | RowParallelLinear, delta: Tensor) -> None:
+    """Add ``delta``, of the weight's shape, to a layer's weight, packed or not; a tied weight changes everywhere."""
+    weight = layer.weight
+    if weight.is_mkldnn:
+        layer.weight = sharded(weight.detach().to_dense(weight.dtype) + delta.to(weight.dtype), shard_of(weight))
+        pack(layer)
+    else:
+        weight.detach().add_(delta.to(weight.dtype))
+
+
 def pack_tied(embedding: VocabParallelEmbedding, head: ParallelLMHead) -> bool:
     """The same for a head that shares its weight with the embedding, which then looks its rows up in the blocks.
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from multicard.errors import ConfigError
+from multicard.integrations.adapters import follow_adapters
 from multicard.integrations.diffusers.checks import check_caches, check_guidance, check_sequence, check_uncompiled
 from multicard.integrations.diffusers.denoisers import denoisers
 from multicard.integrations.diffusers.doors import open_model, open_pipeline
@@ -60,6 +61,8 @@ def parallelize(target: Any, mesh: ParallelMesh, plan: Mapping[str, Any] | None 
             sequence = plan.get("sequence") or sequence_plan(model)
             check_sequence(model, sequence)
             changes.append(functools.partial(SequenceSplit, model, mesh, sequence))
+    if mesh.tp.size > 1:
+        follow_adapters()
     make(changes)
     if mesh.cfg.size * mesh.sequence.size * mesh.tp.size > 1:
         door = open_model if isinstance(target, nn.Module) else open_pipeline
