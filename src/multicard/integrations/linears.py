@@ -9,6 +9,7 @@ from torch import nn
 from multicard.axis import Axis
 from multicard.errors import UnsupportedError
 from multicard.integrations.adapters import base_of, check_adapter, is_adapter
+from multicard.integrations.quantized import check_plain, quantized
 from multicard.layers import ColumnParallelLinear, RowParallelLinear
 from multicard.layers.shard import Shares, shard_of, sharded
 
@@ -25,6 +26,7 @@ def check_linear(module: nn.Module, path: str) -> tuple[int, int]:
     if is_adapter(module):
         check_adapter(module, path)
         module = base_of(module)
+    check_plain(path, quantized(module))
     if _is_conv1d(module):
         features_in, features_out = module.get_parameter("weight").shape
         return features_in, features_out
@@ -32,8 +34,8 @@ def check_linear(module: nn.Module, path: str) -> tuple[int, int]:
     if isinstance(module, nn.Linear) and (plain or type(module).__name__ in SAME_PRODUCT):
         return module.in_features, module.out_features
     raise UnsupportedError(
-        f"{path} is a {type(module).__name__}, not a plain linear layer (an adapter or a quantised layer?), so tensor "
-        "parallelism can't split it: merge or unload adapters first, or leave it out with plan="
+        f"{path} is a {type(module).__name__}, not a plain linear layer, so tensor parallelism can't split it: leave it "
+        "out with plan="
     )
 
 

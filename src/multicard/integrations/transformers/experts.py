@@ -6,6 +6,7 @@ from torch import nn
 
 from multicard import collectives, partition
 from multicard.errors import UnsupportedError
+from multicard.integrations.quantized import check_plain, quantized_tensor
 from multicard.integrations.styles import Change, Context, cut_parameter, zeros
 from multicard.layers.shard import Spans
 
@@ -32,6 +33,8 @@ def experts(module: nn.Module, context: Context) -> Change:
     if unknown or "down_proj" not in parameters or layout[0] is None:
         why = f"it has {', '.join(sorted(unknown))}" if unknown else "not transformers' packed experts"
         raise UnsupportedError(f"{context.path} ({type(module).__name__}) can't be split: {why}; pass plan= without it")
+    for name, parameter in parameters.items():
+        check_plain(f"{context.path}.{name}", quantized_tensor(parameter))
     return lambda: _split(module, context, *layout)
 
 
