@@ -41,7 +41,8 @@ def check_adapter(module: nn.Module, path: str) -> None:
         raise UnsupportedError(f"{path} has adapters of two kinds around each other, which tp can't split: {FIX}")
     if "forward" in vars(module):
         raise UnsupportedError(f"{path} has a LoRA with a forward of its own (X-LoRA?), which tp can't split: {FIX}")
-    for name, variant in module.lora_variant.items():
+    variants: Any = module.lora_variant
+    for name, variant in variants.items():
         kind = type(variant).__name__.removesuffix("LinearVariant")
         raise UnsupportedError(f"{path}: adapter {name!r} is a LoRA of the variant {kind}, which tp can't split: {FIX}")
 

@@ -34,8 +34,8 @@ def check_linear(module: nn.Module, path: str) -> tuple[int, int]:
     if isinstance(module, nn.Linear) and (plain or type(module).__name__ in SAME_PRODUCT):
         return module.in_features, module.out_features
     raise UnsupportedError(
-        f"{path} is a {type(module).__name__}, not a plain linear layer, so tensor parallelism can't split it: leave it "
-        "out with plan="
+        f"{path} is a {type(module).__name__}, not a plain linear layer, so tensor parallelism can't split it: "
+        "leave it out with plan="
     )
 
 

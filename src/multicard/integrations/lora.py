@@ -1,13 +1,14 @@
 """peft's LoRA on split linear layers: those that a model has when it is split, and those that it gets afterwards.
 
 A rank keeps A ``(r, in)`` and B ``(out, r)`` whole, as files hold them, so whatever peft does with an adapter works as
-before: loading, saving, swapping, scaling. A layer multiplies with its share of them. Of a column-parallel weight that is
-B's rows, those of the weight; of a row-parallel one A's columns, and its part of B(A x) joins the weight's part in the
-one all-reduce.
+before: loading, saving, swapping, scaling. A layer multiplies with its share of them: beside a column-parallel weight
+with the same rows of B; beside a row-parallel one with the same columns of A, and the all-reduce that sums the weight's
+products sums B A x too.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -64,7 +65,7 @@ class ParallelLora(lora.Linear):
             if dropout.training and not isinstance(dropout, nn.Identity):
                 raise UnsupportedError("LoRA dropout in a split model: it is for inference; call its eval()")
             a, b = self._share(name)
-            product = (self._cast_input_dtype(x, a.dtype) @ a.T) @ b.T
+            product: Tensor = (self._cast_input_dtype(x, a.dtype) @ a.T) @ b.T
             if (bias := self._bias(name)) is not None:
                 product = product + bias
             product = product * self.scaling[name]
@@ -73,19 +74,19 @@ class ParallelLora(lora.Linear):
 
     def _share(self, name: str) -> tuple[Tensor, Tensor]:
         """This rank's parts of A and B."""
-        a, b = self.lora_A[name].weight.detach(), self.lora_B[name].weight.detach()
+        a, b = (matrices[name].get_parameter("weight").detach() for matrices in (self.lora_A, self.lora_B))
         if isinstance(self.base_layer, RowParallelLinear):
             return _take(a, 1, self.base_layer.spans), b
         return a, _take(b, 0, self.base_layer.spans)
 
     def _bias(self, name: str, merging: bool = False) -> Tensor | None:
         """This rank's part of an adapter's bias. In a sum over ranks, the first one adds it."""
-        bias = self.lora_B[name].bias
-        if bias is None:
+        if not self.lora_bias[name]:
             return None
+        bias = self.lora_B[name].get_parameter("bias").detach()
         if isinstance(self.base_layer, ColumnParallelLinear):
-            return _take(bias.detach(), 0, self.base_layer.spans)
-        return bias.detach() if merging or self.base_layer.axis.rank == 0 else None
+            return _take(bias, 0, self.base_layer.spans)
+        return bias if merging or self.base_layer.axis.rank == 0 else None
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What an adapter adds to this rank's part of the weight."""
@@ -152,8 +153,8 @@ def follow() -> None:
         return ParallelLora(target, adapter_name, **settings)
 
     setattr(dispatch, PLAIN, plain)
-    dispatching.dispatch_default = dispatch
-    BaseTuner.inject_adapter = _checked(BaseTuner.inject_adapter)  # type: ignore[method-assign]
+    setattr(dispatching, "dispatch_default", dispatch)  # noqa: B010
+    setattr(BaseTuner, "inject_adapter", _checked(BaseTuner.inject_adapter))  # noqa: B010
 
 
 def _checked(inject: Callable[..., None]) -> Callable[..., None]:
@@ -161,13 +162,25 @@ def _checked(inject: Callable[..., None]) -> Callable[..., None]:
     def inject_adapter(tuner: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         split = any(isinstance(module, Split) for module in model.modules())
         if split:
-            check_config(tuner.peft_config[adapter_name], adapter_name)
-            check_targets(model, tuner.peft_config[adapter_name], adapter_name, kwargs.get("state_dict"))
+            config = converted(tuner.peft_config[adapter_name], model)
+            check_config(config, adapter_name)
+            check_targets(model, config, adapter_name, kwargs.get("state_dict"))
         inject(tuner, model, adapter_name, *args, **kwargs)
         if split:
             model.requires_grad_(False).eval()  # a split model is for inference
 
     return inject_adapter
+
+
+def converted(config: Any, model: nn.Module) -> Any:
+    """The config as peft will use it: older names of a ``transformers`` model's modules may mean parameters today."""
+    if not hasattr(getattr(model, "config", None), "model_type"):
+        return config
+    from peft.utils import transformers_weight_conversion as conversion
+
+    config, mapping = copy.deepcopy(config), conversion.get_model_conversion_mapping(model)
+    conversion.convert_peft_config_for_transformers(config, model=model, conversions=mapping)
+    return config
 
 
 def check_config(config: Any, name: str) -> None:
@@ -207,11 +220,8 @@ def check_targets(model: nn.Module, config: Any, name: str, keys: Sequence[str] 
     named = None if keys is None else {key.rsplit(".lora_", 1)[0].removeprefix("_orig_mod.") for key in keys}
     for path, module in model.named_modules():
         cut = any(hasattr(parameter, "shard") for parameter in module.parameters(recurse=False))
-        inner = isinstance(module, RowParallelLinear) or (
-            isinstance(module, ColumnParallelLinear) and module.gather is None
-        )
-        if cut and not inner:
-            if path in named if named is not None else bool(check_target_module_exists(config, path)):
-                raise UnsupportedError(
-                    f"adapter {name!r} is for {path}, a {type(module).__name__} that is split: {BEFORE}"
-                )
+        inner = isinstance(module, Split) and getattr(module, "gather", None) is None
+        if not cut or inner:
+            continue
+        if path in named if named is not None else check_target_module_exists(config, path):
+            raise UnsupportedError(f"adapter {name!r} is for {path}, a {type(module).__name__} that is split: {BEFORE}")

@@ -24,8 +24,8 @@ def parallelize(model: Target, mesh: ParallelMesh, plan: Mapping[str, Any] | Non
     Collective: every rank must call it, on the same model. Afterwards the model is used as before.
 
     Args:
-        model: a ``transformers`` model, peft's ``PeftModel`` around one, a ``diffusers`` model or pipeline; or, with a mesh of dp and cfg alone, any
-            ``nn.Module`` that is called like a denoiser.
+        model: a ``transformers`` model, peft's ``PeftModel`` around one, a ``diffusers`` model or pipeline; or, with a
+            mesh of dp and cfg alone, any ``nn.Module`` that is called like a denoiser.
         mesh: its axes with more than one rank determine what is split.
         plan: replaces the model's own plan or ours; the pages about the two libraries describe its format.
 

@@ -51,6 +51,6 @@ def check_plain(path: str, kind: str | None) -> None:
     """
     if kind is not None:
         raise UnsupportedError(
-            f"{path} is quantised ({kind}), which tensor parallelism can't split: load the model without quantising it, "
-            "or use ring, ulysses or cfg, which leave weights whole"
+            f"{path} is quantised ({kind}), which tensor parallelism can't split: load the model without quantising "
+            "it, or use ring, ulysses or cfg, which leave weights whole"
         )

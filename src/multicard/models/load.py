@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -19,6 +19,7 @@ from multicard.layers.head import ParallelLMHead
 from multicard.layers.linear import ColumnParallelLinear, RowParallelLinear
 from multicard.layers.packed import pack, pack_tied
 from multicard.mesh import ParallelMesh
+from multicard.models import lora
 from multicard.models.config import DecoderConfig
 from multicard.models.decoder import ParallelTransformer
 from multicard.models.memory import GIB, free_bytes, ranks_here
@@ -48,6 +49,16 @@ def check_folder(folder: str | os.PathLike[str], degrees: ParallelConfig) -> Dec
     return config
 
 
+def check_adapters(folder: str | os.PathLike[str], config: DecoderConfig, folders: Sequence[str]) -> None:
+    """Refuse LoRA adapters that can't be added to the checkpoint in ``folder``. Raises as :func:`lora.adapters`."""
+    with lora.adapters(folders) as found, Checkpoint(folder) as checkpoint:
+        matrices = {name for name, entry in checkpoint.tensors.items() if len(entry.shape) == 2}
+        # An embedding's adapter is another product, and a tied head is the embedding.
+        matrices -= {"model.embed_tokens.weight", *(["lm_head.weight"] if config.tied_head else [])}
+        for adapter in found:
+            adapter.check(checkpoint, matrices)
+
+
 def check_draft(folder: str | os.PathLike[str], degrees: ParallelConfig, config: DecoderConfig) -> None:
     """Refuse a checkpoint that can't draft for the model of ``config``. Raises as :func:`check_folder`."""
     with naming_draft(folder):
@@ -74,6 +85,7 @@ def load_decoder(
     dtype: torch.dtype | None = None,
     checksums: bool = False,
     reorder: bool = True,
+    adapters: Sequence[str] = (),
 ) -> Iterator[float | tuple[ParallelTransformer, LoadReport]]:
     """This rank's part of the decoder in ``folder``. Yields the fraction done, then the model and the report.
 
@@ -82,6 +94,7 @@ def load_decoder(
     Args:
         dtype: None: the checkpoint's.
         checksums: first compare the files with the folder's SHA256SUMS; the files are divided over the ranks.
+        adapters: folders of LoRA adapters that are added to the weights.
         reorder: on the CPU, reorder weights for its matrix kernel as they are read; compiled steps can't read those.
 
     Raises:
@@ -90,22 +103,24 @@ def load_decoder(
     failure = None
     try:
         config = DecoderConfig.from_folder(folder)
+        check_adapters(folder, config, adapters)
         model = ParallelTransformer(config, mesh, dtype, device="meta")
         _check_memory(config, mesh, model)
     except MulticardError as error:  # perhaps on one rank only: a file changed, or memory differs
         failure = error
     agree(failure, mesh.world, mesh.device)
-    for done in load(
-        model,
-        folder,
-        mesh.world,
-        mesh.device,
-        lambda checkpoint: source_of,
-        ignored=functools.partial(is_ignored, config),
-        checksums=checksums,
-        finish=functools.partial(_reorder, model) if reorder else _in_row_order,
-    ):
-        yield (model, done) if isinstance(done, LoadReport) else done
+    with lora.adapters(adapters) as added:
+        for done in load(
+            model,
+            folder,
+            mesh.world,
+            mesh.device,
+            lambda checkpoint: lambda name: lora.Adapted(source_of(name), added) if added else source_of(name),
+            ignored=functools.partial(is_ignored, config),
+            checksums=checksums,
+            finish=functools.partial(_reorder, model) if reorder else _in_row_order,
+        ):
+            yield (model, done) if isinstance(done, LoadReport) else done
 
 
 def _reorder(model: ParallelTransformer, module: torch.nn.Module) -> int:

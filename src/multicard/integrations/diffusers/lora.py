@@ -1,4 +1,4 @@
-"""What diffusers' own LoRA loading needs besides peft's: the whole shapes of split layers, which Flux's loader asks for."""
+"""What diffusers' own loading of LoRA needs besides peft's: Flux's loader asks for the whole shapes of layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from multicard.layers import ColumnParallelLinear, RowParallelLinear
 
 
 def follow_loaders() -> None:
-    """From now on Flux's loader compares a LoRA's shapes with a split layer's whole ones; a second call does nothing."""
+    """From now on Flux's loader compares a LoRA's shapes with a split layer's whole ones."""
     if not has("peft"):
         return
     from diffusers.loaders import FluxLoraLoaderMixin

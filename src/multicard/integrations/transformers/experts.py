@@ -6,6 +6,7 @@ from torch import nn
 
 from multicard import collectives, partition
 from multicard.errors import UnsupportedError
+from multicard.integrations.adapters import check_adapter, is_adapter
 from multicard.integrations.quantized import check_plain, quantized_tensor
 from multicard.integrations.styles import Change, Context, cut_parameter, zeros
 from multicard.layers.shard import Spans
@@ -25,6 +26,8 @@ def experts(module: nn.Module, context: Context) -> Change:
     Packed weights are ``(experts, out, in)``, or transposed if the class says so; gate and up are one after the other
     or alternate. A bias after the sum is added by rank 0.
     """
+    if is_adapter(module):
+        check_adapter(module, context.path)
     layout = LAYOUTS.get(type(module).__name__) or tuple(
         getattr(module, name, None) for name in ("is_transposed", "has_gate", "is_concatenated")
     )
