@@ -12,7 +12,7 @@ def fill(model, seed=3):
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
         if "lora_" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter) * 0.3
+            parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter) * 0.15
     return model
 
 

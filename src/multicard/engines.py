@@ -50,7 +50,7 @@ def check(
     compile: Any,
     draft: pathlib.Path | str | None,
     draft_tokens: Any,
-    adapters: Sequence[str] = (),
+    adapters: Sequence[pathlib.Path] = (),
 ) -> tuple[Any, str]:
     """The decoder's config, and which library runs it. Raises as :class:`~multicard.llm.LLM` before a rank starts."""
     if not isinstance(compile, bool) and compile != "auto":
@@ -64,23 +64,14 @@ def check(
         raise UnsupportedError(f"draft={str(draft)!r}: {engine} runs this model; only our own decoder takes drafts")
     if adapters and engine != "multicard":
         raise UnsupportedError(
-            f"lora={list(adapters)!r}: {engine} runs this model; only our own decoder takes adapters here: load the model "
-            "and its adapters with transformers and peft, and pass it to mc.parallelize"
+            f"lora={str(adapters[0])!r}: {engine} runs this model; only our own decoder takes adapters here: load the "
+            "model and its adapters with transformers and peft, and pass it to mc.parallelize"
         )
     if isinstance(draft, pathlib.Path):
         check_draft(draft, degrees, config)
     if adapters:
         check_adapters(path, config, adapters)
     return config, engine
-
-
-def parse_lora(lora: Any) -> tuple[str, ...]:
-    """One adapter's folder, or several, as absolute paths. Raises ConfigError for what can't be one."""
-    folders = [lora] if isinstance(lora, str | os.PathLike) else list(lora or ())
-    for folder in folders:
-        if not isinstance(folder, str | os.PathLike):
-            raise ConfigError(f"lora={lora!r}: must be a folder of a LoRA adapter, or a list of folders")
-    return tuple(str(folder_path(folder)) for folder in folders)
 
 
 def parse_draft(draft: Any) -> pathlib.Path | str | None:
@@ -130,7 +121,7 @@ def load(
     compile: bool | str,
     draft: pathlib.Path | str | None,
     draft_tokens: int,
-    adapters: Sequence[str] = (),
+    adapters: Sequence[pathlib.Path] = (),
 ) -> Generator[float, None, Loaded]:
     """This rank's part of the checkpoint, with adapters added, and of the draft model's. Yields the fraction done."""
     replicas = Replica(mesh, whole_mesh=True)
@@ -145,7 +136,7 @@ def load(
     compiles = _compiles(mesh, compile)
 
     def ours(
-        folder: str, begin: float, end: float, drafts: bool, added: Sequence[str] = ()
+        folder: str, begin: float, end: float, drafts: bool, added: Sequence[pathlib.Path] = ()
     ) -> Generator[float, None, tuple[Any, LoadReport, Any]]:
         steps = load_decoder(mesh, folder, dtype, verify, reorder=not compiles, adapters=added)
         model, report = yield from _last(steps, begin, end)

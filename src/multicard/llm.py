@@ -23,7 +23,7 @@ from multicard.progress import loading_bar
 from multicard.ranks.settings import Options
 from multicard.session import Session
 from multicard.weights import LoadReport
-from multicard.weights.folder import folder_path, parse_dtype
+from multicard.weights.folder import folder_path, parse_dtype, paths_of
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Text, token ids, or chat messages (``{"role": ..., "content": ...}``)."""
@@ -102,7 +102,7 @@ class LLM(Session):
     ) -> None:
         degrees = ParallelConfig(tp=tp, ring=ring, ulysses=ulysses, dp=dp)
         self.path, self.draft = folder_path(path), engines.parse_draft(draft)
-        self.lora = engines.parse_lora(lora)
+        self.lora = paths_of("lora", lora)
         loading = (str(self.path), parse_dtype(dtype), verify, compile, self.draft, draft_tokens, self.lora)
         self.config, self.engine = engines.check(self.path, degrees, compile, self.draft, draft_tokens, self.lora)
         self.tokenizer = Tokenizer.from_folder(self.path)

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 
-import peft
 import pytest
 import safetensors.torch
 import torch
@@ -24,9 +23,21 @@ IDS = tiny.prompts(NAMES[0])[0]
 @pytest.fixture(scope="module", params=NAMES)
 def folders(request, tmp_path_factory):
     """A checkpoint's folder, two adapters', and the model with both, by peft."""
-    folder = tmp_path_factory.mktemp(request.param)
-    path, model = tiny.write(folder, request.param)
-    one = {"r": 5, "rank_pattern": {"1.self_attn.q_proj": 3, "o_proj": 2}, "alpha_pattern": {"^model.layers.0.mlp.down_proj": 11}}
+    return write(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def some_folders(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("some"), NAMES[1])
+
+
+def write(folder, name):
+    path, model = tiny.write(folder, name)
+    one = {
+        "r": 5,
+        "rank_pattern": {"1.self_attn.q_proj": 3, "o_proj": 2},
+        "alpha_pattern": {"^model.layers.0.mlp.down_proj": 11},
+    }
     heads = [] if model.config.tie_word_embeddings else ["lm_head"]
     model = loras.adapted(model, (*loras.LLAMA, *heads), **one)
     model.save_pretrained(folder / "one", save_embedding_layers=False)
@@ -75,13 +86,17 @@ def test_one_rounding(run_on, folders):
         assert all(torch.equal(half[name], exact[name].bfloat16()) for name in exact)
 
 
-def test_from_the_folder_to_the_command_line(folders, capsys):
-    path, (one, two), merged = folders
+def test_tokens_of_the_merged_model(some_folders):
+    path, (one, two), merged = some_folders
     with torch.no_grad():
         tokens = merged.float().generate(torch.tensor([IDS]), max_new_tokens=6, do_sample=False)[0, len(IDS) :]
     with mc.LLM(path, tp=2, lora=[one, str(two)], timeout=30) as llm:
         assert llm.generate(IDS, max_new_tokens=6).token_ids == tokens.tolist()
         assert llm.lora == (str(one), str(two))
+
+
+def remove(name):
+    return lambda folder: (folder / name).unlink()
 
 
 def change_config(**changes):
@@ -107,8 +122,8 @@ def without_one(tensors):
 
 REFUSED = {
     "no folder": (shutil.rmtree, CheckpointError, "no such folder of a LoRA adapter"),
-    "no config": (lambda folder: (folder / "adapter_config.json").unlink(), CheckpointError, "adapter_config.json: no such"),
-    "no tensors": (lambda folder: (folder / "adapter_model.safetensors").unlink(), CheckpointError, "no such file"),
+    "no config": (remove("adapter_config.json"), CheckpointError, "adapter_config.json: no such file"),
+    "no tensors": (remove("adapter_model.safetensors"), CheckpointError, "adapter_model.safetensors: no such file"),
     "DoRA": (change_config(use_dora=True), UnsupportedError, "use_dora=True, which isn't plain LoRA"),
     "a setting of a later release": (change_config(use_what=3), UnsupportedError, "use_what=3"),
     "biases": (change_config(bias="all"), UnsupportedError, "bias='all'"),
@@ -134,18 +149,19 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_before_a_rank_starts(tmp_path, folders, case, capsys):
-    path, (_, two), _ = folders
+def test_refused_before_a_rank_starts(tmp_path, some_folders, case, capsys):
+    path, (_, two), _ = some_folders
     damage, kind, said = REFUSED[case]
     folder = shutil.copytree(two, tmp_path / "adapter")
     damage(folder)
     with pytest.raises(kind, match=said if ".*" in said else re.escape(said)) as caught:
         mc.LLM(path, tp=2, lora=folder)
     assert "\n" not in str(caught.value)
-    assert main(["generate", "--model", str(path), "--lora", str(folder), "hello"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main(["generate", "--model", str(path), "--lora", str(folder), "hello"])
     assert re.search(said if ".*" in said else re.escape(said), capsys.readouterr().err)
 
 
-def test_values_that_are_no_folder(folders):
-    with pytest.raises(ConfigError, match=r"lora=\[3\]: must be a folder"):
-        mc.LLM(folders[0], lora=[3])
+def test_values_that_are_no_folder(some_folders):
+    with pytest.raises(ConfigError, match=r"lora=\[3\]: must be a path"):
+        mc.LLM(some_folders[0], lora=[3])

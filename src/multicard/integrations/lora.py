@@ -65,7 +65,7 @@ class ParallelLora(lora.Linear):
             if dropout.training and not isinstance(dropout, nn.Identity):
                 raise UnsupportedError("LoRA dropout in a split model: it is for inference; call its eval()")
             a, b = self._share(name)
-            product: Tensor = (self._cast_input_dtype(x, a.dtype) @ a.T) @ b.T
+            product: Tensor = (x.to(a.dtype) @ a.T) @ b.T
             if (bias := self._bias(name)) is not None:
                 product = product + bias
             product = product * self.scaling[name]
@@ -172,7 +172,7 @@ def _checked(inject: Callable[..., None]) -> Callable[..., None]:
     return inject_adapter
 
 
-def converted(config: Any, model: nn.Module) -> Any:
+def converted(config: Any, model: Any) -> Any:
     """The config as peft will use it: older names of a ``transformers`` model's modules may mean parameters today."""
     if not hasattr(getattr(model, "config", None), "model_type"):
         return config

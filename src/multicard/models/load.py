@@ -49,7 +49,7 @@ def check_folder(folder: str | os.PathLike[str], degrees: ParallelConfig) -> Dec
     return config
 
 
-def check_adapters(folder: str | os.PathLike[str], config: DecoderConfig, folders: Sequence[str]) -> None:
+def check_adapters(folder: str | os.PathLike[str], config: DecoderConfig, folders: Sequence[os.PathLike[str]]) -> None:
     """Refuse LoRA adapters that can't be added to the checkpoint in ``folder``. Raises as :func:`lora.adapters`."""
     with lora.adapters(folders) as found, Checkpoint(folder) as checkpoint:
         matrices = {name for name, entry in checkpoint.tensors.items() if len(entry.shape) == 2}
@@ -85,7 +85,7 @@ def load_decoder(
     dtype: torch.dtype | None = None,
     checksums: bool = False,
     reorder: bool = True,
-    adapters: Sequence[str] = (),
+    adapters: Sequence[os.PathLike[str]] = (),
 ) -> Iterator[float | tuple[ParallelTransformer, LoadReport]]:
     """This rank's part of the decoder in ``folder``. Yields the fraction done, then the model and the report.
 

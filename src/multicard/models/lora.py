@@ -1,7 +1,7 @@
 """LoRA adapters in peft's folders, added to the weights of our own decoder as they are read: ``W + scale · B A``.
 
-So answers are those of peft's ``merge_and_unload``, at the speed of the model without adapters. Each rank reads only its
-slices of A and B. The sum is computed in float32 and rounded once, to the dtype of the weight.
+So answers are those of peft's ``merge_and_unload``, at the speed of the model without adapters. Each rank reads only
+its slices of A and B. The sum is computed in float32 and rounded once, to the dtype of the weight.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ CONFIG, STEM = "adapter_config.json", "adapter_model"
 TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
 NAME = re.compile(r"\^?([\w.]+)\$?")
 
-ANY = """alpha_pattern auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules
-fan_in_fan_out inference_mode layers_pattern layers_to_transform loftq_config lora_alpha lora_dropout lora_ga_config
-megatron_core peft_type peft_version qalora_group_size r rank_pattern revision runtime_config target_modules task_type
-use_rslora""".split()
+ANY = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config",
+    "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size",
+    "r", "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
+}  # fmt: skip
 """Settings of a config that may have any value: those that are read here, and those that matter to training alone."""
 PLAIN = {"bias": ("none",), "init_lora_weights": (True, False, None, "gaussian", "eva")}
 """Settings that must have one of these values. All others, also those of later releases, must be off."""
@@ -177,7 +179,9 @@ def _scale(path: pathlib.Path, config: Mapping[str, Any], module: str) -> float:
     rank = _of_module(path, config, "rank_pattern", module, config.get("r"))
     alpha = _of_module(path, config, "alpha_pattern", module, config.get("lora_alpha"))
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise CheckpointError(f"{path / CONFIG}: r={rank!r} and lora_alpha={alpha!r} for {module}: numbers, r from 1 on")
+        raise CheckpointError(
+            f"{path / CONFIG}: r={rank!r} and lora_alpha={alpha!r} for {module}: numbers, r from 1 on"
+        )
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 

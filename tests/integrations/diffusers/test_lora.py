@@ -27,8 +27,9 @@ def weights(name, seed):
     generator, found = torch.Generator().manual_seed(seed), {}
     for path, module in pipelines.build(name)[0].transformer.named_modules():
         if isinstance(module, torch.nn.Linear):
-            a, b = torch.randn(5, module.in_features, generator=generator), torch.randn(
-                module.out_features, 5, generator=generator
+            a, b = (
+                torch.randn(5, module.in_features, generator=generator),
+                torch.randn(module.out_features, 5, generator=generator),
             )
             found |= {f"transformer.{path}.lora_A.weight": a / 5, f"transformer.{path}.lora_B.weight": b / 5}
     return found
@@ -103,9 +104,9 @@ def test_a_lokr_is_refused(run_on):
             pipe, _ = pipelines.build("flux")
             try:
                 if before:
-                    pipe.load_lora_weights(lokr)
+                    pipe.transformer.load_lora_adapter(dict(lokr))
                 mc.parallelize(pipe, mesh)
-                pipe.load_lora_weights(lokr)
+                pipe.transformer.load_lora_adapter(dict(lokr))
             except UnsupportedError as refusal:
                 found.append(str(refusal))
         return found
