@@ -92,7 +92,7 @@ def test_tokens_of_the_merged_model(some_folders):
         tokens = merged.float().generate(torch.tensor([IDS]), max_new_tokens=6, do_sample=False)[0, len(IDS) :]
     with mc.LLM(path, tp=2, lora=[one, str(two)], timeout=30) as llm:
         assert llm.generate(IDS, max_new_tokens=6).token_ids == tokens.tolist()
-        assert llm.lora == (str(one), str(two))
+        assert llm.lora == (one, two)
 
 
 def remove(name):

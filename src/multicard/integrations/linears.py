@@ -9,7 +9,7 @@ from torch import nn
 from multicard.axis import Axis
 from multicard.errors import UnsupportedError
 from multicard.integrations.adapters import base_of, check_adapter, is_adapter
-from multicard.integrations.quantized import check_plain, quantized
+from multicard.integrations.quantized import check_plain, fill, has_split_form, quantized
 from multicard.layers import ColumnParallelLinear, RowParallelLinear
 from multicard.layers.shard import Shares, shard_of, sharded
 
@@ -26,6 +26,8 @@ def check_linear(module: nn.Module, path: str) -> tuple[int, int]:
     if is_adapter(module):
         check_adapter(module, path)
         module = base_of(module)
+    if isinstance(module, nn.Linear) and has_split_form(module):
+        return module.in_features, module.out_features
     check_plain(path, quantized(module))
     if _is_conv1d(module):
         features_in, features_out = module.get_parameter("weight").shape
@@ -51,14 +53,22 @@ def column_parallel(
     module: nn.Module, axis: Axis, path: str, shares: Shares | None = None, gather_output: bool = False
 ) -> ColumnParallelLinear:
     """``module`` split by output features, by ``shares`` (None: evenly)."""
-    layer = ColumnParallelLinear.from_linear(_as_linear(module, path), axis, gather_output, shares)
+    linear = _as_linear(module, path)
+    if has_split_form(linear):
+        sizes, bias = (linear.in_features, linear.out_features), linear.bias is not None
+        return fill(ColumnParallelLinear(*sizes, axis, bias, gather_output, device="meta", shares=shares), linear)
+    layer = ColumnParallelLinear.from_linear(linear, axis, gather_output, shares)
     _mark_transposed(layer, module)
     return layer
 
 
 def row_parallel(module: nn.Module, axis: Axis, path: str, shares: Shares | None = None) -> RowParallelLinear:
     """``module`` split by input features, by ``shares`` (None: evenly)."""
-    layer = RowParallelLinear.from_linear(_as_linear(module, path), axis, shares=shares)
+    linear = _as_linear(module, path)
+    if has_split_form(linear):
+        sizes, bias = (linear.in_features, linear.out_features), linear.bias is not None
+        return fill(RowParallelLinear(*sizes, axis, bias, device="meta", shares=shares), linear)
+    layer = RowParallelLinear.from_linear(linear, axis, shares=shares)
     _mark_transposed(layer, module)
     return layer
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from multicard import collectives
 from multicard.errors import UnsupportedError
 from multicard.integrations.intercept import PLAIN
+from multicard.integrations.quantized import quantized_tensor
 from multicard.layers import ColumnParallelLinear, RowParallelLinear
 from multicard.layers.packed import add_to_weight
 from multicard.layers.shard import Spans
@@ -111,6 +112,8 @@ class ParallelLora(lora.Linear):
                 self._shift(name, -1)
 
     def _shift(self, name: str, sign: int) -> None:
+        if (kind := quantized_tensor(self.base_layer.weight)) is not None:
+            raise UnsupportedError(f"adapter {name!r} can't be merged into a weight that is quantised ({kind})")
         if self.base_layer.spans:
             add_to_weight(self.base_layer, self.get_delta_weight(name) * sign)
         if (bias := self._bias(name, merging=True)) is not None:
