@@ -97,8 +97,8 @@ def dynamic(linear):
     ("quantise", "kind"),
     [
         (Linear8bitLt, r"bitsandbytes' 8-bit"),
-        (with_inputs, r"\w+'s Int8Tensor"),
-        (QuantLinear, r"\w+'s QuantLinear"),
+        (with_inputs, r"Int8Tensor of \w+"),
+        (QuantLinear, r"QuantLinear of \w+"),
         (fp8, r"transformers' FP8"),
         (narrow, r"float8_e4m3fn"),
         (dynamic, r"torch's int8"),
@@ -245,4 +245,4 @@ def test_adapters_on_quantised_layers(run_on):
     assert zoo.relative_error(plain, alone) > 0.05
     for samples, said in run_on(here, tp=3):
         assert max(zoo.relative_error(sample, alone) for sample in samples) <= 1e-5
-        assert "a weight that is quantised (diffusers' GGUFParameter)" in said
+        assert "a weight that is quantised (GGUFParameter of diffusers)" in said

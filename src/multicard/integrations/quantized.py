@@ -35,7 +35,7 @@ def quantized(module: nn.Module) -> str | None:
         if cls.__module__.startswith("torch.ao.nn.quantized"):
             return "torch's int8"
     if hasattr(module, "qweight"):  # GPTQ, AWQ and others
-        return f"{type(module).__module__.partition('.')[0]}'s {type(module).__name__}"
+        return f"{type(module).__name__} of {type(module).__module__.partition('.')[0]}"
     weight = getattr(module, "weight", None)
     return quantized_tensor(weight) if isinstance(weight, Tensor) else None
 
@@ -44,7 +44,7 @@ def quantized_tensor(tensor: Tensor) -> str | None:
     """The same for a parameter."""
     kind = type(tensor)
     if not issubclass(nn.Parameter, kind) and kind.__module__.partition(".")[0] != "torch":
-        return f"{kind.__module__.partition('.')[0]}'s {kind.__name__}"
+        return f"{kind.__name__} of {kind.__module__.partition('.')[0]}"
     if tensor.is_quantized or not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
         return str(tensor.dtype).removeprefix("torch.")
     return None
@@ -113,6 +113,7 @@ def _gguf(layer: ColumnParallelLinear | RowParallelLinear, whole: nn.Linear, dim
     from diffusers.quantizers.gguf.utils import GGML_QUANT_SIZES
 
     weight: Any = whole.weight
+    dtype: Any = whole.compute_dtype
     size, width = GGML_QUANT_SIZES[weight.quant_type]  # numbers and bytes of a block
     data, columns = weight.as_tensor(), None
     if dim == 1:
@@ -120,7 +121,7 @@ def _gguf(layer: ColumnParallelLinear | RowParallelLinear, whole: nn.Linear, dim
         columns = _columns(spans, blocks, size)
         spans = tuple(range(block.start * width, block.stop * width) for block in blocks)
     layer.weight = type(weight)(_take(data, dim, spans), quant_type=weight.quant_type)
-    layer.multiply = functools.partial(_by_numbers, whole.compute_dtype, columns)
+    layer.multiply = functools.partial(_by_numbers, dtype, columns)
 
 
 def _columns(spans: Spans, blocks: Spans, size: int) -> Tensor | None:

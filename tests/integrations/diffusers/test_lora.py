@@ -1,11 +1,13 @@
 """LoRA of diffusers' pipelines on split ones, against one process: loaded before the split and after it."""
 
 import pytest
+import safetensors.torch
 import torch
 
 import multicard as mc
 import pipelines
-from multicard.errors import UnsupportedError
+from multicard.cli import main
+from multicard.errors import CheckpointError, ConfigError, UnsupportedError
 
 pytestmark = pytest.mark.seam
 
@@ -114,3 +116,63 @@ def test_a_lokr_is_refused(run_on):
     for before, after in run_on(here, tp=2):
         assert "transformer_blocks.0.attn.to_q has an adapter of peft's lokr.layer.Linear" in before
         assert "of peft's type LOKR" in after
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A pipeline's folder with two LoRAs of it beside."""
+    path = tmp_path_factory.mktemp("flux")
+    pipe, _ = pipelines.build("flux")
+    pipe.save_pretrained(path / "pipeline")
+    for number, seed in enumerate((3, 4)):
+        (path / str(number)).mkdir()
+        safetensors.torch.save_file(weights("flux", seed), path / str(number) / "pytorch_lora_weights.safetensors")
+    return path
+
+
+@pytest.mark.parametrize("degrees", [{"tp": 2}, {"ulysses": 2}], ids=str)
+def test_from_files(folder, degrees):
+    pipe, arguments = pipelines.build("flux")
+    for number in range(2):
+        pipe.load_lora_weights(folder / str(number), adapter_name=str(number))
+    pipe.set_adapters(["0", "1"])
+    alone = pipelines.sample(pipe, arguments)
+    loras = [folder / "0", str(folder / "1" / "pytorch_lora_weights.safetensors")]
+    with mc.DiffusionPipeline(folder / "pipeline", lora=loras, timeout=30, **degrees) as split:
+        assert error(split(**arguments, seed=0).images, alone) <= 1e-5
+
+
+def test_files_that_are_refused(folder, tmp_path, capsys):
+    pipeline = folder / "pipeline"
+    (tmp_path / "pickled.bin").touch()
+    (tmp_path / "damaged.safetensors").write_bytes(b"12345678910")
+    safetensors.torch.save_file({"x": torch.ones(2)}, tmp_path / "other.safetensors")
+    cases = {
+        "pickled.bin": (UnsupportedError, "is read from a safetensors file"),
+        "damaged.safetensors": (CheckpointError, "truncated or not safetensors"),
+        "other.safetensors": (CheckpointError, "no tensor in it is a LoRA's"),
+        "none.safetensors": (CheckpointError, "no such file"),
+        ".": (CheckpointError, "2 safetensors files in it; name the LoRA's file"),
+    }
+    for name, (kind, said) in cases.items():
+        with pytest.raises(kind, match=said):
+            mc.DiffusionPipeline(pipeline, tp=2, lora=tmp_path / name)
+    with pytest.raises(ConfigError, match="lora=3: must be a path"):
+        mc.DiffusionPipeline(pipeline, lora=3)
+    with pytest.raises(SystemExit, match="2"):
+        main(["image", "--model", str(pipeline), "--lora", str(tmp_path / "other.safetensors"), "a cat"])
+    assert "no tensor in it is a LoRA's" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ["wider", "elsewhere"])
+def test_a_lora_of_another_model(folder, tmp_path, change):
+    """One line from every rank."""
+    found = weights("flux", 3)
+    if change == "wider":
+        found = {name: torch.cat([x, x], 1) if "lora_A" in name else x for name, x in found.items()}
+    else:
+        found = {name.replace("transformer.", "unet."): x for name, x in found.items()}
+    safetensors.torch.save_file(found, tmp_path / "lora.safetensors")
+    with pytest.raises(CheckpointError, match="a LoRA of another model") as caught:
+        mc.DiffusionPipeline(folder / "pipeline", tp=2, lora=tmp_path / "lora.safetensors", timeout=30)
+    assert "\n" not in str(caught.value)
