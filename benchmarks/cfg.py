@@ -75,7 +75,9 @@ def make(mesh: mc.ParallelMesh, name: str, size: int, degrees: dict[str, int], c
     model = model.eval().requires_grad_(False)
     if degrees:
         mc.parallelize(model, mc.init_mesh(mc.ParallelConfig(**degrees)))
-    return functools.partial(torch.compile(model) if compiled else model, **arguments)
+    if compiled:
+        model.compile()
+    return functools.partial(model, **arguments)
 
 
 def run(mesh: mc.ParallelMesh, call: Call, calls: int, exchanges: bool = True) -> None:

@@ -18,7 +18,10 @@ Plain = Callable[..., Any]
 
 
 def intercept(instance: Any, name: str, door: Any, answer: str) -> None:
-    """Make ``instance.name(...)`` call ``door.answer(instance, plain, args, kwargs)``; ``plain`` is the old method."""
+    """Make ``instance.name(...)`` call ``door.answer(instance, plain, args, kwargs)``; ``plain`` is the old method.
+
+    Traced code calls the old method, after ``door.traced(instance)``.
+    """
     instance.__dict__[DOOR] = door
     intercept_class(type(instance), name, answer)
 
@@ -31,8 +34,11 @@ def intercept_class(cls: type, name: str, answer: str) -> None:
 
     @functools.wraps(method)
     def intercepted(self: Any, /, *args: Any, **kwargs: Any) -> Any:
-        door = None if torch.compiler.is_compiling() else self.__dict__.get(DOOR)
+        door = getattr(self, DOOR, None) if torch.compiler.is_compiling() else self.__dict__.get(DOOR)
         if door is None:
+            return method(self, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            door.traced(self)
             return method(self, *args, **kwargs)
         return getattr(door, answer)(self, functools.partial(method, self), args, kwargs)
 

@@ -10,10 +10,17 @@ import torch
 
 from multicard.errors import UnsupportedError
 
-WHY = "a sequence that is split over ranks can't be compiled: its cache and its slices change with each call"
+SEQUENCE = (
+    "a sequence that is split over ranks can't be compiled: its cache and its slices change with each call. Leave it "
+    "uncompiled, or split it by tp alone"
+)
+GUIDANCE = (
+    "compiled after it was parallelized, it would compute every guidance branch on every rank. Compile it in place, "
+    "with its own method compile(), or before mc.parallelize"
+)
 
 
-@torch.compiler.disable(reason=WHY)
-def refuse(name: str) -> None:
+@torch.compiler.disable(reason="raises")
+def refuse(name: str, why: str) -> None:
     """Raise, when the traced code runs: what a traced function itself raises, Dynamo catches."""
-    raise UnsupportedError(f"torch.compile of {name}: {WHY}. Leave it uncompiled, or split it by tp alone")
+    raise UnsupportedError(f"torch.compile of {name}: {why}")

@@ -175,6 +175,37 @@ def test_compiled_denoisers(run_on, degrees):
             assert "parallelize, then compile" in found["before"]
 
 
+def bare(mesh):
+    """A denoiser without a pipeline, compiled in place: its error, and the batches that were compiled."""
+    batches = set()
+
+    def backend(graph, inputs):
+        batches.update(x.shape[0] for x in inputs if isinstance(x, torch.Tensor) and x.dim() == 4 and x.shape[2] == 8)
+        return graph.forward
+
+    pipe, _ = build("dit")
+    model, channels = pipe.transformer, pipe.transformer.config.in_channels
+    side, labels = model.config.sample_size, torch.arange(4)
+    given = {"hidden_states": torch.randn(4, channels, side, side), "timestep": torch.full((4,), 5)}
+    given["class_labels"] = labels % 3
+    with torch.no_grad():
+        expected = model(**given).sample
+        mc.parallelize(model, mesh)
+        wrapped = torch.compile(model, backend="eager")
+        with pytest.raises(UnsupportedError, match="in place, with its own method compile"):
+            wrapped(**given)
+        model.compile(backend=backend)
+        errors = [float((model(**given).sample - expected).abs().max()) for _ in range(3)]
+    return max(errors), batches, side
+
+
+def test_guidance_of_a_compiled_denoiser_is_divided(run_on):
+    for error, batches, side in run_on(bare, cfg=2):
+        assert side == 8, "sizes of the example changed: `bare` looks for pictures of 8 rows"
+        assert error < 1e-5
+        assert 2 in batches, batches
+
+
 def with_backends(mesh):
     """Errors with attention backends that end in torch's own, chosen by name."""
     pipe, arguments = build("flux")

@@ -73,6 +73,17 @@ class Door:
         finally:
             self._inside = False
 
+    def traced(self, module: nn.Module) -> None:
+        """The denoiser's ``__call__`` is being compiled, inside this door or around it, where guidance isn't divided.
+
+        Raises:
+            UnsupportedError: around it.
+        """
+        if self.branches is not None and not self._inside:
+            from multicard.integrations.uncompiled import GUIDANCE, refuse
+
+            refuse(type(module).__name__, GUIDANCE)
+
     def share(self, denoiser: HookedDenoiser, given: Mapping[str, Any]) -> Any:
         """Run this rank's part of the call."""
         return self.branches.call(denoiser, given) if self.branches else denoiser.run(given)

@@ -55,6 +55,9 @@ class ModelDoor:
     def __deepcopy__(self, memo: Any) -> ModelDoor:
         return self
 
+    def traced(self, module: nn.Module) -> None:
+        """Compiled code goes around this door: a split sequence refuses that itself, and tp needs no door."""
+
     def call(self, module: nn.Module, plain: Plain, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The model's ``__call__``. One small all-reduce an axis besides its own collectives."""
         if self._inside:

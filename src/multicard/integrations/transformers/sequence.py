@@ -124,9 +124,9 @@ class Sequence:
     def before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The decoder's pre-hook: make the step, give the decoder its slice and the sharded cache."""
         if torch.compiler.is_compiling():
-            from multicard.integrations.uncompiled import refuse
+            from multicard.integrations.uncompiled import SEQUENCE, refuse
 
-            refuse(type(decoder).__name__)
+            refuse(type(decoder).__name__, SEQUENCE)
         given = named(parameters(type(decoder).forward), args, kwargs)
         given = {name: value for name, value in given.items() if value is not None}
         tokens = given.get("input_ids", given.get("inputs_embeds"))
