@@ -13,6 +13,10 @@ from torch import nn
 from multicard.errors import UnsupportedError
 from multicard.extras import has
 
+WITHIN = ("base_layer.", "original_module.")
+"""What an adapter is around."""
+STATE = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
+"""The attributes that say what an adapter does."""
 FIX = "merge them (merge_and_unload() or fuse_lora()) or unload them first, or use ulysses, ring or cfg instead of tp"
 
 
@@ -97,10 +101,13 @@ class AdapterState:
             return {}
         found: dict[str, Any] = {}
         if self._known != (known := {name: id(config) for name, config in configs.items()}):
-            self._layers = [m for m in self._model.modules() if is_adapter(m) and hasattr(m, "scaling")]
+            self._layers = [module for module in self._model.modules() if is_adapter(module)]
             found["adapters' weights"] = [
-                part.weight for layer in self._layers for each in (layer.lora_A, layer.lora_B) for part in each.values()
+                parameter
+                for layer in self._layers
+                for name, parameter in layer.named_parameters()
+                if not name.startswith(WITHIN)
             ]
             self._known = known
-        states = [(m.active_adapters, m.disable_adapters, m.merged_adapters, m.scaling) for m in self._layers]
+        states = [[getattr(layer, name, None) for name in STATE] for layer in self._layers]
         return {**found, "adapters": str(states)}

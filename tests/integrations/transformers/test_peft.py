@@ -245,6 +245,19 @@ def test_other_kinds_on_layers_that_stay_whole(run_on):
     assert max(run_on(here, tp=3)) <= 1e-5
 
 
+def test_other_kinds_with_a_split_sequence(run_on):
+    """No weight is split."""
+    config = peft.LoHaConfig(target_modules=["q_proj", "down_proj"], r=3, init_weights=False)
+
+    def here(mesh):
+        torch.manual_seed(0)
+        model = peft.get_peft_model(zoo.build("llama"), config).eval()
+        expected = zoo.forward(model, "llama")
+        return zoo.relative_error(zoo.forward(mc.parallelize(model, mesh), "llama"), expected)
+
+    assert max(run_on(here, ring=2)) <= 1e-5
+
+
 def test_ranks_with_different_adapters(run_on):
     """Their weights are compared once, which are active and how strong at every call."""
 
