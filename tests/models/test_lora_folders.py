@@ -131,6 +131,7 @@ REFUSED = {
     "saved modules": (change_config(modules_to_save=["lm_head"]), UnsupportedError, "modules_to_save="),
     "another kind": (change_config(peft_type="LOHA"), UnsupportedError, "peft_type='LOHA'"),
     "no rank": (change_config(r=0), CheckpointError, "r=0 and lora_alpha=7"),
+    "another rank": (change_config(r=3), CheckpointError, "has rank 2, and adapter_config.json says 3"),
     "a pattern": (change_config(rank_pattern={"(a+)+b": 3}), UnsupportedError, r"the pattern '(a+)+b'"),
     "half a pair": (change_tensors(without_one), CheckpointError, "has a LoRA matrix A and not the other one"),
     "an embedding's": (

@@ -75,7 +75,12 @@ class Adapter:
         for module, sides in modules.items():
             if sides != {"A", "B"}:
                 raise CheckpointError(f"{path}: {module} has a LoRA matrix {sides.pop()} and not the other one")
-        return cls(checkpoint, {f"{module}.weight": _scale(path, config, module) for module in modules})
+        found = cls(checkpoint, {f"{module}.weight": _scale(path, config, module) for module in modules})
+        for module in modules:
+            held = checkpoint.tensors[found.entries(f"{module}.weight")[0]].shape[0]
+            if held != (rank := _of_module(path, config, "rank_pattern", module, config.get("r"))):
+                raise CheckpointError(f"{path}: the LoRA of {module} has rank {held}, and {CONFIG} says {rank}")
+        return found
 
     def entries(self, key: str) -> tuple[str, str]:
         """The names of the matrices A and B for a tensor of the base model."""
