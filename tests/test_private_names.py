@@ -156,6 +156,9 @@ TABLE = {
     },
     "diffusers": {
         "_attention_backend": Use("backends that can't be split", (f"{DIFFUSERS}/checks.py",), has(FluxAttnProcessor)),
+        "_calculate_module_shape": Use(
+            "whole shapes of split layers", (f"{DIFFUSERS}/lora.py",), has(diffusers.loaders.FluxLoraLoaderMixin)
+        ),
         "_class_name": Use("a folder's pipeline class", (f"{DIFFUSERS}/folder.py",), is_saved),
         "_cp_plan": Use("a model's own sequence plan", (f"{DIFFUSERS}/plans.py",), has(diffusers.ModelMixin)),
         "_diffusers_hook": Use("caches between steps", (f"{DIFFUSERS}/checks.py",), has(hooked())),

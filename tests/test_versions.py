@@ -26,7 +26,7 @@ def bounds(*requirements: str) -> dict[str, str]:
 def test_pyproject_promises_what_the_table_says():
     extras = PROJECT["optional-dependencies"]
     promised = {tested.name: tested.promised or tested.lowest for tested in versions.TABLE}
-    assert bounds(*PROJECT["dependencies"], *extras["transformers"], *extras["diffusers"]) == promised
+    assert bounds(*PROJECT["dependencies"], *extras["transformers"], *extras["diffusers"], *extras["lora"]) == promised
 
 
 def test_what_is_locked_was_tested():

@@ -7,7 +7,7 @@ import inspect
 import os
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
 import torch
@@ -24,7 +24,7 @@ from multicard.ranks.settings import Options
 from multicard.replica import Replica
 from multicard.session import Session
 from multicard.values import did_you_mean, is_whole
-from multicard.weights.folder import folder_path, parse_dtype
+from multicard.weights.folder import folder_path, parse_dtype, paths_of
 
 OURS = {
     "generator": "seed= gives every rank the same one",
@@ -52,6 +52,8 @@ class DiffusionPipeline(Session):
         dtype: "auto" (as diffusers loads it), "float32", "bfloat16", "float16".
         variant: the part of the weight files' names that selects one of several sets, for example "fp16".
         trust_remote_code: whether Python files in the folder may run; as in diffusers.
+        lora: a LoRA's safetensors file, or a folder with one; or several of these. All are loaded by diffusers, with
+            full weight.
         progress: show each request's steps on standard error; None: only on a terminal.
         options: how ranks are started, as for :func:`multicard.launch`.
 
@@ -71,13 +73,15 @@ class DiffusionPipeline(Session):
         dtype: str | torch.dtype = "auto",
         variant: str | None = None,
         trust_remote_code: bool = False,
+        lora: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
         progress: bool | None = None,
         **options: Unpack[Options],
     ) -> None:
         degrees = ParallelConfig(cfg=cfg, ring=ring, ulysses=ulysses, tp=tp, dp=dp)
         self.path = folder_path(path)
         self._progress = sys.stderr.isatty() if progress is None else progress
-        folder = PipelineFolder(self.path, parse_dtype(dtype), variant, trust_remote_code)
+        self.lora = paths_of("lora", lora)
+        folder = PipelineFolder(self.path, parse_dtype(dtype), variant, trust_remote_code, self.lora)
         folder.check(degrees)
         bar = functools.partial(loading_bar, False, "")  # diffusers shows its own, on rank 0
         super().__init__(degrees, options, _load, folder, bar=bar)

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import os
 import pathlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from multicard.extras import command, has
 from multicard.mesh import ParallelMesh
 from multicard.models.compiled import Compilation, why_not
 from multicard.models.drafts import Drafting
-from multicard.models.load import check_draft, load_decoder, naming_draft
+from multicard.models.load import check_adapters, check_draft, load_decoder, naming_draft
 from multicard.models.load import check_folder as check_ours
 from multicard.replica import Replica
 from multicard.values import is_whole
@@ -45,7 +45,12 @@ class Loaded:
 
 
 def check(
-    path: pathlib.Path, degrees: ParallelConfig, compile: Any, draft: pathlib.Path | str | None, draft_tokens: Any
+    path: pathlib.Path,
+    degrees: ParallelConfig,
+    compile: Any,
+    draft: pathlib.Path | str | None,
+    draft_tokens: Any,
+    adapters: Sequence[pathlib.Path] = (),
 ) -> tuple[Any, str]:
     """The decoder's config, and which library runs it. Raises as :class:`~multicard.llm.LLM` before a rank starts."""
     if not isinstance(compile, bool) and compile != "auto":
@@ -57,8 +62,15 @@ def check(
         raise UnsupportedError(f"compile=True: {engine} runs this model; only our own decoder is compiled")
     if draft is not None and engine != "multicard":
         raise UnsupportedError(f"draft={str(draft)!r}: {engine} runs this model; only our own decoder takes drafts")
+    if adapters and engine != "multicard":
+        raise UnsupportedError(
+            f"lora={str(adapters[0])!r}: {engine} runs this model; only our own decoder takes adapters here: load the "
+            "model and its adapters with transformers and peft, and pass it to mc.parallelize"
+        )
     if isinstance(draft, pathlib.Path):
         check_draft(draft, degrees, config)
+    if adapters:
+        check_adapters(path, config, adapters)
     return config, engine
 
 
@@ -111,12 +123,13 @@ def load(
     compile: bool | str,
     draft: pathlib.Path | str | None,
     draft_tokens: int,
+    adapters: Sequence[pathlib.Path] = (),
 ) -> Generator[float, None, Loaded]:
-    """This rank's part of the checkpoint, and of the draft model's. Yields the fraction done."""
+    """This rank's part of the checkpoint, with adapters added, and of the draft model's. Yields the fraction done."""
     replicas = Replica(mesh, whole_mesh=True)
     drafts = "a model" if isinstance(draft, pathlib.Path) else draft  # hosts may have it in different folders
     asked = {"engine": engine, "dtype": dtype, "verify": verify, "compile": compile}
-    replicas.compare("loading an LLM", {**asked, "draft": drafts, "draft_tokens": draft_tokens})
+    replicas.compare("loading an LLM", {**asked, "draft": drafts, "draft_tokens": draft_tokens, "lora": len(adapters)})
     if engine == "transformers":
         from multicard.integrations.transformers.llm import load_decoder as load_with_transformers
 
@@ -125,16 +138,16 @@ def load(
     compiles = _compiles(mesh, compile)
 
     def ours(
-        folder: str, begin: float, end: float, drafts: bool
+        folder: str, begin: float, end: float, drafts: bool, added: Sequence[pathlib.Path] = ()
     ) -> Generator[float, None, tuple[Any, LoadReport, Any]]:
-        steps = load_decoder(mesh, folder, dtype, verify, reorder=not compiles)
+        steps = load_decoder(mesh, folder, dtype, verify, reorder=not compiles, adapters=added)
         model, report = yield from _last(steps, begin, end)
         return model, report, Compilation(model, folder, compile is True, drafts) if compiles else None
 
     if not isinstance(draft, pathlib.Path):
-        model, report, compilation = yield from ours(path, 0.0, 1.0, draft is not None)
+        model, report, compilation = yield from ours(path, 0.0, 1.0, draft is not None, adapters)
         return Loaded(model, [report], replicas, compilation, Drafting(draft_tokens) if draft else None)
-    model, report, compilation = yield from ours(path, 0.0, 0.5, True)
+    model, report, compilation = yield from ours(path, 0.0, 0.5, True, adapters)
     with naming_draft(draft):
         other, draft_report, of_draft = yield from ours(str(draft), 0.5, 1.0, False)
     return Loaded(model, [report, draft_report], replicas, compilation, Drafting(draft_tokens, other, of_draft))

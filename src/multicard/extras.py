@@ -6,7 +6,13 @@ import importlib.util
 
 from multicard.errors import ConfigError
 
-EXTRAS = {"transformers": "transformers", "diffusers": "diffusers", "accelerate": "diffusers", "PIL": "diffusers"}
+EXTRAS = {
+    "transformers": "transformers",
+    "diffusers": "diffusers",
+    "accelerate": "diffusers",
+    "PIL": "diffusers",
+    "peft": "lora",
+}
 """The extra of ours that installs each."""
 
 

@@ -23,7 +23,7 @@ from multicard.progress import loading_bar
 from multicard.ranks.settings import Options
 from multicard.session import Session
 from multicard.weights import LoadReport
-from multicard.weights.folder import folder_path, parse_dtype
+from multicard.weights.folder import folder_path, parse_dtype, paths_of
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Text, token ids, or chat messages (``{"role": ..., "content": ...}``)."""
@@ -72,6 +72,8 @@ class LLM(Session):
             what followed the last tokens earlier in the prompt or the answer; a path: what a smaller checkpoint with
             the same vocabulary answers, split over the same ranks. Our own decoder's only.
         draft_tokens: at most so many in a step.
+        lora: the folder of a LoRA adapter of peft's, or of several, which are added to the weights as they are read.
+            Our own decoder's only.
         verify: compare the files with SHA256SUMS in their folder first.
         progress: show a bar on standard error while loading; None: only on a terminal.
         options: how ranks are started, as for :func:`multicard.launch`.
@@ -94,14 +96,16 @@ class LLM(Session):
         compile: bool | str = "auto",
         draft: str | os.PathLike[str] | None = None,
         draft_tokens: int = 7,
+        lora: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
         verify: bool = False,
         progress: bool | None = None,
         **options: Unpack[Options],
     ) -> None:
         degrees = ParallelConfig(tp=tp, ring=ring, ulysses=ulysses, dp=dp)
         self.path, self.draft = folder_path(path), engines.parse_draft(draft)
-        loading = (str(self.path), parse_dtype(dtype), verify, compile, self.draft, draft_tokens)
-        self.config, self.engine = engines.check(self.path, degrees, compile, self.draft, draft_tokens)
+        self.lora = paths_of("lora", lora)
+        loading = (str(self.path), parse_dtype(dtype), verify, compile, self.draft, draft_tokens, self.lora)
+        self.config, self.engine = engines.check(self.path, degrees, compile, self.draft, draft_tokens, self.lora)
         self.tokenizer = Tokenizer.of(self.path)
         self._before_loading()
         bar = functools.partial(loading_bar, progress, f"loading {self.path.name} on {degrees}")

@@ -24,6 +24,7 @@ TABLE = (
     Tested("transformers", "5.21.0", "5.24.0"),
     Tested("diffusers", "0.40.0", "0.42.1"),
     Tested("accelerate", "1.1.0", "1.15.0"),
+    Tested("peft", "0.21.0", "0.21.2"),
     Tested("tokenizers", "0.23.1", "0.23.3"),
     Tested("cloudpickle", "3.0.0", "3.1.3"),
     Tested("numpy", "1.26.0", "2.4.6"),

@@ -43,6 +43,10 @@ def generate(
         ),
     ] = None,
     draft_tokens: Annotated[int, typer.Option(help="Tokens drafted in a step at most.")] = 7,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option("--lora", help="The folder of a LoRA adapter of peft's; may be repeated.", show_default=False),
+    ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Compare the files with SHA256SUMS first.")] = False,
     dtype: options.Dtype = "auto",
     ranks: dict[str, Any],
@@ -80,6 +84,7 @@ def generate(
         "compile": compiles,
         "draft": draft,
         "draft_tokens": draft_tokens,
+        "lora": lora or (),
         "verify": verify,
     }
     with Asked(model, **loading, **degrees, **ranks) as llm:

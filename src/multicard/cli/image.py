@@ -50,6 +50,10 @@ def image(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Allow Python code in the folder to run.")
     ] = False,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option("--lora", help="A LoRA's safetensors file, or a folder with one; may be repeated."),
+    ] = None,
     dtype: options.Dtype = "auto",
     ranks: dict[str, Any],
     as_json: options.Json = False,
@@ -75,7 +79,7 @@ def image(
     check_request(asked)  # before minutes of loading
     begin = time.perf_counter()
     with DiffusionPipeline(
-        model, dtype=dtype, variant=variant, trust_remote_code=trust_remote_code, **degrees, **ranks
+        model, dtype=dtype, variant=variant, trust_remote_code=trust_remote_code, lora=lora or (), **degrees, **ranks
     ) as pipe:
         loaded = time.perf_counter()
         arguments = {name: value for name, value in asked.items() if value is not None}

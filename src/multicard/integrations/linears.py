@@ -8,6 +8,8 @@ from torch import nn
 
 from multicard.axis import Axis
 from multicard.errors import UnsupportedError
+from multicard.integrations.adapters import base_of, check_adapter, is_adapter
+from multicard.integrations.quantized import check_plain, fill, has_split_form, quantized
 from multicard.layers import ColumnParallelLinear, RowParallelLinear
 from multicard.layers.shard import Shares, shard_of, sharded
 
@@ -19,8 +21,14 @@ def check_linear(module: nn.Module, path: str) -> tuple[int, int]:
     """``(in_features, out_features)`` of ``module`` at ``path``.
 
     Raises:
-        UnsupportedError: it doesn't multiply like a plain linear layer (an adapter, a quantised layer).
+        UnsupportedError: it doesn't multiply like a plain linear layer, with or without LoRA adapters.
     """
+    if is_adapter(module):
+        check_adapter(module, path)
+        module = base_of(module)
+    if isinstance(module, nn.Linear) and has_split_form(module):
+        return module.in_features, module.out_features
+    check_plain(path, quantized(module))
     if _is_conv1d(module):
         features_in, features_out = module.get_parameter("weight").shape
         return features_in, features_out
@@ -28,13 +36,14 @@ def check_linear(module: nn.Module, path: str) -> tuple[int, int]:
     if isinstance(module, nn.Linear) and (plain or type(module).__name__ in SAME_PRODUCT):
         return module.in_features, module.out_features
     raise UnsupportedError(
-        f"{path} is a {type(module).__name__}, not a plain linear layer (an adapter or a quantised layer?), so tensor "
-        "parallelism can't split it: merge or unload adapters first, or leave it out with plan="
+        f"{path} is a {type(module).__name__}, not a plain linear layer, so tensor parallelism can't split it: "
+        "leave it out with plan="
     )
 
 
 def features(module: nn.Module) -> tuple[int, int]:
     """The same for any module: zeros if it isn't a linear layer."""
+    module = base_of(module)
     if _is_conv1d(module):
         return check_linear(module, "")
     return getattr(module, "in_features", 0), getattr(module, "out_features", 0)
@@ -44,14 +53,22 @@ def column_parallel(
     module: nn.Module, axis: Axis, path: str, shares: Shares | None = None, gather_output: bool = False
 ) -> ColumnParallelLinear:
     """``module`` split by output features, by ``shares`` (None: evenly)."""
-    layer = ColumnParallelLinear.from_linear(_as_linear(module, path), axis, gather_output, shares)
+    linear = _as_linear(module, path)
+    if has_split_form(linear):
+        sizes, bias = (linear.in_features, linear.out_features), linear.bias is not None
+        return fill(ColumnParallelLinear(*sizes, axis, bias, gather_output, device="meta", shares=shares), linear)
+    layer = ColumnParallelLinear.from_linear(linear, axis, gather_output, shares)
     _mark_transposed(layer, module)
     return layer
 
 
 def row_parallel(module: nn.Module, axis: Axis, path: str, shares: Shares | None = None) -> RowParallelLinear:
     """``module`` split by input features, by ``shares`` (None: evenly)."""
-    layer = RowParallelLinear.from_linear(_as_linear(module, path), axis, shares=shares)
+    linear = _as_linear(module, path)
+    if has_split_form(linear):
+        sizes, bias = (linear.in_features, linear.out_features), linear.bias is not None
+        return fill(RowParallelLinear(*sizes, axis, bias, device="meta", shares=shares), linear)
+    layer = RowParallelLinear.from_linear(linear, axis, shares=shares)
     _mark_transposed(layer, module)
     return layer
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from multicard.errors import UnsupportedError
+from multicard.integrations.adapters import inside
 from multicard.mesh import ParallelMesh
 
 Target = TypeVar("Target")
@@ -23,8 +24,8 @@ def parallelize(model: Target, mesh: ParallelMesh, plan: Mapping[str, Any] | Non
     Collective: every rank must call it, on the same model. Afterwards the model is used as before.
 
     Args:
-        model: a ``transformers`` model, a ``diffusers`` model or pipeline; or, with a mesh of dp and cfg alone, any
-            ``nn.Module`` that is called like a denoiser.
+        model: a ``transformers`` model, peft's ``PeftModel`` around one, a ``diffusers`` model or pipeline; or, with a
+            mesh of dp and cfg alone, any ``nn.Module`` that is called like a denoiser.
         mesh: its axes with more than one rank determine what is split.
         plan: replaces the model's own plan or ours; the pages about the two libraries describe its format.
 
@@ -32,6 +33,9 @@ def parallelize(model: Target, mesh: ParallelMesh, plan: Mapping[str, Any] | Non
         ConfigError: the plan doesn't fit the model.
         UnsupportedError: the model can't be split exactly in this way; the message says why.
     """
+    if (adapted := inside(model)) is not model:
+        parallelize(adapted, mesh, plan)
+        return model
     for library in ADAPTERS:
         if any(base.__module__.partition(".")[0] == library for base in type(model).__mro__):
             adapter = importlib.import_module(f"multicard.integrations.{library}")

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from multicard import versions
 from multicard.errors import UnsupportedError
+from multicard.integrations.quantized import quantized_tensor
 from multicard.layers import RowParallelLinear
 
 
@@ -33,7 +34,11 @@ def facts(model: nn.Module) -> dict[str, Any]:
     config = getattr(model, "config", {})
     settings = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     parameters = list(model.named_parameters())
-    some = [p.detach().flatten()[:: max(1, p.numel() // 8)][:9].float() for _, p in parameters if not p.is_meta]
+    some = [
+        p.detach().flatten()[:: max(1, p.numel() // 8)][:9].float()
+        for _, p in parameters
+        if not p.is_meta and quantized_tensor(p) is None
+    ]
     return {
         "class": type(model).__qualname__,
         "config": {key: value for key, value in settings.items() if not key.startswith("_")},

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from multicard.axis import Axis
 from multicard.errors import UnsupportedError
+from multicard.integrations.adapters import base_of, is_adapter
 from multicard.integrations.heads import Heads
 from multicard.integrations.linears import check_linear, column_parallel, row_parallel
 from multicard.integrations.seams import Hooks
-from multicard.layers import Shard
+from multicard.layers import ColumnParallelLinear, RowParallelLinear, Shard
 from multicard.layers.shard import Shares, Spans, cut, halves, sharded
 
 Change = Callable[[], object]
@@ -180,7 +181,9 @@ def make(changes: Iterable[Change]) -> None:
 def replaced_by_column(module: nn.Module, context: Context, shares: Shares | None) -> Change:
     """A column-parallel layer in the module's place."""
     check_linear(module, context.path)
-    return lambda: replace(column_parallel(module, context.axis, context.path, shares), context.places[module])
+    return lambda: replace_linear(
+        module, column_parallel(base_of(module), context.axis, context.path, shares), context.places[module]
+    )
 
 
 def replaced_by_row(module: nn.Module, context: Context, shares: Shares | None, idle_width: int = 0) -> Change:
@@ -188,10 +191,10 @@ def replaced_by_row(module: nn.Module, context: Context, shares: Shares | None, 
     check_linear(module, context.path)
 
     def change() -> None:
-        layer = row_parallel(module, context.axis, context.path, shares)
+        layer = row_parallel(base_of(module), context.axis, context.path, shares)
         if idle_width:
             layer.weight = zeros(layer.weight, (layer.out_features, idle_width))
-        replace(layer, context.places[module])
+        replace_linear(module, layer, context.places[module])
 
     return change
 
@@ -204,6 +207,18 @@ def places_in(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
             if child is not None:
                 found.setdefault(child, []).append((owner, name))
     return found
+
+
+def replace_linear(
+    old: nn.Module, new: ColumnParallelLinear | RowParallelLinear, places: Iterable[tuple[nn.Module, str]]
+) -> None:
+    """Put ``new`` in each place, or, where adapters are around the layer, inside them."""
+    if is_adapter(old):
+        from multicard.integrations.lora import put_inside
+
+        put_inside(old, new)
+    else:
+        replace(new, places)
 
 
 def replace(new: nn.Module, places: Iterable[tuple[nn.Module, str]]) -> None:

@@ -107,9 +107,13 @@ class ColumnParallelLinear(_ParallelLinear):
         )
         return layer._fill(weight, bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(..., in_features)`` to ``(..., this rank's features)``, or all of them with ``gather_output``."""
-        y = self.multiply(x, self.weight, self.bias)
+    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
+        """``(..., in_features)`` to ``(..., this rank's features)``, or all of them with ``gather_output``.
+
+        Args:
+            added: ``(..., this rank's features)`` that are added to this rank's product (an adapter's).
+        """
+        y = _plus(self.multiply(x, self.weight, self.bias), added)
         return y if self.gather is None else self.gather(y)
 
 
@@ -166,11 +170,15 @@ class RowParallelLinear(_ParallelLinear):
         layer = cls(in_features, out_features, axis, bias, input_is_parallel, dtype, "meta", shares=shares)
         return layer._fill(linear.weight, linear.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(..., this rank's features)``, or all of them, to ``(..., out_features)``, the same on every rank."""
+    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
+        """``(..., this rank's features)``, or all of them, to ``(..., out_features)``, the same on every rank.
+
+        Args:
+            added: ``(..., out_features)`` that this rank adds to its product before the sum over ranks (an adapter's).
+        """
         if self.axis.size == 1:
-            return self.multiply(x, self.weight, self.bias)
-        return self.finish(collectives.all_reduce(self.partial(x), self.axis))
+            return _plus(self.multiply(x, self.weight, self.bias), added)
+        return self.finish(collectives.all_reduce(_plus(self.partial(x), added), self.axis))
 
     def partial(self, x: Tensor) -> Tensor:
         """This rank's product ``(..., out_features)``, to be added to the other ranks'. No collective."""
@@ -181,6 +189,11 @@ class RowParallelLinear(_ParallelLinear):
     def finish(self, total: Tensor) -> Tensor:
         """The output, from the sum of all ranks' products."""
         return total if self.bias is None else total + self.bias
+
+
+def _plus(product: Tensor, added: Tensor | None) -> Tensor:
+    """Their sum in the product's dtype; ``added`` may have a wider one."""
+    return product if added is None else (product + added).to(product.dtype)
 
 
 def _cat_biases(linears: Sequence[nn.Linear]) -> Tensor | None:

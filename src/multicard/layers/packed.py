@@ -43,7 +43,7 @@ def pack(layer: nn.Module, keep_weight: bool = False) -> bool:
     """
     if not isinstance(layer, ColumnParallelLinear | RowParallelLinear | ParallelLMHead):
         return False
-    if not _can_be_packed(layer.weight):
+    if "multiply" in vars(layer) or not _can_be_packed(layer.weight):  # a quantised weight has its own product
         return False
     layer.multiply = multiply
     if not keep_weight:
@@ -67,6 +67,16 @@ def packer(model: nn.Module) -> Callable[[nn.Module], int]:
         return 0
 
     return finish
+
+
+def add_to_weight(layer: ColumnParallelLinear | RowParallelLinear, delta: Tensor) -> None:
+    """Add ``delta``, of the weight's shape, to a layer's weight, packed or not; a tied weight changes everywhere."""
+    weight = layer.weight
+    if weight.is_mkldnn:
+        dense = weight.detach().to_dense(weight.dtype) + delta.to(weight.dtype)
+        layer.weight = _reordered(sharded(dense, shard_of(weight)))
+    else:
+        weight.detach().add_(delta.to(weight.dtype))
 
 
 def pack_tied(embedding: VocabParallelEmbedding, head: ParallelLMHead) -> bool:

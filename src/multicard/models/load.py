@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -19,12 +19,13 @@ from multicard.layers.head import ParallelLMHead
 from multicard.layers.linear import ColumnParallelLinear, RowParallelLinear
 from multicard.layers.packed import pack, pack_tied
 from multicard.mesh import ParallelMesh, single
+from multicard.models import lora
 from multicard.models.config import DecoderConfig
 from multicard.models.decoder import ParallelTransformer
 from multicard.models.memory import GIB, free_bytes, ranks_here
 from multicard.models.outline import declare, describe, is_ignored, outline, sources
 from multicard.quantized.weight import blocks_of
-from multicard.weights import LoadReport, agree, check, load, open_files
+from multicard.weights import Checkpoint, LoadReport, agree, check, is_gguf, load, open_files
 
 LOG = logging.getLogger(__name__)
 MULTIPLYING = (ColumnParallelLinear, RowParallelLinear, ParallelLMHead)
@@ -43,6 +44,20 @@ def check_folder(path: str | os.PathLike[str], degrees: ParallelConfig) -> Decod
     with contextlib.closing(open_files(path)) as files:
         check(model, files, sources(config, files), functools.partial(is_ignored, config))
     return config
+
+
+def check_adapters(path: str | os.PathLike[str], config: DecoderConfig, folders: Sequence[os.PathLike[str]]) -> None:
+    """Refuse LoRA adapters that can't be added to the checkpoint at ``path``. Raises as :func:`lora.adapters`."""
+    if not folders:
+        return
+    if is_gguf(path):
+        raise UnsupportedError(f"lora={os.fspath(folders[0])!r}: {path} is a GGUF file; adapters are for folders only")
+    with lora.adapters(folders) as found, Checkpoint(path) as checkpoint:
+        matrices = {name for name, entry in checkpoint.tensors.items() if len(entry.shape) == 2}
+        # An embedding's adapter is another product, and a tied head is the embedding.
+        matrices -= {"model.embed_tokens.weight", *(["lm_head.weight"] if config.tied_head else [])}
+        for adapter in found:
+            adapter.check(checkpoint, matrices)
 
 
 def check_draft(folder: str | os.PathLike[str], degrees: ParallelConfig, config: DecoderConfig) -> None:
@@ -71,6 +86,7 @@ def load_decoder(
     dtype: torch.dtype | None = None,
     checksums: bool = False,
     reorder: bool = True,
+    adapters: Sequence[os.PathLike[str]] = (),
 ) -> Iterator[float | tuple[ParallelTransformer, LoadReport]]:
     """This rank's part of the decoder at ``path``. Yields the fraction done, then the model and the report.
 
@@ -79,6 +95,7 @@ def load_decoder(
     Args:
         dtype: None: the checkpoint's.
         checksums: first compare the files with the folder's SHA256SUMS; the files are divided over the ranks.
+        adapters: folders of LoRA adapters that are added to the weights.
         reorder: on the CPU, reorder weights for its matrix kernel as they are read; compiled steps can't read those.
 
     Raises:
@@ -88,24 +105,26 @@ def load_decoder(
     try:
         model = declare(path, mesh, dtype)
         config = model.config
+        check_adapters(path, config, adapters)
         _check_memory(path, mesh, model)
     except MulticardError as error:  # perhaps on one rank only: a file changed, or memory differs
         failure = error
     agree(failure, mesh.world, mesh.device)
-    for done in load(
-        model,
-        path,
-        mesh.world,
-        mesh.device,
-        functools.partial(sources, config, model=model),
-        ignored=functools.partial(is_ignored, config),
-        checksums=checksums,
-        finish=functools.partial(_reorder, model) if reorder else _in_row_order,
-    ):
-        if isinstance(done, LoadReport) and done.dequantized_bytes and mesh.rank == 0:
-            words = (done.dequantized_bytes / GIB, model.dtype, done.shard_bytes / GIB)
-            LOG.info("%s: a rank's weights take %.3g GiB as %s, and %.3g GiB quantised, in the file", path, *words)
-        yield (model, done) if isinstance(done, LoadReport) else done
+    with lora.adapters(adapters) as added:
+        for done in load(
+            model,
+            path,
+            mesh.world,
+            mesh.device,
+            lambda files: lora.adapted(sources(config, files, model), added),
+            ignored=functools.partial(is_ignored, config),
+            checksums=checksums,
+            finish=functools.partial(_reorder, model) if reorder else _in_row_order,
+        ):
+            if isinstance(done, LoadReport) and done.dequantized_bytes and mesh.rank == 0:
+                words = (done.dequantized_bytes / GIB, model.dtype, done.shard_bytes / GIB)
+                LOG.info("%s: a rank's weights take %.3g GiB as %s, and %.3g GiB quantised, in the file", path, *words)
+            yield (model, done) if isinstance(done, LoadReport) else done
 
 
 def _reorder(model: ParallelTransformer, module: torch.nn.Module) -> int:

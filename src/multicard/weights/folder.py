@@ -20,6 +20,14 @@ def folder_path(path: str | os.PathLike[str]) -> pathlib.Path:
     return pathlib.Path(path).expanduser().absolute()
 
 
+def paths_of(name: str, value: Any) -> tuple[pathlib.Path, ...]:
+    """One path, or several, as absolute ones. Raises ConfigError, with the argument's ``name``, for anything else."""
+    paths = [value] if isinstance(value, str | os.PathLike) or not hasattr(value, "__iter__") else list(value)
+    if not all(isinstance(path, str | os.PathLike) for path in paths):
+        raise ConfigError(f"{name}={value!r}: must be a path, or a list of paths")
+    return tuple(map(folder_path, paths))
+
+
 def read_text(path: pathlib.Path) -> str:
     """A checkpoint's text file. Raises CheckpointError where it can't be read, is too long, or isn't UTF-8."""
     try:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from multicard.errors import UnsupportedError
+from multicard.integrations.adapters import AdapterState
 from multicard.integrations.diffusers.state import ModuleState
 from multicard.integrations.intercept import plain
 
@@ -45,6 +46,7 @@ class HookedDenoiser:
     def __init__(self, name: str, module: nn.Module, around: Callable[[], contextlib.AbstractContextManager[Any]]):
         """``around()`` is entered for each call."""
         self.name, self.module, self._around = name, module, around
+        self.adapters = AdapterState(uncompiled(module))
         self._modules = list(uncompiled(module).modules())
         self._signature = inspect.signature(type(uncompiled(module)).forward)
 

@@ -65,7 +65,8 @@ class Door:
         if denoiser is None or self._inside:  # a copy, or a denoiser inside a denoiser
             return plain(*args, **kwargs)
         given = unwrap(denoiser.bind(args, kwargs))
-        self.replica.compare(f"a call of {denoiser.name}", {**given, "its weights": _dtype(module)})
+        compared = {**given, "its weights": _dtype(module), **denoiser.adapters.facts()}
+        self.replica.compare(f"a call of {denoiser.name}", compared)
         self._inside = True
         try:
             return self.share(denoiser, given)

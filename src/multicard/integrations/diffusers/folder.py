@@ -17,6 +17,7 @@ from multicard.extras import need
 from multicard.integrations.diffusers.checks import check_sequence
 from multicard.integrations.diffusers.denoisers import NAMES
 from multicard.integrations.diffusers.load import load_slices
+from multicard.integrations.diffusers.lora import load_lora, lora_file
 from multicard.integrations.diffusers.parallelize import parallelize
 from multicard.integrations.diffusers.plans import sequence_plan
 from multicard.integrations.diffusers.tensor import tensor_changes
@@ -43,12 +44,14 @@ class PipelineFolder:
         dtype: of all weights; None: the one in which diffusers loads the files.
         variant: which of several sets of weight files to load, for example "fp16".
         trust_remote_code: whether Python files in the folder may run.
+        lora: files or folders of LoRAs to load into the pipeline.
     """
 
     path: pathlib.Path
     dtype: torch.dtype | None = None
     variant: str | None = None
     trust_remote_code: bool = False
+    lora: tuple[pathlib.Path, ...] = ()
 
     def check(self, degrees: ParallelConfig) -> None:
         """Refuse a folder, as far as possible without starting a rank. Reads configs and the headers of weight files.
@@ -64,12 +67,15 @@ class PipelineFolder:
         for name, (library, cls) in components(index).items():
             self._check_component(name, library, cls)
         self._check_variant(list(components(index)))
+        for path in self.lora:
+            lora_file(path)
         if degrees.tp > 1 or degrees.ring * degrees.ulysses > 1:
             for name, cls in _denoisers(index).items():
                 _check_plans(self.path / name, cls, degrees)
 
     def load(self, mesh: ParallelMesh) -> Any:
-        """This rank's pipeline, split over ``mesh``. One all-gather tells every rank whether all have loaded it.
+        """This rank's pipeline, split over ``mesh``. An all-gather tells every rank whether all have loaded it, and
+        another one whether they have loaded the LoRAs.
 
         Raises:
             CheckpointError: diffusers couldn't load it; every rank raises with the first rank's reason.
@@ -98,7 +104,13 @@ class PipelineFolder:
         except MulticardError as error:
             failure = error
         agree(failure, mesh.world, mesh.device)
-        return parallelize(pipe, mesh).to(mesh.device)
+        pipe = parallelize(pipe, mesh)
+        try:
+            load_lora(pipe, [lora_file(path) for path in self.lora])
+        except MulticardError as error:
+            failure = error
+        agree(failure, mesh.world, mesh.device)
+        return pipe.to(mesh.device)
 
     def _split_denoisers(self, index: dict[str, Any], mesh: ParallelMesh) -> dict[str, Any]:
         """With tensor parallelism, the denoisers of which this rank can read its own slices alone."""

@@ -9,10 +9,12 @@ from typing import Any
 from torch import nn
 
 from multicard.errors import ConfigError
+from multicard.integrations.adapters import follow_adapters
 from multicard.integrations.diffusers.checks import check_caches, check_guidance, check_sequence, check_uncompiled
 from multicard.integrations.diffusers.denoisers import denoisers
 from multicard.integrations.diffusers.doors import open_model, open_pipeline
 from multicard.integrations.diffusers.families import BATCH
+from multicard.integrations.diffusers.lora import follow_loaders
 from multicard.integrations.diffusers.plans import sequence_plan
 from multicard.integrations.diffusers.sequence import SequenceSplit, shares_sequence
 from multicard.integrations.diffusers.tensor import is_split, tensor_changes
@@ -60,6 +62,9 @@ def parallelize(target: Any, mesh: ParallelMesh, plan: Mapping[str, Any] | None 
             sequence = plan.get("sequence") or sequence_plan(model)
             check_sequence(model, sequence)
             changes.append(functools.partial(SequenceSplit, model, mesh, sequence))
+    if mesh.tp.size > 1:
+        follow_adapters()
+        follow_loaders()
     make(changes)
     if mesh.cfg.size * mesh.sequence.size * mesh.tp.size > 1:
         door = open_model if isinstance(target, nn.Module) else open_pipeline

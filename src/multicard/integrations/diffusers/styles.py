@@ -49,8 +49,7 @@ def head_outputs(module: nn.Module, context: Context) -> Change:
 def attention_mlp_row(module: nn.Module, context: Context) -> Change:
     """A row-parallel layer; its input is an attention's heads, then an MLP's features."""
     width, _ = check_linear(module, context.path)
-    owner = _attention_of(context)
-    inner = _inner_width(owner)
+    inner = _inner_width(_attention_of(context), context.path)
     hidden = width - inner
     heads, mlp = context.heads.output_shares(inner), even_shares(hidden, context.axis.size)
     return replaced_by_row(module, context, concatenated([(heads, inner), (mlp, hidden)]))
@@ -59,7 +58,7 @@ def attention_mlp_row(module: nn.Module, context: Context) -> Change:
 def attention_mlp_column(module: nn.Module, context: Context) -> Change:
     """A column-parallel layer; its output is query, key, value, then an MLP's features (Flux 2's gate and up)."""
     attention = _attention_of(context)
-    inner, hidden, mult = _inner_width(attention), attention.mlp_hidden_dim, attention.mlp_mult_factor
+    inner, hidden, mult = _inner_width(attention, context.path), attention.mlp_hidden_dim, attention.mlp_mult_factor
     _, width = check_linear(module, context.path)
     if width != 3 * inner + mult * hidden:
         raise UnsupportedError(f"{context.path} has {width} output features, not 3 × {inner} + {mult} × {hidden}")
@@ -92,7 +91,7 @@ def attention(module: Any, path: str) -> dict[str, str]:
     known = (*projections(module), *FROM_HEADS, *NORMS)
     if other := {name.partition(".")[0] for name, _ in module.named_parameters()} - set(known):
         raise UnsupportedError(f"{path}: tensor parallelism doesn't know its {', '.join(sorted(other))}")
-    found, width = dict.fromkeys(projections(module), "query"), _inner_width(module)
+    found, width = dict.fromkeys(projections(module), "query"), _inner_width(module, path)
     for name in FROM_HEADS:
         if (out := getattr(module, name, None)) is not None:
             inner = f"{name}.0" if isinstance(out, nn.ModuleList) else name
@@ -141,10 +140,10 @@ def norm_width(norm: nn.Module | None) -> int | None:
     return shape[-1] if isinstance(shape, (tuple, list)) else None
 
 
-def _inner_width(attention: Any) -> int:
-    """The number of features of all heads together."""
+def _inner_width(attention: Any, path: str) -> int:
+    """The number of features of all heads together; ``path`` is for errors."""
     query = getattr(attention, "to_q", None)
-    return attention.inner_dim if query is None else check_linear(query, "to_q")[1]
+    return attention.inner_dim if query is None else check_linear(query, f"{path}.to_q")[1]
 
 
 def _attention_of(context: Context) -> Any:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from multicard.integrations.adapters import AdapterState
 from multicard.integrations.calls import named, parameters
 from multicard.integrations.intercept import Plain, intercept
 from multicard.integrations.seams import Hooks, RowProof, bypassed, counted
@@ -44,6 +45,7 @@ class ModelDoor:
     def __init__(self, model: PreTrainedModel, mesh: ParallelMesh, hooks: Hooks, sequence: Sequence | None) -> None:
         self._model, self._hooks, self._sequence = model, hooks, sequence
         self._replica = Replica(mesh)
+        self._adapters = AdapterState(model)
         self._rows = RowProof("transformers", model)
         self._tables = [m for m in model.modules() if isinstance(m, VocabParallelEmbedding)]
         self._segmented = [m for m in model.modules() if _attends_by_segments(m)]
@@ -62,7 +64,8 @@ class ModelDoor:
             return plain(*args, **kwargs)
         given = named(parameters(type(module).forward), args, kwargs)
         weights = next(module.parameters()).dtype
-        self._replica.compare(f"a call of {type(module).__name__}", {**given, "its weights": weights})
+        compared = {**given, "its weights": weights, **self._adapters.facts()}
+        self._replica.compare(f"a call of {type(module).__name__}", compared)
         self._hooks.check()
         self._inside = True
         try:

@@ -6,6 +6,8 @@ from torch import nn
 
 from multicard import collectives, partition
 from multicard.errors import UnsupportedError
+from multicard.integrations.adapters import check_adapter, is_adapter
+from multicard.integrations.quantized import check_plain, quantized_tensor
 from multicard.integrations.styles import Change, Context, cut_parameter, zeros
 from multicard.layers.shard import Spans
 
@@ -24,6 +26,8 @@ def experts(module: nn.Module, context: Context) -> Change:
     Packed weights are ``(experts, out, in)``, or transposed if the class says so; gate and up are one after the other
     or alternate. A bias after the sum is added by rank 0.
     """
+    if is_adapter(module):
+        check_adapter(module, context.path)
     layout = LAYOUTS.get(type(module).__name__) or tuple(
         getattr(module, name, None) for name in ("is_transposed", "has_gate", "is_concatenated")
     )
@@ -32,6 +36,8 @@ def experts(module: nn.Module, context: Context) -> Change:
     if unknown or "down_proj" not in parameters or layout[0] is None:
         why = f"it has {', '.join(sorted(unknown))}" if unknown else "not transformers' packed experts"
         raise UnsupportedError(f"{context.path} ({type(module).__name__}) can't be split: {why}; pass plan= without it")
+    for name, parameter in parameters.items():
+        check_plain(f"{context.path}.{name}", quantized_tensor(parameter))
     return lambda: _split(module, context, *layout)
 
 

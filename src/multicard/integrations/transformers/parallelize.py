@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from multicard.extras import need
+from multicard.integrations.adapters import follow_adapters
 from multicard.integrations.seams import Hooks, facts
 from multicard.integrations.styles import make
 from multicard.integrations.transformers import load as loading
@@ -62,6 +63,8 @@ def _split(model: PreTrainedModel, mesh: ParallelMesh, plan: Mapping[str, str] |
     found = tensor_changes(model, mesh.tp, hooks, plan)
     if mesh.sequence.size > 1:
         split = sequence.attach(model, mesh, hooks)
+    if mesh.tp.size > 1:
+        follow_adapters()
     make(found)
     return hooks, split
 

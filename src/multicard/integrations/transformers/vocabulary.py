@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from multicard.axis import Axis
 from multicard.errors import UnsupportedError
 from multicard.integrations.linears import check_linear, column_parallel
+from multicard.integrations.quantized import quantized
 from multicard.integrations.seams import Hooks
 from multicard.integrations.styles import Change, places_in, replace
 from multicard.layers import VocabParallelEmbedding
@@ -64,7 +65,8 @@ def _is_plain(head: nn.Module | None) -> bool:
 
 
 def _is_known_table(table: nn.Embedding) -> bool:
-    return table.max_norm is None and (type(table) is nn.Embedding or _is_scaled(table))
+    plain = type(table) is nn.Embedding or _is_scaled(table)
+    return plain and table.max_norm is None and quantized(table) is None
 
 
 def _is_scaled(table: nn.Embedding) -> bool:
