@@ -1,6 +1,7 @@
 """Prefill and decode of a real model: ours on one rank and two, llama.cpp, Hugging Face, and what memory allows.
 
     python benchmarks/decode.py --peers --dtype bfloat16
+    python benchmarks/decode.py --peers --dtype Q4_1
     python benchmarks/decode.py --peers --batch 32
 
 Contestants alternate in one run; figures are medians. The bound of decoding is the time to read every weight once:
@@ -21,10 +22,11 @@ import torch
 
 import multicard as mc
 from common import report
-from llama_cpp import LlamaCpp
+from llama_cpp import LlamaCpp, weights
 from multicard.mesh import ParallelMesh
 
 PROMPT, NEW = 128, 24
+QUANTIZED = ("Q4_1", "Q8_0")  # SmolLM2 as a GGUF file
 TORCHRUN = """
 import sys, time, torch, torch.distributed as dist, transformers
 dtype = getattr(torch, sys.argv[2])
@@ -136,18 +138,21 @@ def contestants(args: argparse.Namespace) -> dict[str, Contestant]:
     threads, slots, dtype = len(os.sched_getaffinity(0)), args.batch or 1, args.dtype
     counts = (1, threads) if threads > 1 else (1,)
     found: dict[str, Contestant] = {}
+    model, numbers = (str(weights(dtype)), "float32") if dtype in QUANTIZED else (args.model, dtype)
     for count in counts:
-        found[f"ours, {_plural(count)}"] = Ours(args.model, dtype, 1, count)
-    found["ours tp=2, 1 thread each"] = Ours(args.model, dtype, 2, 1)
+        found[f"ours, {_plural(count)}"] = Ours(model, numbers, 1, count)
+    found["ours tp=2, 1 thread each"] = Ours(model, numbers, 2, 1)
     if args.uncompiled:
-        found["ours uncompiled, 1 thread"] = Ours(args.model, dtype, 1, 1, compile=False)
+        found["ours uncompiled, 1 thread"] = Ours(model, numbers, 1, 1, compile=False)
     if args.peers:
-        import transformers
-
-        model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, dtype)).eval()
         for count in counts:
             found[f"llama.cpp, {_plural(count)}"] = LlamaCpp(dtype, count, slots)
-            found[f"Hugging Face, {_plural(count)}"] = HuggingFace(model, count)
+    if args.peers and dtype not in QUANTIZED:
+        import transformers
+
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, dtype)).eval()
+        for count in counts:
+            found[f"Hugging Face, {_plural(count)}"] = HuggingFace(theirs, count)
     return found
 
 
@@ -188,7 +193,7 @@ def batches(running: dict[str, Contestant], rounds: int, size: int) -> list[dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=".cache/smollm2")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", *QUANTIZED])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=0, help="so many prompts at once, of very different lengths")
     parser.add_argument("--peers", action="store_true", help="llama.cpp (SmolLM2 only) and Hugging Face beside ours")

@@ -21,10 +21,10 @@ CONTEXT = 1024  # tokens of a prompt and its answer
 
 
 class LlamaCpp:
-    """A process with SmolLM2 as GGUF in ``dtype``, and so many threads and requests at once."""
+    """A process with SmolLM2 as GGUF in ``kind``, and so many threads and requests at once."""
 
-    def __init__(self, dtype: str, threads: int, slots: int = 1) -> None:
-        command = [str(_environment()), __file__, str(_weights(dtype)), str(threads), str(slots)]
+    def __init__(self, kind: str, threads: int, slots: int = 1) -> None:
+        command = [str(_environment()), __file__, str(weights(kind)), str(threads), str(slots)]
         self._process = subprocess.Popen(command, stdin=-1, stdout=-1, stderr=subprocess.DEVNULL, text=True)
         self._ask({"prompts": [[1, 2, 3]], "new": 2})
 
@@ -63,35 +63,42 @@ def _environment() -> pathlib.Path:
     return python
 
 
-def _weights(dtype: str) -> pathlib.Path:
-    """SmolLM2's GGUF with its matrices in ``dtype``: those numbers that its 4 bits stand for, as in ours."""
-    target = FOLDER / f"smollm2-{dtype}.gguf"
+def weights(kind: str) -> pathlib.Path:
+    """SmolLM2's GGUF with its matrices in ``kind``: the numbers that its own Q4_1 stands for, rounded to that."""
+    target = FOLDER / f"smollm2-{kind}.gguf"
     if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
         sys.path.insert(0, str(ROOT / "examples"))
         import smollm2
 
-        with tempfile.TemporaryDirectory() as work:
-            _convert(smollm2.download(pathlib.Path(work)) / smollm2.GGUF, target, dtype)
+        with tempfile.TemporaryDirectory(dir=target.parent) as work:
+            source = smollm2.download(pathlib.Path(work)) / smollm2.GGUF
+            if kind == "Q4_1":
+                source.rename(target)
+            else:
+                _convert(source, target, kind)
     return target
 
 
-def _convert(source: pathlib.Path, target: pathlib.Path, dtype: str) -> None:
+def _convert(source: pathlib.Path, target: pathlib.Path, kind: str) -> None:
     import gguf
+
+    name = {"float32": "F32", "bfloat16": "BF16"}.get(kind, kind)
+    stored = gguf.GGMLQuantizationType[name]
 
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
     left_out = ("general.architecture", "general.file_type", "general.quantization_version")
-    for name, field in reader.fields.items():
-        if name not in left_out and not name.startswith("GGUF."):
+    for key, field in reader.fields.items():
+        if key not in left_out and not key.startswith("GGUF."):
             kind, element = field.types[0], field.types[-1]
             arrays = {"sub_type": element} if kind == gguf.GGUFValueType.ARRAY else {}
-            writer.add_key_value(name, field.contents(), kind, **arrays)
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32 if dtype == "float32" else gguf.LlamaFileType.MOSTLY_BF16)
+            writer.add_key_value(key, field.contents(), kind, **arrays)
+    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if name == "F32" else f"MOSTLY_{name}"])
     for tensor in reader.tensors:
         numbers = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        if dtype == "bfloat16" and numbers.ndim > 1:
-            kind = gguf.GGMLQuantizationType.BF16
-            writer.add_tensor(tensor.name, gguf.quants.quantize(numbers, kind), raw_dtype=kind)
+        if numbers.ndim > 1:
+            writer.add_tensor(tensor.name, gguf.quants.quantize(numbers, stored), raw_dtype=stored)
         else:
             writer.add_tensor(tensor.name, numbers)
     writer.write_header_to_file()
