@@ -13,7 +13,7 @@ class Interpreted:
 
     def __init__(self, model, folder, rows=1):
         tp, sequence = model.mesh.tp, model.mesh.sequence.size
-        outline = compiler.outline(folder, tp.rank, tp.size, sequence, model.dtype)
+        outline = compiler.outline(folder, tp.rank, tp.size, sequence, model.dtype, model.config.quantize)
         compiler.multiply_few_rows(outline)
         runners = {stage.name: self.runner(stages.Applied(stage)) for stage in stages.different(outline, rows)}
         self._step, self.calls = CompiledStep(model, rows, runners), 0

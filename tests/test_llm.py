@@ -179,9 +179,9 @@ def test_without_a_tokenizer_prompts_are_token_ids(tmp_path):
         answer = llm.generate(ids, max_new_tokens=5)
         assert answer.text is None
         assert answer.token_ids == greedy(model, ids, 5)
-        with pytest.raises(ConfigError, match=r"no tokenizer\.json"):
+        with pytest.raises(ConfigError, match="has no tokenizer"):
             llm.generate("text")
-        with pytest.raises(ConfigError, match=r"no tokenizer\.json"):
+        with pytest.raises(ConfigError, match="has no tokenizer"):
             llm.stream(ids)
 
 

@@ -153,7 +153,7 @@ def load_with_little_memory(mesh, model, draft):
     free = itertools.chain([1 << 40], itertools.repeat(1000))
     with mock.patch.object(module, "free_bytes", side_effect=free):
         try:
-            list(engines.load(mesh, "multicard", str(model), None, False, False, draft, 4))
+            list(engines.load(mesh, "multicard", str(model), engines.Loading(None, False, False, draft, 4)))
         except ConfigError as error:
             return str(error)
 

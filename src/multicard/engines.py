@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import os
 import pathlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from multicard.models.compiled import Compilation, why_not
 from multicard.models.drafts import Drafting
 from multicard.models.load import check_adapters, check_draft, load_decoder, naming_draft
 from multicard.models.load import check_folder as check_ours
+from multicard.models.outline import QUANTIZE
 from multicard.replica import Replica
 from multicard.values import is_whole
 from multicard.weights import LoadReport, is_gguf
@@ -27,6 +28,51 @@ from multicard.weights.folder import folder_path
 
 LOG = logging.getLogger(__name__)
 MOST_DRAFTS = 64  # the logits of so many tokens are held at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Loading:
+    """How an LLM's checkpoint is loaded and run: the arguments of :class:`~multicard.llm.LLM`, as it says."""
+
+    dtype: torch.dtype | None
+    verify: bool
+    compile: Any
+    draft: pathlib.Path | str | None
+    draft_tokens: Any
+    lora: tuple[pathlib.Path, ...] = ()
+    quantize: Any = None
+
+    def check(self, path: pathlib.Path) -> None:
+        """Raise ConfigError for a value that can't be, UnsupportedError for one that ``path`` can't be loaded with."""
+        if not isinstance(self.compile, bool) and self.compile != "auto":
+            raise ConfigError(f"compile={self.compile!r}: must be True, False or 'auto'")
+        if not is_whole(self.draft_tokens, least=1, most=MOST_DRAFTS):
+            raise ConfigError(f"draft_tokens={self.draft_tokens!r}: a whole number from 1 to {MOST_DRAFTS}")
+        if self.quantize is not None and (not isinstance(self.quantize, str) or self.quantize not in QUANTIZE):
+            raise ConfigError(f"quantize={self.quantize!r}: must be None, {' or '.join(map(repr, QUANTIZE))}")
+        if self.quantize is not None and is_gguf(path):
+            raise UnsupportedError(f"quantize={self.quantize!r}: {path} is a GGUF file; its weights stay as they are")
+
+    def check_other(self, engine: str) -> None:
+        """Raise UnsupportedError for what only our own decoder can do."""
+        ours = {
+            "compile=True": (self.compile is True, "is compiled"),
+            f"draft={str(self.draft)!r}": (self.draft is not None, "takes drafts"),
+            f"quantize={self.quantize!r}": (self.quantize is not None, "is quantised"),
+        }
+        for value, (given, does) in ours.items():
+            if given:
+                raise UnsupportedError(f"{value}: {engine} runs this model; only our own decoder {does}")
+        if self.lora:
+            raise UnsupportedError(
+                f"lora={str(self.lora[0])!r}: {engine} runs this model; only our own decoder takes adapters here: load "
+                "the model and its adapters with transformers and peft, and pass it to mc.parallelize"
+            )
+
+    def compared(self) -> dict[str, Any]:
+        """What ranks must agree on; hosts may have files in different folders."""
+        draft = "a model" if isinstance(self.draft, pathlib.Path) else self.draft
+        return {**vars(self), "draft": draft, "lora": len(self.lora)}
 
 
 @dataclasses.dataclass
@@ -44,33 +90,15 @@ class Loaded:
     drafting: Drafting | None = None
 
 
-def check(
-    path: pathlib.Path,
-    degrees: ParallelConfig,
-    compile: Any,
-    draft: pathlib.Path | str | None,
-    draft_tokens: Any,
-    adapters: Sequence[pathlib.Path] = (),
-) -> tuple[Any, str]:
+def check(path: pathlib.Path, degrees: ParallelConfig, loading: Loading) -> tuple[Any, str]:
     """The decoder's config, and which library runs it. Raises as :class:`~multicard.llm.LLM` before a rank starts."""
-    if not isinstance(compile, bool) and compile != "auto":
-        raise ConfigError(f"compile={compile!r}: must be True, False or 'auto'")
-    if not is_whole(draft_tokens, least=1, most=MOST_DRAFTS):
-        raise ConfigError(f"draft_tokens={draft_tokens!r}: a whole number from 1 to {MOST_DRAFTS}")
+    loading.check(path)
     config, engine = _check_folder(path, degrees)
-    if compile is True and engine != "multicard":
-        raise UnsupportedError(f"compile=True: {engine} runs this model; only our own decoder is compiled")
-    if draft is not None and engine != "multicard":
-        raise UnsupportedError(f"draft={str(draft)!r}: {engine} runs this model; only our own decoder takes drafts")
-    if adapters and engine != "multicard":
-        raise UnsupportedError(
-            f"lora={str(adapters[0])!r}: {engine} runs this model; only our own decoder takes adapters here: load the "
-            "model and its adapters with transformers and peft, and pass it to mc.parallelize"
-        )
-    if isinstance(draft, pathlib.Path):
-        check_draft(draft, degrees, config)
-    if adapters:
-        check_adapters(path, config, adapters)
+    if engine != "multicard":
+        loading.check_other(engine)
+    if isinstance(loading.draft, pathlib.Path):
+        check_draft(loading.draft, degrees, config)
+    check_adapters(path, config, loading.lora)
     return config, engine
 
 
@@ -114,43 +142,33 @@ def _check_with_transformers(path: pathlib.Path, degrees: ParallelConfig) -> Any
         logging.set_verbosity(verbosity)
 
 
-def load(
-    mesh: ParallelMesh,
-    engine: str,
-    path: str,
-    dtype: torch.dtype | None,
-    verify: bool,
-    compile: bool | str,
-    draft: pathlib.Path | str | None,
-    draft_tokens: int,
-    adapters: Sequence[pathlib.Path] = (),
-) -> Generator[float, None, Loaded]:
+def load(mesh: ParallelMesh, engine: str, path: str, loading: Loading) -> Generator[float, None, Loaded]:
     """This rank's part of the checkpoint, with adapters added, and of the draft model's. Yields the fraction done."""
     replicas = Replica(mesh, whole_mesh=True)
-    drafts = "a model" if isinstance(draft, pathlib.Path) else draft  # hosts may have it in different folders
-    asked = {"engine": engine, "dtype": dtype, "verify": verify, "compile": compile}
-    replicas.compare("loading an LLM", {**asked, "draft": drafts, "draft_tokens": draft_tokens, "lora": len(adapters)})
+    replicas.compare("loading an LLM", {"engine": engine, **loading.compared()})
     if engine == "transformers":
         from multicard.integrations.transformers.llm import load_decoder as load_with_transformers
 
-        model, report = yield from _last(load_with_transformers(mesh, path, dtype, verify))
+        model, report = yield from _last(load_with_transformers(mesh, path, loading.dtype, loading.verify))
         return Loaded(model, [report], replicas)
-    compiles = _compiles(mesh, compile)
+    compiles, draft, tokens = _compiles(mesh, loading.compile), loading.draft, loading.draft_tokens
 
     def ours(
-        folder: str, begin: float, end: float, drafts: bool, added: Sequence[pathlib.Path] = ()
+        path: str, begin: float, end: float, drafts: bool, *changes: Any
     ) -> Generator[float, None, tuple[Any, LoadReport, Any]]:
-        steps = load_decoder(mesh, folder, dtype, verify, reorder=not compiles, adapters=added)
+        steps = load_decoder(mesh, path, loading.dtype, loading.verify, not compiles, *changes)
         model, report = yield from _last(steps, begin, end)
-        return model, report, Compilation(model, folder, compile is True, drafts) if compiles else None
+        return model, report, Compilation(model, path, loading.compile is True, drafts) if compiles else None
 
+    alone = not isinstance(draft, pathlib.Path)
+    model, report, compilation = yield from ours(
+        path, 0.0, 1.0 if alone else 0.5, draft is not None, loading.lora, loading.quantize
+    )
     if not isinstance(draft, pathlib.Path):
-        model, report, compilation = yield from ours(path, 0.0, 1.0, draft is not None, adapters)
-        return Loaded(model, [report], replicas, compilation, Drafting(draft_tokens) if draft else None)
-    model, report, compilation = yield from ours(path, 0.0, 0.5, True, adapters)
+        return Loaded(model, [report], replicas, compilation, Drafting(tokens) if draft else None)
     with naming_draft(draft):
         other, draft_report, of_draft = yield from ours(str(draft), 0.5, 1.0, False)
-    return Loaded(model, [report, draft_report], replicas, compilation, Drafting(draft_tokens, other, of_draft))
+    return Loaded(model, [report, draft_report], replicas, compilation, Drafting(tokens, other, of_draft))
 
 
 def _last(steps: Iterator[Any], begin: float = 0.0, end: float = 1.0) -> Generator[float, None, Any]:

@@ -74,6 +74,8 @@ class LLM(Session):
         draft_tokens: at most so many in a step.
         lora: the folder of a LoRA adapter of peft's, or of several, which are added to the weights as they are read.
             Our own decoder's only.
+        quantize: round a folder's weights as they are read, in blocks of 32 with a scale: "int8" (8.5 bits a weight) or
+            "int4" (5 bits; embedding and head 8.5). Our own decoder's only.
         verify: compare the files with SHA256SUMS in their folder first.
         progress: show a bar on standard error while loading; None: only on a terminal.
         options: how ranks are started, as for :func:`multicard.launch`.
@@ -97,19 +99,20 @@ class LLM(Session):
         draft: str | os.PathLike[str] | None = None,
         draft_tokens: int = 7,
         lora: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
+        quantize: str | None = None,
         verify: bool = False,
         progress: bool | None = None,
         **options: Unpack[Options],
     ) -> None:
         degrees = ParallelConfig(tp=tp, ring=ring, ulysses=ulysses, dp=dp)
-        self.path, self.draft = folder_path(path), engines.parse_draft(draft)
-        self.lora = paths_of("lora", lora)
-        loading = (str(self.path), parse_dtype(dtype), verify, compile, self.draft, draft_tokens, self.lora)
-        self.config, self.engine = engines.check(self.path, degrees, compile, self.draft, draft_tokens, self.lora)
+        self.path = folder_path(path)
+        self.draft, self.lora = engines.parse_draft(draft), paths_of("lora", lora)
+        loading = engines.Loading(parse_dtype(dtype), verify, compile, self.draft, draft_tokens, self.lora, quantize)
+        self.config, self.engine = engines.check(self.path, degrees, loading)
         self.tokenizer = Tokenizer.of(self.path)
         self._before_loading()
         bar = functools.partial(loading_bar, progress, f"loading {self.path.name} on {degrees}")
-        super().__init__(degrees, options, engines.load, self.engine, *loading, bar=bar)
+        super().__init__(degrees, options, engines.load, self.engine, str(self.path), loading, bar=bar)
 
     def _before_loading(self) -> None:
         """For a subclass that has its prompts by now: what is wrong with them needn't wait for the weights."""

@@ -30,6 +30,20 @@ def split_blocks(size: int, parts: int, block: int) -> tuple[range, ...]:
     return tuple(range(span.start * block, min(span.stop * block, size)) for span in split(-(-size // block), parts))
 
 
+def chunks(spans: Sequence[range], size: int) -> list[tuple[range, ...]]:
+    """The same rows in the same order, ``size`` of them at a time."""
+    found: list[list[range]] = []
+    free = 0
+    for span in spans:
+        while span:
+            if not free:
+                found.append([])
+                free = size
+            found[-1].append(span[:free])
+            free, span = free - len(span[:free]), span[free:]
+    return [tuple(each) for each in found]
+
+
 def split_sizes(size: int, parts: int) -> tuple[int, ...]:
     """The lengths of :func:`split`."""
     return tuple(len(share) for share in split(size, parts))

@@ -47,6 +47,10 @@ def generate(
         list[str] | None,
         typer.Option("--lora", help="The folder of a LoRA adapter of peft's; may be repeated.", show_default=False),
     ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(help="Round the weights as they are read: 'int8' or 'int4'.", show_default=False),
+    ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Compare the files with SHA256SUMS first.")] = False,
     dtype: options.Dtype = "auto",
     ranks: dict[str, Any],
@@ -85,6 +89,7 @@ def generate(
         "draft": draft,
         "draft_tokens": draft_tokens,
         "lora": lora or (),
+        "quantize": quantize,
         "verify": verify,
     }
     with Asked(model, **loading, **degrees, **ranks) as llm:

@@ -171,6 +171,7 @@ class Compilation:
             "size": tp.size,
             "sequence": self._model.mesh.sequence.size,
             "rows": self._rows,
+            "quantize": self._model.config.quantize,
             "dtype": str(self._model.dtype).removeprefix("torch."),
         }
         threads = str(torch.get_num_threads())  # the code has their number built in

@@ -36,10 +36,12 @@ OPTIONS = {
 }
 
 
-def outline(checkpoint: str, rank: int, size: int, sequence: int, dtype: torch.dtype) -> ParallelTransformer:
+def outline(
+    checkpoint: str, rank: int, size: int, sequence: int, dtype: torch.dtype, quantize: str | None = None
+) -> ParallelTransformer:
     """What rank ``rank`` of ``size`` has of the decoder, without memory."""
     mesh = dataclasses.replace(meshes.single(), tp=Axis("tp", rank, size), sequence=Axis("sequence", 0, sequence))
-    return declare(checkpoint, mesh, dtype)
+    return declare(checkpoint, mesh, dtype, quantize)
 
 
 def multiply_few_rows(model: ParallelTransformer) -> None:
@@ -76,7 +78,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     degrees = asked["rank"], asked["size"], asked["sequence"]
-    model = outline(asked["checkpoint"], *degrees, getattr(torch, asked["dtype"]))
+    model = outline(asked["checkpoint"], *degrees, getattr(torch, asked["dtype"]), asked["quantize"])
     try:
         with torch.no_grad():
             compile_stages(model, asked["rows"], folder, work)

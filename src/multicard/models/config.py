@@ -65,6 +65,7 @@ class DecoderConfig:
         window: the sliding window in positions, if the checkpoint has one; longer requests are refused.
         eos: ids that end an answer.
         dtype: the checkpoint's.
+        quantize: how weights are rounded as they are read, a key of ``outline.QUANTIZE``.
         block: intermediate features that stay together on a rank where that can be: those of a file's block.
     """
 
@@ -87,6 +88,7 @@ class DecoderConfig:
     window: int | None = None
     eos: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
+    quantize: str | None = None
     block: int = 1
 
     def __post_init__(self) -> None:

@@ -23,9 +23,9 @@ from multicard.models import lora
 from multicard.models.config import DecoderConfig
 from multicard.models.decoder import ParallelTransformer
 from multicard.models.memory import GIB, free_bytes, ranks_here
-from multicard.models.outline import declare, describe, is_ignored, outline, sources
+from multicard.models.outline import declare, describe, is_ignored, outline, rounding, sources
 from multicard.quantized.weight import blocks_of
-from multicard.weights import Checkpoint, LoadReport, agree, check, is_gguf, load, open_files
+from multicard.weights import Checkpoint, LoadReport, SourceOf, TensorFiles, agree, check, is_gguf, load, open_files
 
 LOG = logging.getLogger(__name__)
 MULTIPLYING = (ColumnParallelLinear, RowParallelLinear, ParallelLMHead)
@@ -87,6 +87,7 @@ def load_decoder(
     checksums: bool = False,
     reorder: bool = True,
     adapters: Sequence[os.PathLike[str]] = (),
+    quantize: str | None = None,
 ) -> Iterator[float | tuple[ParallelTransformer, LoadReport]]:
     """This rank's part of the decoder at ``path``. Yields the fraction done, then the model and the report.
 
@@ -96,6 +97,7 @@ def load_decoder(
         dtype: None: the checkpoint's.
         checksums: first compare the files with the folder's SHA256SUMS; the files are divided over the ranks.
         adapters: folders of LoRA adapters that are added to the weights.
+        quantize: how weights are then rounded, a key of ``outline.QUANTIZE``; not for GGUF files.
         reorder: on the CPU, reorder weights for its matrix kernel as they are read; compiled steps can't read those.
 
     Raises:
@@ -103,7 +105,7 @@ def load_decoder(
     """
     failure = None
     try:
-        model = declare(path, mesh, dtype)
+        model = declare(path, mesh, dtype, quantize)
         config = model.config
         check_adapters(path, config, adapters)
         _check_memory(path, mesh, model)
@@ -116,7 +118,7 @@ def load_decoder(
             path,
             mesh.world,
             mesh.device,
-            lambda files: lora.adapted(sources(config, files, model), added),
+            lambda files: _sources(files, model, added),
             ignored=functools.partial(is_ignored, config),
             checksums=checksums,
             finish=functools.partial(_reorder, model) if reorder else _in_row_order,
@@ -125,6 +127,13 @@ def load_decoder(
                 words = (done.dequantized_bytes / GIB, model.dtype, done.shard_bytes / GIB)
                 LOG.info("%s: a rank's weights take %.3g GiB as %s, and %.3g GiB quantised, in the file", path, *words)
             yield (model, done) if isinstance(done, LoadReport) else done
+
+
+def _sources(files: TensorFiles, model: ParallelTransformer, adapters: Sequence[lora.Adapter]) -> SourceOf:
+    """Of all parameters: what the files have, with adapters added, and then rounded."""
+    if model.config.quantize is None:
+        return lora.adapted(sources(model.config, files, model), adapters)
+    return rounding(lora.adapted(sources(model.config, files), adapters), model)
 
 
 def _reorder(model: ParallelTransformer, module: torch.nn.Module) -> int:
@@ -169,6 +178,7 @@ def _degree_that_fits(
     """The lowest degree at which a shard fits. On the CPU more ranks share the same memory."""
     for tp in range(mesh.tp.size + 1, model.config.heads + 1):
         other = dataclasses.replace(single(), tp=Axis("tp", 0, tp))
-        if parameter_bytes(declare(path, other, model.dtype)) <= free_bytes(mesh.device, ranks * tp // mesh.tp.size):
+        needed = parameter_bytes(declare(path, other, model.dtype, model.config.quantize))
+        if needed <= free_bytes(mesh.device, ranks * tp // mesh.tp.size):
             return tp
     return None

@@ -6,22 +6,36 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from multicard.axis import Axis
 from multicard.config import ParallelConfig
 from multicard.errors import CheckpointError
-from multicard.layers.shard import shard_of
+from multicard.layers.shard import Shard, shard_of
 from multicard.mesh import ParallelMesh, single
 from multicard.models.config import DecoderConfig
 from multicard.models.decoder import ParallelTransformer
 from multicard.models.gguf.config import config_of, is_interleaved
 from multicard.models.gguf.names import ROPE_FACTORS, Named, key_of
-from multicard.quantized.weight import blocks_of
-from multicard.weights import Plain, SourceOf, TensorFiles, is_gguf
-from multicard.weights.blocks import hold_in_blocks, in_blocks
+from multicard.quantized.types import BLOCK_TYPES
+from multicard.quantized.weight import BlockWeight, blocks_of
+from multicard.weights import Plain, Source, SourceOf, TensorFiles, is_gguf
+from multicard.weights.blocks import Rounded, hold_in_blocks, in_blocks, rounded
 from multicard.weights.gguf.files import GGUFFiles
+
+
+class Kinds(NamedTuple):
+    """The types of blocks for the matrices of layers, and for embedding and head."""
+
+    layers: str
+    ends: str
+
+
+QUANTIZE = {"int8": Kinds("Q8_0", "Q8_0"), "int4": Kinds("Q4_1", "Q8_0")}
+"""By what ``LLM(quantize=...)`` is given."""
 
 
 def outline(config: DecoderConfig, degrees: ParallelConfig, dtype: torch.dtype | None = None) -> ParallelTransformer:
@@ -41,15 +55,36 @@ def describe(path: str | os.PathLike[str]) -> DecoderConfig:
     return DecoderConfig.from_folder(folder)
 
 
-def declare(path: str | os.PathLike[str], mesh: ParallelMesh, dtype: torch.dtype | None = None) -> ParallelTransformer:
-    """This rank's part of the decoder at ``path``, on "meta": what a file has in blocks is declared in blocks.
+def declare(
+    path: str | os.PathLike[str], mesh: ParallelMesh, dtype: torch.dtype | None = None, quantize: str | None = None
+) -> ParallelTransformer:
+    """This rank's part of the decoder at ``path``, on "meta": what is or will be in blocks is declared in blocks.
+
+    Args:
+        quantize: for folders, how weights are rounded as they are read, a key of QUANTIZE.
 
     Raises as :func:`describe`, and ConfigError for degrees that don't fit.
     """
-    model = ParallelTransformer(describe(path), mesh, dtype, device="meta")
-    if is_gguf(path):
+    config = describe(path)
+    if quantize is not None:
+        block = BLOCK_TYPES[QUANTIZE[quantize].layers].columns
+        config = dataclasses.replace(config, quantize=quantize, block=block)
+    model = ParallelTransformer(config, mesh, dtype, device="meta")
+    if quantize is not None:
+        kinds = QUANTIZE[quantize]
+        hold_in_blocks(
+            model,
+            lambda name, shard: rounded(shard, kinds.layers if name.startswith("layers.") else kinds.ends, model.dtype),
+        )
+    elif is_gguf(path):
         with GGUFFiles(path) as files:
-            hold_in_blocks(model, files, gguf_sources(model.config, files), model.dtype)
+            plain = gguf_sources(config, files)
+
+            def found(name: str, shard: Shard) -> BlockWeight | None:
+                source = in_blocks(files, plain(name), shard, model.dtype)
+                return None if source is None else source.weight
+
+            hold_in_blocks(model, found)
     return model
 
 
@@ -62,10 +97,26 @@ def sources(config: DecoderConfig, files: TensorFiles, model: ParallelTransforme
     if not isinstance(files, GGUFFiles):
         return lambda name: Plain(name if name.startswith("lm_head.") else f"model.{name}")
     plain, found = gguf_sources(config, files), {}
-    for name, parameter in model.named_parameters(remove_duplicate=False) if model is not None else ():
-        if (weight := blocks_of(parameter)) is not None:
-            found[name] = in_blocks(files, plain(name), shard_of(parameter), weight.dtype)
+    for name, (parameter, weight) in in_blocks_of(model).items():
+        found[name] = in_blocks(files, plain(name), shard_of(parameter), weight.dtype)
     return lambda name: found.get(name) or plain(name)
+
+
+def rounding(source_of: SourceOf, model: ParallelTransformer) -> SourceOf:
+    """The same sources, rounded to the blocks in which parameters of ``model`` are declared."""
+    found = in_blocks_of(model)
+
+    def source(name: str) -> Source | None:
+        plain = source_of(name)
+        return Rounded(plain, found[name][1]) if plain is not None and name in found else plain
+
+    return source
+
+
+def in_blocks_of(model: ParallelTransformer | None) -> dict[str, tuple[Tensor, BlockWeight]]:
+    """Parameters that are declared in blocks, by name."""
+    named = model.named_parameters(remove_duplicate=False) if model is not None else ()
+    return {name: (each, weight) for name, each in named if (weight := blocks_of(each)) is not None}
 
 
 def gguf_sources(config: DecoderConfig, files: GGUFFiles) -> Callable[[str], Named]:

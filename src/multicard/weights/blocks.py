@@ -9,11 +9,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from multicard import partition
 from multicard.layers.shard import Shard, Spans, count, shard_of
+from multicard.quantized.rounding import to_blocks
+from multicard.quantized.types import BLOCK_TYPES
 from multicard.quantized.weight import BlockWeight, declare_blocks, hold
-from multicard.quantized.words import Blocks
+from multicard.quantized.words import LANES, Blocks
 from multicard.weights.gguf.files import GGUFFiles
-from multicard.weights.source import Plain, Reader, Shapes
+from multicard.weights.source import Plain, Reader, Shapes, Source
+
+ROUNDED = 1 << 24  # numbers that are held in float32 at a time while they are rounded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +70,53 @@ def in_blocks(files: GGUFFiles, plain: Plain, shard: Shard, dtype: torch.dtype) 
     return InBlocks(plain, weight, tuple(run for _, run in runs))
 
 
-def hold_in_blocks(model: nn.Module, files: GGUFFiles, source_of: Callable[[str], Plain], dtype: torch.dtype) -> None:
-    """Declare those weights of ``model`` in blocks, which is on "meta", that ``files`` has in blocks.
+@dataclasses.dataclass(frozen=True)
+class Rounded:
+    """The source of a parameter in blocks: the numbers of ``source``, rounded as they are read."""
+
+    source: Source
+    weight: BlockWeight
+
+    def shapes(self, shard: Shard) -> Shapes:
+        return self.source.shapes(shard)
+
+    def fill(self, reader: Reader, name: str, shard: Shard, out: Tensor) -> None:
+        """Read this rank's numbers, with those of blocks that it has in part, and round them into ``out``, int32."""
+        (part,) = self.weight.parts
+        if shard.dim == 1:
+            (span,) = shard.spans
+            start = span.start - self.weight.before
+            spans: list[Spans] = [(range(start, min(start + part.columns, shard.shape[1])),)]
+        else:
+            spans = partition.chunks(shard.spans, max(LANES, ROUNDED // shard.shape[1] // LANES * LANES))
+        at = 0
+        for each in spans:
+            some = dataclasses.replace(shard, spans=each)
+            numbers = torch.empty(some.local_shape)
+            self.source.fill(reader, name, some, numbers)
+            rows = dataclasses.replace(part, rows=len(numbers))
+            out[at : at + rows.words] = rows.interleave(to_blocks(part.kind, numbers))
+            at += rows.words
+            reader.staging = max(reader.staging, 3 * numbers.nbytes)
+
+
+def rounded(shard: Shard, kind: str, dtype: torch.dtype) -> BlockWeight | None:
+    """This rank's part of a weight that is rounded to blocks; None for several slices of columns."""
+    columns = BLOCK_TYPES[kind].columns
+    if shard.dim == 0:
+        return BlockWeight((Blocks(kind, count(shard.spans), -(-shard.shape[1] // columns)),), 0, shard.shape[1], dtype)
+    if len(shard.spans) != 1:
+        return None
+    (span,) = shard.spans
+    first, stop = span.start // columns, -(-span.stop // columns)
+    return BlockWeight((Blocks(kind, shard.shape[0], stop - first),), span.start - first * columns, len(span), dtype)
+
+
+def hold_in_blocks(model: nn.Module, weight_of: Callable[[str, Shard], BlockWeight | None]) -> None:
+    """Declare those weights of ``model``, which is on "meta", in blocks for which ``weight_of`` says how.
 
     Args:
-        source_of: the source of a parameter by its name.
-        dtype: of embedded tokens.
+        weight_of: given a parameter's name and shard rule; None: it stays as it is.
     """
     held: dict[nn.Parameter, nn.Parameter] = {}
     for name, module in model.named_modules():
@@ -79,5 +125,5 @@ def hold_in_blocks(model: nn.Module, files: GGUFFiles, source_of: Callable[[str]
             continue
         if declared in held:
             hold(module, held[declared])
-        elif (source := in_blocks(files, source_of(f"{name}.weight"), shard_of(declared), dtype)) is not None:
-            held[declared] = hold(module, declare_blocks(source.weight, declared))
+        elif (weight := weight_of(f"{name}.weight", shard_of(declared))) is not None:
+            held[declared] = hold(module, declare_blocks(weight, declared))
