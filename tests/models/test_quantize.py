@@ -33,7 +33,8 @@ def test_rounding_is_to_the_nearest(name, columns):
         slack = 2**-11 * filled.abs().amax(1) * 2 + 1e-7  # of scale and minimum
         assert ((back - part).abs().amax(1) <= EXACT[name] * step + slack).all()
     assert torch.equal(got[3], numbers[3])
-    assert torch.equal(got[4, :32], numbers[4, :32])
+    if name == "int4":  # all of them are the minimum
+        assert torch.equal(got[4, :32], numbers[4, :32])
 
 
 @pytest.fixture(scope="module")
