@@ -2,44 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
+from multicard.quantized.types import Shift
+
 
 class Bytes:
-    """Blocks as little-endian bytes, uint8 ``(..., bytes)``; columns are a last dimension."""
+    """Blocks as little-endian bytes, uint8 ``(..., bytes)``.
 
-    def __init__(self, raw: Tensor) -> None:
-        self._raw = raw
+    What is taken out has the shape ``(..., 1 or sections)``, and columns are one more dimension.
+    """
+
+    def __init__(self, raw: Tensor, sections: int) -> None:
+        self._raw, self._sections = raw, sections
+
+    @property
+    def section(self) -> Tensor:
+        return torch.arange(self._sections, dtype=torch.int32, device=self._raw.device)
 
     def half(self, at: int) -> Tensor:
-        return self._raw[..., at : at + 2].contiguous().view(torch.float16).squeeze(-1).float()
+        return self._raw[..., at : at + 2].contiguous().view(torch.float16).float()
 
-    def part(self, at: int, shift: int, count: int) -> Tensor:
-        return _part(self._raw[..., at], shift, count)
+    def word(self, at: int) -> Tensor:
+        return self._raw[..., at : at + 4].contiguous().view(torch.int32)
 
-    def signed(self, at: int) -> Tensor:
-        return self._raw[..., at].view(torch.int8)
+    def part(self, at: int, shift: Shift, count: int, step: int = 0) -> Tensor:
+        return self.parts(at, 1, shift, count, step).squeeze(-1)
 
-    def parts(self, at: int, columns: int, shift: int, count: int) -> Tensor:
-        return _part(self._raw[..., at : at + columns], shift, count)
+    def signed(self, at: int, step: int = 0) -> Tensor:
+        return self._bytes(at, 1, step).squeeze(-1).view(torch.int8)
+
+    def parts(self, at: int, columns: int, shift: Shift, count: int, step: int = 0) -> Tensor:
+        raw = self._bytes(at, columns, step)
+        if isinstance(shift, Tensor):
+            return (raw >> shift.to(torch.uint8).unsqueeze(-1)) & ((1 << count) - 1)
+        shifted = raw >> shift if shift else raw
+        return shifted & ((1 << count) - 1) if shift + count < 8 else shifted
 
     def signed_all(self, at: int, columns: int) -> Tensor:
-        return self._raw[..., at : at + columns].view(torch.int8)
+        return self._bytes(at, columns, 0).view(torch.int8)
 
     def single(self, at: int, columns: int) -> Tensor:
         places = torch.arange(8, dtype=torch.uint8, device=self._raw.device)
-        return (self._raw[..., at : at + columns // 8, None] >> places & 1).flatten(-2)
+        return (self._bytes(at, columns // 8, 0).unsqueeze(-1) >> places & 1).flatten(-2)
 
     def join(self, first: Tensor, second: Tensor) -> Tensor:
         return torch.cat([first, second], -1)
 
-
-def _part(raw: Tensor, shift: int, count: int) -> Tensor:
-    shifted = raw >> shift if shift else raw
-    return shifted & ((1 << count) - 1) if shift + count < 8 else shifted
+    def _bytes(self, at: int, count: int, step: int) -> Tensor:
+        """``(..., 1 or sections, count)``."""
+        if step == 0:
+            return self._raw[..., None, at : at + count]
+        return self._raw[..., at:].unfold(-1, count, step)[..., : self._sections, :]
 
 
 class Lanes:
@@ -56,40 +73,50 @@ class Lanes:
 
 
 class Words:
-    """Blocks as one int32 tensor for each word, all of one shape: what serves a word serves a vector of rows."""
+    """Blocks as words, int32 ``(tiles, units, words, lanes)``: what serves a word serves a vector of rows.
 
-    def __init__(self, words: Sequence[Tensor]) -> None:
-        self._words = words
+    What is taken out has the shape ``(tiles, units, 1 or sections, lanes)``.
+    """
+
+    def __init__(self, words: Tensor, sections: int) -> None:
+        self._words, self._sections = words, sections
+
+    @property
+    def section(self) -> Tensor:
+        return torch.arange(self._sections, dtype=torch.int32, device=self._words.device).unsqueeze(-1)
 
     def half(self, at: int) -> Tensor:
         """From normal numbers only: compiled code may take others for 0."""
-        bits = self._take(8 * at, 16)
+        bits = self.part(at, 0, 16)
         exponent, significand = (bits >> 10) & 31, bits & 1023
         normal = exponent.clamp(max=1)
         power = ((exponent - normal + 1 + 127 - 25) << 23).view(torch.float32)
         size = (significand + (normal << 10)).float() * power
         return torch.where(bits > 0x7FFF, -size, size)
 
-    def part(self, at: int, shift: int, count: int) -> Tensor:
-        return self._take(8 * at + shift, count)
+    def word(self, at: int) -> Tensor:
+        return self._word(at, 0)
 
-    def signed(self, at: int) -> Tensor:
-        word, place = divmod(at, 4)
-        return (self._words[word] << (24 - 8 * place)) >> 24
+    def part(self, at: int, shift: Shift, count: int, step: int = 0) -> Tensor:
+        return (self._word(at, step) >> (8 * (at % 4) + shift)) & ((1 << count) - 1)
 
-    def parts(self, at: int, columns: int, shift: int, count: int) -> Lanes:
-        return Lanes(self.part(at + n, shift, count) for n in range(columns))
+    def signed(self, at: int, step: int = 0) -> Tensor:
+        return (self._word(at, step) << (24 - 8 * (at % 4))) >> 24
+
+    def parts(self, at: int, columns: int, shift: Shift, count: int, step: int = 0) -> Lanes:
+        return Lanes(self.part(at + n, shift, count, step) for n in range(columns))
 
     def signed_all(self, at: int, columns: int) -> Lanes:
         return Lanes(self.signed(at + n) for n in range(columns))
 
     def single(self, at: int, columns: int) -> Lanes:
-        return Lanes(self._take(8 * at + n, 1) for n in range(columns))
+        return Lanes(self.part(at + n // 8, n % 8, 1) for n in range(columns))
 
     def join(self, first: Lanes, second: Lanes) -> Lanes:
         return Lanes([*first.columns, *second.columns])
 
-    def _take(self, at: int, count: int) -> Tensor:
-        """``count`` bits from bit ``at`` on, inside one word."""
-        word, shift = divmod(at, 32)
-        return (self._words[word] >> shift) & ((1 << count) - 1)
+    def _word(self, at: int, step: int) -> Tensor:
+        """The word that byte ``at`` is in; with a ``step``, one for each section."""
+        word, apart = at // 4, step // 4
+        last = word + (self._sections - 1) * apart
+        return self._words[:, :, word : last + 1 : max(1, apart)]

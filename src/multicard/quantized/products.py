@@ -28,19 +28,19 @@ def few_rows(blocks: Blocks, held: Tensor, vectors: Sequence[Tensor]) -> Tensor:
 def _of_run(blocks: Blocks, run: Run, tiles: Tensor, x: Tensor) -> Tensor:
     """A run's part of the product, ``(tiles, lanes)``."""
     count, _, lanes = tiles.shape
+    sections = blocks.type.sections
     words = tiles[:, run.first : run.first + run.units * run.words].view(count, run.units, run.words, lanes)
-    bits = Words(words.unbind(2))
     width = run.together * blocks.type.columns  # of a unit
-    x = (x[: run.units * width] if run.first == 0 else x[-width:]).view(run.units, width)
+    x = (x[: run.units * width] if run.first == 0 else x[-width:]).view(run.units, sections, width // sections)
     terms, column = [], 0
-    for scale, codes, zero, minimum in blocks.groups(bits, run.together):
-        here = x[:, column : column + len(codes.columns)]
-        product = _sum([code.float() * here[:, n, None] for n, code in enumerate(codes.columns)])
+    for scale, codes, zero, minimum in blocks.groups(Words(words, sections), run.together):
+        here = x[..., column : column + len(codes.columns)]
+        product = _sum([code.float() * here[..., n, None] for n, code in enumerate(codes.columns)])
         terms.append(scale * (product - zero * here.sum(-1, keepdim=True) if zero else product))
         if minimum is not None:
             terms.append(minimum * here.sum(-1, keepdim=True))
         column += len(codes.columns)
-    return _sum(terms).sum(1)
+    return _sum(terms).sum((1, 2))
 
 
 def _sum(terms: list[Tensor]) -> Tensor:

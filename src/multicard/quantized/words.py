@@ -18,6 +18,7 @@ from multicard.quantized.types import BLOCK_TYPES, Bits, BlockType, Group
 
 LANES = 16  # words of the widest vectors
 WORD = 4  # bytes
+LARGE = 64  # bytes of a block to which two more, where it needs them, are less than 3%
 
 
 class Run(NamedTuple):
@@ -53,9 +54,15 @@ class Blocks:
         return self.width * self.type.columns
 
     @property
+    def padded(self) -> int:
+        """Bytes that a block takes: a large one, whole words."""
+        size = self.type.size
+        return size + -size % WORD if size > LARGE else size
+
+    @property
     def row_words(self) -> int:
         """Of a row, of which the last may have two bytes more than the row."""
-        return -(-self.width * self.type.size // WORD)
+        return -(-self.width * self.padded // WORD)
 
     @property
     def words(self) -> int:
@@ -65,7 +72,7 @@ class Blocks:
     @property
     def runs(self) -> list[Run]:
         """A row's blocks: by twos where only two together fill whole words, and then perhaps one alone."""
-        size = self.type.size
+        size = self.padded
         together = 1 if size % WORD == 0 else 2
         units, rest = divmod(self.width, together)
         words = together * size // WORD
@@ -74,7 +81,8 @@ class Blocks:
 
     def in_words(self, raw: Tensor) -> Tensor:
         """Rows of a file's bytes, uint8 ``(rows, width, type.size)``, as int32 ``(rows, row_words)``."""
-        flat = raw.flatten(1)
+        beyond = self.padded - self.type.size
+        flat = (F.pad(raw, (0, beyond)) if beyond else raw).flatten(1)
         missing = self.row_words * WORD - flat.shape[1]
         return (F.pad(flat, (0, missing)) if missing else flat).contiguous().view(torch.int32)
 
@@ -93,18 +101,17 @@ class Blocks:
         return [*views, held[full:].view(1, self.row_words, rest)] if rest else views
 
     def groups(self, bits: Bits, together: int) -> Iterator[Group]:
-        """What a unit of so many blocks holds, in the order of columns."""
+        """What sections of a unit of so many blocks hold, in the order of columns."""
         groups = self.type.groups
         assert groups is not None, f"{self.kind} has no blocks"
         for number in range(together):
-            yield from groups(bits, number * self.type.size)
+            yield from groups(bits, number * self.padded)
 
     def values(self, words: Tensor) -> Tensor:
         """Numbers, float32 ``(rows, columns)``, from the words of whole rows, ``(rows, row_words)``."""
-        size = self.type.size
-        raw = words.contiguous().view(torch.uint8)[:, : self.width * size].view(-1, self.width, size)
+        raw = words.contiguous().view(torch.uint8)[:, : self.width * self.padded].view(-1, self.width, self.padded)
         parts = []
-        for scale, codes, zero, minimum in self.groups(Bytes(raw), 1):
+        for scale, codes, zero, minimum in self.groups(Bytes(raw, self.type.sections), 1):
             part = codes.float()
             part = (part.sub_(zero) if zero else part).mul_(scale.unsqueeze(-1))
             parts.append(part if minimum is None else part.add_(minimum.unsqueeze(-1)))
