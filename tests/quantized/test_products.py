@@ -31,7 +31,8 @@ def test_products_rows_and_numbers(kind, rows):
     x = torch.randn(2, blocks.columns)
     expected = x.double() @ numbers.T
     got = few_rows(blocks, held, x.unbind(0))
-    torch.testing.assert_close(got.double(), expected, rtol=0, atol=2e-6 * expected.abs().max().item())
+    largest = (x.abs().double() @ numbers.abs().T).max().item()  # what terms add up to that may cancel each other
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-6 * largest)
     assert torch.equal(torch.cat(list(in_chunks(blocks, held))).double(), numbers)
     some = torch.tensor([[rows - 1, 0], [rows // 2, rows // 3]])
     assert torch.equal(lookup(blocks, held, some).double(), numbers[some])
@@ -57,7 +58,8 @@ def test_a_weight_of_two_types_that_is_cut_inside_a_block(rows, dtype):
     assert len(held) == weight.words
     x, bias = torch.randn(2, rows, 83).to(dtype), torch.randn(53).to(dtype)
     expected = x.double() @ numbers.T + bias.double()
-    exact = {torch.float32: 2e-6, torch.bfloat16: 1e-2}[dtype] * expected.abs().max().item()
+    largest = (x.abs().double() @ numbers.abs().T).max().item()
+    exact = {torch.float32: 1e-6, torch.bfloat16: 5e-3}[dtype] * largest
     for multiply in (weight.multiply, *([weight.few_rows] if rows < 8 else [])):
         got = multiply(x, held, bias)
         assert got.dtype == dtype
