@@ -27,8 +27,8 @@ $(MODEL)/config.json: | $(READY)
 $(GGUF): | $(READY)
 	$(BIN)/python examples/smollm2.py $(GGUF)
 
-demo: $(READY) $(MODEL)/config.json  ## a real model answers a question, and a picture is drawn, each on two ranks
-	$(BIN)/multicard generate --model $(MODEL) --tp 2 "$(QUESTION)" --max-new-tokens 32
+demo: $(READY) $(GGUF)  ## a real model answers a question, and a picture is drawn, each on two ranks
+	$(BIN)/multicard generate --model $(GGUF) --tp 2 "$(QUESTION)" --max-new-tokens 32
 	$(BIN)/python examples/digits/sample.py --cfg 2 --output out/digits.png
 
 test: $(READY) $(MODEL)/config.json $(GGUF)  ## all tests but the soak

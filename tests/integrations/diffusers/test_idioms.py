@@ -177,6 +177,7 @@ def test_compiled_denoisers(run_on, degrees):
 
 def bare(mesh):
     """A denoiser without a pipeline, compiled in place: its error, and the batches that were compiled."""
+    torch._dynamo.reset()
     batches = set()
 
     def backend(graph, inputs):
