@@ -1,13 +1,16 @@
 """Ranks for the tests: real processes, started once a test run and shared by all tests."""
 
 import os
+import shutil
 import signal
 import sys
+import tempfile
 
 import cloudpickle
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="generated")  # the default serves all environments
 os.environ["MULTICARD_COMPILE"] = "0"  # but for the tests of it: a compiler beside each model would slow down the rest
 
 import multicard as mc
@@ -42,6 +45,10 @@ PRELOADED = {
 """By the folder or module of the tests that need them: modules whose import takes a rank longer than those tests do."""
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would the ranks
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items):

@@ -20,7 +20,8 @@ def test_the_config_is_that_of_the_folder(tmp_path, family):
     found, expected = describe(tmp_path / "m.gguf"), DecoderConfig.from_folder(tmp_path)
     assert found.dtype == torch.bfloat16
     assert found.eos == (2, 0)
-    same = {"dtype": None, "eos": None, "rope": None}
+    assert found.block == {"llama": 256, "qwen2": 64, "qwen3": 64}[family]  # two blocks of half words stay together
+    same = {"dtype": None, "eos": None, "rope": None, "block": None}
     assert {**vars(found), **same} == {**vars(expected), **same}
     torch.testing.assert_close(
         frequencies(found.rope, found.head_dim), frequencies(expected.rope, found.head_dim), rtol=1e-6, atol=0

@@ -27,7 +27,7 @@ Call = tuple[int, int, int, int]
 """A collective as numbers, the same on all its ranks: operation, dtype, elements, root or sizes with reduction."""
 CALL_WORDS = 4
 
-NOT_THE_CALLER = ("<eval_with_key>", "torchinductor_", "typing_extensions.py")  # generated code, deprecated names
+NOT_THE_CALLER = ("<eval_with_key>", "typing_extensions.py")  # generated code, deprecated names
 _BACKENDS = os.path.dirname(__file__)
 _OURS = os.path.dirname(_BACKENDS)
 _TORCH = os.path.dirname(torch.__file__)
@@ -76,4 +76,5 @@ def _whose(file: str) -> str:
     """Whose code a file is: "multicard", "program", or "" for torch, what it generates, and collectives themselves."""
     if file.startswith(_OURS):
         return "" if file.startswith(_BACKENDS) or file.endswith("collectives.py") else "multicard"
-    return "" if file.startswith(_TORCH) or any(part in file for part in NOT_THE_CALLER) else "program"
+    generated = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or "torchinductor_"  # the default's name begins so
+    return "" if file.startswith(_TORCH) or any(part in file for part in (*NOT_THE_CALLER, generated)) else "program"

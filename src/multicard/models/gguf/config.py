@@ -99,7 +99,7 @@ def _config(files: GGUFFiles) -> DecoderConfig:
         window=found.get("attention.sliding_window") or None,
         eos=() if vocabulary is None else vocabulary.ends,
         dtype=_dtype(files),
-        block=max(_unit(files, f"blk.{layer}.ffn_down.weight") for layer in range(found["block_count"])),
+        block=max(_unit(files, name) for name in files.tensors),
         **ARCHITECTURES[family],
     )
 
@@ -149,9 +149,9 @@ def _dtype(files: GGUFFiles) -> torch.dtype:
 
 
 def _unit(files: GGUFFiles, name: str) -> int:
-    """Columns between which a matrix can be cut without cutting a block or a word of blocks; 1 for plain numbers."""
-    entry = files.tensors.get(name)
-    if entry is None or not entry.quantized:
+    """Columns between which the MLP's last matrix can be cut without cutting a block or a word of blocks; else 1."""
+    entry = files.tensors[name]
+    if not name.endswith("ffn_down.weight") or not entry.quantized:
         return 1
     return entry.kind.columns * Blocks(entry.kind.name, 1, 2).runs[0].together
 
