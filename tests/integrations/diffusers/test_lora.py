@@ -1,5 +1,6 @@
 """LoRA of diffusers' pipelines on split ones, against one process: loaded before the split and after it."""
 
+import diffusers.loaders.peft
 import pytest
 import safetensors.torch
 import torch
@@ -89,6 +90,9 @@ def error(sample, reference):
     return float((sample - reference).abs().max() / reference.abs().max())
 
 
+@pytest.mark.skipif(
+    not hasattr(diffusers.loaders.peft, "_create_lokr_config"), reason="diffusers reads LoKr files from 0.42 on"
+)
 def test_a_lokr_is_refused(run_on):
     """Of all linear layers the first that is split is named."""
 
