@@ -13,19 +13,13 @@ import torch
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from tiny_decoders import LLAMA3
+
 TYPES = ["F32", "Q8_0", "Q4_K", "Q6_K", "Q5_0", "Q3_K", "F16", "Q4_0", "Q2_K", "BF16", "Q5_K", "Q4_1", "Q5_1"]
 SCALES = {"Q2_K": (80, 0.01), "Q3_K": (108, 0.002), "Q4_K": (0, 5e-4), "Q5_K": (0, 2.5e-4), "Q6_K": (208, 1e-4)}
 """Of types that gguf can't write: where d is in a block, and a d that gives numbers around 0.1."""
 MINIMA = {"Q2_K": (82, 0.01), "Q4_K": (2, 0.004), "Q5_K": (2, 0.004)}
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
 SIZES = {"vocab_size": 300, "hidden_size": 256, "num_hidden_layers": 2, "max_position_embeddings": 256}
 MODELS = {
     "llama": {"intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4, "rope_parameters": LLAMA3},

@@ -96,9 +96,9 @@ def load_decoder(
     Args:
         dtype: None: the checkpoint's.
         checksums: first compare the files with the folder's SHA256SUMS; the files are divided over the ranks.
+        reorder: on the CPU, reorder weights for its matrix kernel as they are read; compiled steps can't read those.
         adapters: folders of LoRA adapters that are added to the weights.
         quantize: how weights are then rounded, a key of ``outline.QUANTIZE``; not for GGUF files.
-        reorder: on the CPU, reorder weights for its matrix kernel as they are read; compiled steps can't read those.
 
     Raises:
         CheckpointError, ConfigError: the same on every rank; ConfigError if a shard doesn't fit in memory.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from multicard import partition
 from multicard.layers.shard import Shard, Spans, count, shard_of
 from multicard.quantized.rounding import to_blocks
-from multicard.quantized.types import BLOCK_TYPES
+from multicard.quantized.types import BLOCK_TYPES, BlockType
 from multicard.quantized.weight import BlockWeight, declare_blocks, hold
 from multicard.quantized.words import LANES, Blocks
 from multicard.weights.gguf.files import GGUFFiles
@@ -53,21 +53,12 @@ def in_blocks(files: GGUFFiles, plain: Plain, shard: Shard, dtype: torch.dtype) 
     needed = [(key, spans) for key, spans in plain.slices(shard) if count(spans)]
     if not needed or any(key not in files.tensors or not files.tensors[key].quantized for key, _ in needed):
         return None
+    if shard.dim == 1 and len(needed) > 1:
+        return None
     runs = [(kind, tuple(run)) for kind, run in itertools.groupby(needed, lambda item: files.tensors[item[0]].kind)]
-    if shard.dim == 0:
-        parts = [
-            Blocks(kind.name, sum(count(spans) for _, spans in run), shard.shape[1] // kind.columns)
-            for kind, run in runs
-        ]
-        weight = BlockWeight(tuple(parts), 0, shard.shape[1], dtype)
-    else:
-        ((kind, ((_, spans), *others)), *more) = runs
-        if others or more or len(spans) > 1:
-            return None
-        first, stop = spans[0].start // kind.columns, -(-spans[0].stop // kind.columns)
-        part = Blocks(kind.name, shard.shape[0], stop - first)
-        weight = BlockWeight((part,), spans[0].start - first * kind.columns, len(spans[0]), dtype)
-    return InBlocks(plain, weight, tuple(run for _, run in runs))
+    rows = [(kind, sum(count(spans) for _, spans in run)) for kind, run in runs]
+    weight = _weight(shard, rows if shard.dim == 0 else [(kind, shard.shape[0]) for kind, _ in runs], dtype)
+    return None if weight is None else InBlocks(plain, weight, tuple(run for _, run in runs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,15 +92,21 @@ class Rounded:
 
 
 def rounded(shard: Shard, kind: str, dtype: torch.dtype) -> BlockWeight | None:
-    """This rank's part of a weight that is rounded to blocks; None for several slices of columns."""
-    columns = BLOCK_TYPES[kind].columns
-    if shard.dim == 0:
-        return BlockWeight((Blocks(kind, count(shard.spans), -(-shard.shape[1] // columns)),), 0, shard.shape[1], dtype)
-    if len(shard.spans) != 1:
+    """This rank's part of a weight that is rounded to blocks; None for none, and for several slices of columns."""
+    rows = count(shard.spans) if shard.dim == 0 else shard.shape[0]
+    return _weight(shard, [(BLOCK_TYPES[kind], rows)], dtype) if count(shard.spans) else None
+
+
+def _weight(shard: Shard, rows: Sequence[tuple[BlockType, int]], dtype: torch.dtype) -> BlockWeight | None:
+    """So many rows of each type in the blocks that hold a shard's columns; None if these are several slices."""
+    if shard.dim == 1 and len(shard.spans) > 1:
         return None
-    (span,) = shard.spans
-    first, stop = span.start // columns, -(-span.stop // columns)
-    return BlockWeight((Blocks(kind, shard.shape[0], stop - first),), span.start - first * columns, len(span), dtype)
+    columns = shard.spans[0] if shard.dim == 1 else range(shard.shape[1])
+    parts = [
+        Blocks(kind.name, height, -(-columns.stop // kind.columns) - columns.start // kind.columns)
+        for kind, height in rows
+    ]
+    return BlockWeight(tuple(parts), columns.start % rows[0][0].columns, len(columns), dtype)
 
 
 def hold_in_blocks(model: nn.Module, weight_of: Callable[[str, Shard], BlockWeight | None]) -> None:

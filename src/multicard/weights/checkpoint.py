@@ -47,7 +47,7 @@ class Entry(NamedTuple):
         return elements * WIDTHS[self.dtype]
 
 
-class Checkpoint:
+class Checkpoint(OpenFiles):
     """All tensors of a folder: one safetensors file, or an index of several. A context manager.
 
     Args:
@@ -60,6 +60,7 @@ class Checkpoint:
     """
 
     def __init__(self, folder: str | os.PathLike[str], stem: str = "model") -> None:
+        super().__init__()
         self.folder = pathlib.Path(folder)
         self.tensors: dict[str, Entry] = {}
         self.files, weight_map = _files(self.folder, stem)
@@ -71,16 +72,6 @@ class Checkpoint:
         for name, file in (weight_map or {}).items():
             if name not in self.tensors:
                 raise CheckpointError(f"{self.folder / file}: no tensor {name!r}, which {self.where.name} puts there")
-        self._open = OpenFiles()
-
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._open.close()
 
     def read(self, name: str, dim: int, rows: range, out: Tensor) -> tuple[int, int]:
         entry = self.tensors[name]
@@ -102,7 +93,7 @@ class Checkpoint:
                 count, length = block.shape
                 for i in range(count):
                     at = start + ((row + i) * stride + column) * width
-                    self._open.fill(entry.path, memoryview(staging[i])[: length * width], at, entry.name)
+                    self.fill(entry.path, memoryview(staging[i])[: length * width], at, entry.name)
                 held = torch.from_numpy(staging[:count, : length * width]).view(STORED_TYPES[entry.dtype])
                 block.copy_(held)
         if not out.is_contiguous():

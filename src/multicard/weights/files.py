@@ -7,7 +7,7 @@ import os
 import pathlib
 import stat
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, Self
 
 from torch import Tensor
 
@@ -64,10 +64,16 @@ class TensorFiles(Protocol):
 
 
 class OpenFiles:
-    """Files that are opened when they are first read."""
+    """Files that are opened when they are first read. A context manager, which closes them."""
 
     def __init__(self) -> None:
         self._open: dict[pathlib.Path, int] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         while self._open:

@@ -21,7 +21,7 @@ MOST_PARTS = 9999
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-class GGUFFiles:
+class GGUFFiles(OpenFiles):
     """All tensors of a GGUF file; of all parts, if it is the first of several. Fulfils ``TensorFiles``.
 
     Attributes:
@@ -33,6 +33,7 @@ class GGUFFiles:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__()
         self.where = pathlib.Path(path)
         header = read_header(self.where)
         self.metadata: dict[str, Any] = header.metadata
@@ -48,16 +49,6 @@ class GGUFFiles:
         stated = self.metadata.get("split.tensors.count", len(self.tensors))
         if stated != len(self.tensors):
             raise CheckpointError(f"{self.where}: {len(self.tensors)} tensors in all parts, and it says {stated}")
-        self._open = OpenFiles()
-
-    def __enter__(self) -> GGUFFiles:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._open.close()
 
     def read(self, name: str, dim: int, rows: range, out: Tensor) -> tuple[int, int]:
         if not out.numel():
@@ -93,10 +84,10 @@ class GGUFFiles:
         begin = entry.offset + (lines.start * whole + first) * size
         held: Any = raw.flatten(1).numpy()
         if stop - first == whole:
-            self._open.fill(entry.path, memoryview(held.reshape(-1)), begin, entry.name)
+            self.fill(entry.path, memoryview(held.reshape(-1)), begin, entry.name)
         else:
             for line in range(len(lines)):
-                self._open.fill(entry.path, memoryview(held[line]), begin + line * whole * size, entry.name)
+                self.fill(entry.path, memoryview(held[line]), begin + line * whole * size, entry.name)
         return raw, range(columns.start - first * elements, columns.stop - first * elements)
 
 
