@@ -17,6 +17,7 @@ from multicard.errors import CheckpointError, ConfigError, MulticardError, Unsup
 from multicard.extras import command, has
 from multicard.mesh import ParallelMesh
 from multicard.models.compiled import Compilation, why_not
+from multicard.models.config import DecoderConfig
 from multicard.models.drafts import Drafting
 from multicard.models.load import check_adapters, check_draft, load_decoder, naming_draft
 from multicard.models.load import check_folder as check_ours
@@ -52,6 +53,14 @@ class Loading:
             raise ConfigError(f"quantize={self.quantize!r}: must be None, {' or '.join(map(repr, QUANTIZE))}")
         if self.quantize is not None and is_gguf(path):
             raise UnsupportedError(f"quantize={self.quantize!r}: {path} is a GGUF file; its weights stay as they are")
+
+    def check_ours(self, path: pathlib.Path, config: DecoderConfig) -> None:
+        """Raise UnsupportedError for what our own decoder can't do with the checkpoint at ``path``."""
+        if self.quantize is not None and config.scheme is not None:
+            raise UnsupportedError(
+                f"quantize={self.quantize!r}: {path} holds quantised weights ({config.scheme.name}), which stay as "
+                "they are"
+            )
 
     def check_other(self, engine: str) -> None:
         """Raise UnsupportedError for what only our own decoder can do."""
@@ -96,6 +105,8 @@ def check(path: pathlib.Path, degrees: ParallelConfig, loading: Loading) -> tupl
     config, engine = _check_folder(path, degrees)
     if engine != "multicard":
         loading.check_other(engine)
+    else:
+        loading.check_ours(path, config)
     if isinstance(loading.draft, pathlib.Path):
         check_draft(loading.draft, degrees, config)
     check_adapters(path, config, loading.lora)

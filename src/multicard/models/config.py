@@ -15,6 +15,8 @@ import torch
 from multicard.errors import CheckpointError, ConfigError, MulticardError, UnsupportedError
 from multicard.values import is_whole
 from multicard.weights.folder import FLOAT_TYPES, read_json
+from multicard.weights.schemes.config import scheme_of
+from multicard.weights.schemes.scheme import Scheme
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -67,6 +69,7 @@ class DecoderConfig:
         dtype: the checkpoint's.
         quantize: how weights are rounded as they are read, a key of ``outline.QUANTIZE``.
         block: intermediate features that stay together on a rank where that can be: those of a file's block.
+        scheme: how the checkpoint has packed matrices; None: it has numbers, or is a GGUF file.
     """
 
     family: str
@@ -90,6 +93,7 @@ class DecoderConfig:
     dtype: torch.dtype = torch.float32
     quantize: str | None = None
     block: int = 1
+    scheme: Scheme | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden", "intermediate", "layers", "heads", "kv_heads", "head_dim", "context"):
@@ -133,7 +137,8 @@ class DecoderConfig:
         stated = {**FAMILIES[family], **raw}  # null overrides a family's default: no window, as many kv heads as heads
         raw = {key: value for key, value in stated.items() if value is not None}
         _refuse(raw)
-        heads = raw["num_attention_heads"]
+        heads, quantised = raw["num_attention_heads"], raw.get("quantization_config")
+        scheme = None if quantised is None else scheme_of(quantised)
         attention_bias = bool(raw.get("attention_bias", False))
         return cls(
             family=family,
@@ -155,6 +160,8 @@ class DecoderConfig:
             window=_window(raw),
             eos=_ids(raw.get("eos_token_id")),
             dtype=FLOAT_TYPES.get(str(raw.get("dtype", raw.get("torch_dtype", "float32"))), torch.float32),
+            block=1 if scheme is None else scheme.block,
+            scheme=scheme,
         )
 
 
@@ -172,9 +179,6 @@ def naming(file: str) -> Iterator[None]:
 
 
 def _refuse(raw: Mapping[str, Any]) -> None:
-    if "quantization_config" in raw:
-        method = raw["quantization_config"].get("quant_method")
-        raise UnsupportedError(f"quantised weights ({method}): LLM reads float32, bfloat16 and float16 checkpoints")
     if (activation := raw.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise UnsupportedError(f"hidden_act {activation!r}: the decoder's MLP has silu only")
     if raw.get("partial_rotary_factor", 1.0) != 1.0:

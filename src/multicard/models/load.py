@@ -42,7 +42,7 @@ def check_folder(path: str | os.PathLike[str], degrees: ParallelConfig) -> Decod
     config = describe(path)
     model = outline(config, degrees)
     with contextlib.closing(open_files(path)) as files:
-        check(model, files, sources(config, files), functools.partial(is_ignored, config))
+        check(model, files, sources(config, files), functools.partial(is_ignored, config, files=files))
     return config
 
 
@@ -50,8 +50,9 @@ def check_adapters(path: str | os.PathLike[str], config: DecoderConfig, folders:
     """Refuse LoRA adapters that can't be added to the checkpoint at ``path``. Raises as :func:`lora.adapters`."""
     if not folders:
         return
-    if is_gguf(path):
-        raise UnsupportedError(f"lora={os.fspath(folders[0])!r}: {path} is a GGUF file; adapters are for folders only")
+    if is_gguf(path) or config.scheme is not None:
+        held = "is a GGUF file" if is_gguf(path) else "holds quantised weights"
+        raise UnsupportedError(f"lora={os.fspath(folders[0])!r}: {path} {held}; adapters are for folders of numbers")
     with lora.adapters(folders) as found, Checkpoint(path) as checkpoint:
         matrices = {name for name, entry in checkpoint.tensors.items() if len(entry.shape) == 2}
         # An embedding's adapter is another product, and a tied head is the embedding.

@@ -22,9 +22,10 @@ from multicard.models.gguf.config import config_of, is_interleaved
 from multicard.models.gguf.names import ROPE_FACTORS, Named, key_of
 from multicard.quantized.types import BLOCK_TYPES
 from multicard.quantized.weight import BlockWeight, blocks_of
-from multicard.weights import Plain, Source, SourceOf, TensorFiles, is_gguf
+from multicard.weights import Checkpoint, Plain, Source, SourceOf, TensorFiles, is_gguf
 from multicard.weights.blocks import Rounded, hold_in_blocks, in_blocks, rounded
 from multicard.weights.gguf.files import GGUFFiles
+from multicard.weights.packed import Packed, is_part, packed
 
 
 class Kinds(NamedTuple):
@@ -76,6 +77,10 @@ def declare(
             model,
             lambda name, shard: rounded(shard, kinds.layers if name.startswith("layers.") else kinds.ends, model.dtype),
         )
+    elif config.scheme is not None:
+        scheme = config.scheme
+        with Checkpoint(path) as folder:
+            hold_in_blocks(model, lambda name, shard: packed(folder, scheme, _plain(name), shard, model.dtype))
     elif is_gguf(path):
         with GGUFFiles(path) as files:
             plain = gguf_sources(config, files)
@@ -94,12 +99,22 @@ def sources(config: DecoderConfig, files: TensorFiles, model: ParallelTransforme
     Args:
         model: of which some may be declared in blocks; None: none are.
     """
+    held = in_blocks_of(model)
+    if isinstance(files, Checkpoint) and config.scheme is not None:
+        scheme = config.scheme
+        weights = {name: weight for name, (_, weight) in held.items()}
+        return lambda name: Packed(_plain(name), scheme, files, weights.get(name))
     if not isinstance(files, GGUFFiles):
-        return lambda name: Plain(name if name.startswith("lm_head.") else f"model.{name}")
+        return _plain
     plain, found = gguf_sources(config, files), {}
-    for name, (parameter, weight) in in_blocks_of(model).items():
+    for name, (parameter, weight) in held.items():
         found[name] = in_blocks(files, plain(name), shard_of(parameter), weight.dtype)
     return lambda name: found.get(name) or plain(name)
+
+
+def _plain(name: str) -> Plain:
+    """The tensors of one of our parameters in a Hugging Face checkpoint."""
+    return Plain(name if name.startswith("lm_head.") else f"model.{name}")
 
 
 def rounding(source_of: SourceOf, model: ParallelTransformer) -> SourceOf:
@@ -125,8 +140,14 @@ def gguf_sources(config: DecoderConfig, files: GGUFFiles) -> Callable[[str], Nam
     return lambda name: Named(key_of(name), pairs_of)
 
 
-def is_ignored(config: DecoderConfig, name: str) -> bool:
-    """Whether a checkpoint's tensor is unused: rotary tables, and the copy of a tied head."""
+def is_ignored(config: DecoderConfig, name: str, files: TensorFiles | None = None) -> bool:
+    """Whether a checkpoint's tensor is unused: rotary tables, the copy of a tied head; or a part of a packed matrix.
+
+    Args:
+        files: in which unused biases have to be 0; None: they aren't looked at.
+    """
     if name.endswith("rotary_emb.inv_freq") or name == ROPE_FACTORS:
+        return True
+    if config.scheme is not None and is_part(config.scheme, name, files if isinstance(files, Checkpoint) else None):
         return True
     return config.tied_head and name == "lm_head.weight"

@@ -26,6 +26,10 @@ class Bytes:
     def half(self, at: int) -> Tensor:
         return self._raw[..., at : at + 2].contiguous().view(torch.float16).float()
 
+    def number(self, at: int, dtype: torch.dtype) -> Tensor:
+        copy = self._raw[..., at : at + dtype.itemsize].clone(memory_format=torch.contiguous_format)
+        return copy.view(dtype).float()
+
     def word(self, at: int) -> Tensor:
         return self._raw[..., at : at + 4].contiguous().view(torch.int32)
 
@@ -42,8 +46,11 @@ class Bytes:
         shifted = raw >> shift if shift else raw
         return shifted & ((1 << count) - 1) if shift + count < 8 else shifted
 
-    def signed_all(self, at: int, columns: int) -> Tensor:
-        return self._bytes(at, columns, 0).view(torch.int8)
+    def signed_all(self, at: int, columns: int, step: int = 0) -> Tensor:
+        return self._bytes(at, columns, step).view(torch.int8)
+
+    def eighths(self, at: int, columns: int, step: int = 0) -> Tensor:
+        return self._bytes(at, columns, step).view(torch.float8_e4m3fn)
 
     def single(self, at: int, columns: int) -> Tensor:
         places = torch.arange(8, dtype=torch.uint8, device=self._raw.device)
@@ -87,12 +94,18 @@ class Words:
 
     def half(self, at: int) -> Tensor:
         """From normal numbers only: compiled code may take others for 0."""
-        bits = self.part(at, 0, 16)
+        bits = self._unaligned(at, 2) & 0xFFFF
         exponent, significand = (bits >> 10) & 31, bits & 1023
         normal = exponent.clamp(max=1)
         power = ((exponent - normal + 1 + 127 - 25) << 23).view(torch.float32)
         size = (significand + (normal << 10)).float() * power
         return torch.where(bits > 0x7FFF, -size, size)
+
+    def number(self, at: int, dtype: torch.dtype) -> Tensor:
+        if dtype == torch.float16:
+            return self.half(at)
+        bits = self._unaligned(at, dtype.itemsize)
+        return (bits if dtype == torch.float32 else bits << 16).view(torch.float32)
 
     def word(self, at: int) -> Tensor:
         return self._word(at, 0)
@@ -106,14 +119,38 @@ class Words:
     def parts(self, at: int, columns: int, shift: Shift, count: int, step: int = 0) -> Lanes:
         return Lanes(self.part(at + n, shift, count, step) for n in range(columns))
 
-    def signed_all(self, at: int, columns: int) -> Lanes:
-        return Lanes(self.signed(at + n) for n in range(columns))
+    def signed_all(self, at: int, columns: int, step: int = 0) -> Lanes:
+        return Lanes(self.signed(at + n, step) for n in range(columns))
+
+    def eighths(self, at: int, columns: int, step: int = 0) -> Lanes:
+        return Lanes(self._eighth(at + n, step) for n in range(columns))
 
     def single(self, at: int, columns: int) -> Lanes:
         return Lanes(self.part(at + n // 8, n % 8, 1) for n in range(columns))
 
     def join(self, first: Lanes, second: Lanes) -> Lanes:
         return Lanes([*first.columns, *second.columns])
+
+    def _eighth(self, at: int, step: int) -> Tensor:
+        """A float8_e4m3fn, by normal numbers only.
+
+        With three bits of significand and four of exponent moved to where float32 has them, and the exponent's bias
+        exchanged, ``t`` is the number's size; if the exponent is 0, the size is ``2 t - 2**-6`` instead, which is less.
+        """
+        word, place = self._word(at, step), 8 * (at % 4)
+        size = word << (20 - place) if place <= 20 else word >> (place - 20)
+        t = ((size & 0x07F00000) + (120 << 23)).view(torch.float32)
+        t = t - torch.relu(2**-6 - t)
+        sign = (word << (24 - place)) & -(1 << 31)
+        return (t.view(torch.int32) | sign).view(torch.float32)
+
+    def _unaligned(self, at: int, size: int) -> Tensor:
+        """``size`` bytes from ``at`` on as the lowest bits of a word, whatever is above them."""
+        inside = at % 4
+        low = self._word(at, 0) >> (8 * inside)
+        if inside + size <= 4:
+            return low
+        return low & ((1 << (32 - 8 * inside)) - 1) | self._word(at + 4 - inside, 0) << (32 - 8 * inside)
 
     def _word(self, at: int, step: int) -> Tensor:
         """The word that byte ``at`` is in; with a ``step``, one for each section."""

@@ -30,16 +30,20 @@ def _of_run(blocks: Blocks, run: Run, tiles: Tensor, x: Tensor) -> Tensor:
     count, _, lanes = tiles.shape
     sections = blocks.type.sections
     words = tiles[:, run.first : run.first + run.units * run.words].view(count, run.units, run.words, lanes)
+    bits = Words(words, sections)
     width = run.together * blocks.type.columns  # of a unit
-    x = (x[: run.units * width] if run.first == 0 else x[-width:]).view(run.units, sections, width // sections)
-    terms, column = [], 0
-    for scale, codes, zero, minimum in blocks.groups(Words(words, sections), run.together):
-        here = x[..., column : column + len(codes.columns)]
-        product = _sum([code.float() * here[..., n, None] for n, code in enumerate(codes.columns)])
-        terms.append(scale * (product - zero * here.sum(-1, keepdim=True) if zero else product))
-        if minimum is not None:
-            terms.append(minimum * here.sum(-1, keepdim=True))
-        column += len(codes.columns)
+    x = (x[: run.units * width] if run.first == 0 else x[-width:]).view(run.units, run.together, sections, -1)
+    terms = []
+    for number, block in enumerate(x.unbind(1)):
+        column = 0
+        for scale, codes, zero, minimum in blocks.groups(bits, number):
+            here = block[..., column : column + len(codes.columns)]
+            product = _sum([code.float() * here[..., n, None] for n, code in enumerate(codes.columns)])
+            shifted = isinstance(zero, Tensor) or zero != 0
+            terms.append(scale * (product - zero * here.sum(-1, keepdim=True) if shifted else product))
+            if minimum is not None:
+                terms.append(minimum * here.sum(-1, keepdim=True))
+            column += len(codes.columns)
     return _sum(terms).sum((1, 2))
 
 

@@ -30,7 +30,7 @@ class Group(NamedTuple):
 
     scale: Tensor
     codes: Codes
-    zero: int = 0
+    zero: int | Tensor = 0
     minimum: Tensor | None = None
 
 
@@ -48,6 +48,9 @@ class Bits(Protocol):
     def half(self, at: int) -> Tensor:
         """The finite float16 at byte ``at``, in float32."""
 
+    def number(self, at: int, dtype: torch.dtype) -> Tensor:
+        """The finite float16, bfloat16 or float32 at byte ``at``, in float32."""
+
     def word(self, at: int) -> Tensor:
         """Bytes ``at`` to ``at + 3``, ``at`` a multiple of 4, as int32."""
 
@@ -60,8 +63,11 @@ class Bits(Protocol):
     def parts(self, at: int, columns: int, shift: Shift, count: int, step: int = 0) -> Codes:
         """:meth:`part` of so many adjacent bytes, one for each column."""
 
-    def signed_all(self, at: int, columns: int) -> Codes:
+    def signed_all(self, at: int, columns: int, step: int = 0) -> Codes:
         """:meth:`signed` of so many adjacent bytes, one for each column."""
+
+    def eighths(self, at: int, columns: int, step: int = 0) -> Codes:
+        """So many adjacent float8_e4m3fn, none of them NaN, one for each column."""
 
     def single(self, at: int, columns: int) -> Codes:
         """Adjacent single bits, the lowest of byte ``at`` first, one for each column."""
@@ -80,6 +86,7 @@ class BlockType:
         size: bytes of a block.
         groups: a section's columns in order, given bits and the byte where the block begins; None: one plain number.
         sections: of a block, with equally many columns.
+        tight: blocks follow each other without a gap in memory too.
     """
 
     name: str
@@ -87,6 +94,7 @@ class BlockType:
     size: int
     groups: Callable[[Bits, int], list[Group]] | None = dataclasses.field(default=None, compare=False, repr=False)
     sections: int = 1
+    tight: bool = False
 
 
 def _q4_0(bits: Bits, at: int) -> list[Group]:

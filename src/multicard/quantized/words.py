@@ -6,7 +6,7 @@ So one instruction on 16 words does the same to 16 rows, and no sum goes across 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import math
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from multicard.quantized.bits import Bytes
-from multicard.quantized.types import BLOCK_TYPES, Bits, BlockType, Group
+from multicard.quantized.scaled import type_of
+from multicard.quantized.types import Bits, BlockType, Group
 
 LANES = 16  # words of the widest vectors
 WORD = 4  # bytes
@@ -47,7 +48,7 @@ class Blocks:
 
     @property
     def type(self) -> BlockType:
-        return BLOCK_TYPES[self.kind]
+        return type_of(self.kind)
 
     @property
     def columns(self) -> int:
@@ -57,11 +58,11 @@ class Blocks:
     def padded(self) -> int:
         """Bytes that a block takes: a large one, whole words."""
         size = self.type.size
-        return size + -size % WORD if size > LARGE else size
+        return size if self.type.tight or size <= LARGE else size + -size % WORD
 
     @property
     def row_words(self) -> int:
-        """Of a row, of which the last may have two bytes more than the row."""
+        """Of a row, of which the last may have up to three bytes more than the row."""
         return -(-self.width * self.padded // WORD)
 
     @property
@@ -71,13 +72,13 @@ class Blocks:
 
     @property
     def runs(self) -> list[Run]:
-        """A row's blocks: by twos where only two together fill whole words, and then perhaps one alone."""
+        """A row's blocks: as many together as fill whole words, one, two or four, and then perhaps a few more."""
         size = self.padded
-        together = 1 if size % WORD == 0 else 2
+        together = WORD // math.gcd(size, WORD)
         units, rest = divmod(self.width, together)
         words = together * size // WORD
         runs = [Run(together, units, 0, words)] if units else []
-        return [*runs, Run(1, 1, units * words, -(-size // WORD))] if rest else runs
+        return [*runs, Run(rest, 1, units * words, -(-rest * size // WORD))] if rest else runs
 
     def in_words(self, raw: Tensor) -> Tensor:
         """Rows of a file's bytes, uint8 ``(rows, width, type.size)``, as int32 ``(rows, row_words)``."""
@@ -100,20 +101,23 @@ class Blocks:
         views = [held[:full].view(-1, self.row_words, LANES)] if full else []
         return [*views, held[full:].view(1, self.row_words, rest)] if rest else views
 
-    def groups(self, bits: Bits, together: int) -> Iterator[Group]:
-        """What sections of a unit of so many blocks hold, in the order of columns."""
+    def groups(self, bits: Bits, number: int) -> list[Group]:
+        """What the sections of a unit's block hold, in the order of columns."""
         groups = self.type.groups
         assert groups is not None, f"{self.kind} has no blocks"
-        for number in range(together):
-            yield from groups(bits, number * self.padded)
+        return groups(bits, number * self.padded)
 
     def values(self, words: Tensor) -> Tensor:
         """Numbers, float32 ``(rows, columns)``, from the words of whole rows, ``(rows, row_words)``."""
         raw = words.contiguous().view(torch.uint8)[:, : self.width * self.padded].view(-1, self.width, self.padded)
         parts = []
-        for scale, codes, zero, minimum in self.groups(Bytes(raw, self.type.sections), 1):
+        for scale, codes, zero, minimum in self.groups(Bytes(raw, self.type.sections), 0):
             part = codes.float()
-            part = (part.sub_(zero) if zero else part).mul_(scale.unsqueeze(-1))
+            if isinstance(zero, Tensor):
+                part = part.sub_(zero.unsqueeze(-1))
+            elif zero:
+                part = part.sub_(zero)
+            part = part.mul_(scale.unsqueeze(-1))
             parts.append(part if minimum is None else part.add_(minimum.unsqueeze(-1)))
         return (torch.cat(parts, -1) if len(parts) > 1 else parts[0]).flatten(1)
 

@@ -18,7 +18,10 @@ from multicard.errors import CheckpointError, UnsupportedError
 from multicard.weights.files import STAGING, OpenFiles, open_regular
 
 STORED_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-WIDTHS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+CODE_TYPES = {"I64": torch.int64, "I32": torch.int32, "I8": torch.uint8, "U8": torch.uint8, "F8_E4M3": torch.uint8}
+"""Of tensors that aren't plain numbers, but parts of quantised ones: what their bits are read as."""
+
+WIDTHS = {"F64": 8, "I16": 2, "BOOL": 1, **{name: t.itemsize for name, t in (STORED_TYPES | CODE_TYPES).items()}}
 LARGEST_HEADER = 100_000_000
 MOST_TENSORS = 1 << 17
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -99,6 +102,21 @@ class Checkpoint(OpenFiles):
         if not out.is_contiguous():
             out.copy_(target.view(out.shape))
         return outer * run * width, staging.nbytes
+
+    def rectangle(self, name: str, rows: range, columns: range) -> Tensor:
+        """Rows and columns of a matrix as they are stored; a tensor of less than two dimensions is one row."""
+        entry = self.tensors[name]
+        width = WIDTHS[entry.dtype]
+        whole = entry.shape[-1] if entry.shape else 1
+        out = torch.empty(len(rows), len(columns), dtype=(STORED_TYPES | CODE_TYPES)[entry.dtype])
+        raw: Any = out.view(torch.uint8).numpy()
+        begin = entry.offset + (rows.start * whole + columns.start) * width
+        if len(columns) == whole:
+            self.fill(entry.path, memoryview(raw.reshape(-1)), begin, name)
+        else:
+            for line in range(len(rows)):
+                self.fill(entry.path, memoryview(raw[line]), begin + line * whole * width, name)
+        return out
 
 
 def _files(folder: pathlib.Path, stem: str) -> tuple[list[pathlib.Path], dict[str, str] | None]:

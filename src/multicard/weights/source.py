@@ -11,6 +11,7 @@ from torch import Tensor
 
 from multicard.errors import CheckpointError
 from multicard.layers.shard import Shard, Spans
+from multicard.weights.checkpoint import Checkpoint
 from multicard.weights.files import TensorFiles
 from multicard.weights.gguf.files import GGUFFiles
 
@@ -70,6 +71,15 @@ class Reader:
         self.shard_bytes += stored.size(len(rows) * stored.shape[1 - dim])
         self.staging = max(self.staging, 2 * raw.nbytes)
         return raw
+
+    def rectangle(self, key: str, rows: range, columns: range) -> Tensor:
+        """Rows and columns of a matrix in a folder as they are stored, ``(rows, columns)``."""
+        files = self.checkpoint
+        assert isinstance(files, Checkpoint)
+        found = files.rectangle(key, rows, columns)
+        self.bytes_read += found.nbytes
+        self.shard_bytes += found.nbytes
+        return found
 
     def whole(self, key: str) -> Tensor:
         """All of a tensor, in float32."""
