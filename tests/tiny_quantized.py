@@ -1,9 +1,10 @@
 """Tiny checkpoints of every quantisation scheme, with the transformers models that they stand for.
 
-Codes, scales and zeros are random; the numbers are ``scale * (code - zero)``, from the schemes' own descriptions and not by
-our code.
+Codes, scales and zeros are random; the numbers are ``scale * (code - zero)``, by what the schemes' descriptions say, not
+by our code.
 """
 
+import copy
 import json
 
 import safetensors.torch
@@ -220,20 +221,22 @@ def build(family):
     return model
 
 
-def write(folder, name, change=None):
+def write(folder, name, change=None, **options):
     """Save a checkpoint of that scheme; returns the model that it stands for.
 
     Args:
         change: called with the config and the tensors before they are written.
+        options: of the function that makes matrices, instead of the scheme's own.
     """
-    family, quantised, make, options = SCHEMES[name]
+    family, quantised, make, given = SCHEMES[name]
+    quantised, options = copy.deepcopy(quantised), {**given, **options}
     model, maker, tensors = build(family), Maker(len(name)), {}
     plain = ("lm_head",) if name.startswith("gptq-channel") or name == "gptq-2" else () if "v2" in name else PLAIN
     for key, parameter in model.named_parameters():
         module = key.removesuffix(".weight")
         if name == "gptq" and module.endswith("v_proj"):
             tensors[key] = parameter.data
-        elif key.endswith("proj.weight") or key == "lm_head.weight" and module not in plain:
+        elif key.endswith("proj.weight") or (key == "lm_head.weight" and module not in plain):
             if module in plain:
                 tensors[key] = parameter.data
                 continue

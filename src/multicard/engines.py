@@ -17,7 +17,7 @@ from multicard.errors import CheckpointError, ConfigError, MulticardError, Unsup
 from multicard.extras import command, has
 from multicard.mesh import ParallelMesh
 from multicard.models.compiled import Compilation, why_not
-from multicard.models.config import DecoderConfig
+from multicard.models.config import DecoderConfig, is_quantised
 from multicard.models.drafts import Drafting
 from multicard.models.load import check_adapters, check_draft, load_decoder, naming_draft
 from multicard.models.load import check_folder as check_ours
@@ -123,11 +123,14 @@ def parse_draft(draft: Any) -> pathlib.Path | str | None:
 
 
 def _check_folder(path: pathlib.Path, degrees: ParallelConfig) -> tuple[Any, str]:
-    """The decoder's config, and which library runs it: transformers runs architectures that our decoder lacks."""
+    """The decoder's config, and which library runs it: transformers runs architectures that our decoder lacks.
+
+    Quantised weights are read by ours alone, so why it can't is the reason.
+    """
     try:
         return check_ours(path, degrees), "multicard"
     except UnsupportedError as refusal:
-        if is_gguf(path):
+        if is_gguf(path) or is_quantised(path):
             raise
         if not has("transformers"):
             raise UnsupportedError(f"{refusal}; or {command('transformers')}: LLM uses it for other models") from None

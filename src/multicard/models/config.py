@@ -165,6 +165,12 @@ class DecoderConfig:
         )
 
 
+def is_quantised(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds a model of one of our families with a ``quantization_config``."""
+    raw = read_json(pathlib.Path(folder), "config.json")
+    return raw.get("model_type") in FAMILIES and raw.get("quantization_config") is not None
+
+
 @contextlib.contextmanager
 def naming(file: str) -> Iterator[None]:
     """Errors about a file's content begin with its name."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 
@@ -66,28 +67,46 @@ class Matrix:
         entries = {leaf: self.files.tensors[f"{self.module}.{leaf}"] for leaf in leaves}
         return self.method.layout(entries, self.shape)
 
+    @property
+    def unit(self) -> int | None:
+        """Columns of a block: of a group, or of a part of one, if only parts fill a row; None: a row is one group."""
+        group, inputs = self.layout.group, self.shape[1]
+        if group is None or inputs % group == 0:
+            return group
+        part = math.gcd(group, inputs)
+        return group if part % SECTION else part
+
     def block(self, columns: range) -> Scaled:
-        """The type of blocks that hold these columns of it: where a row has one scale, a block is all of them."""
-        layout = self.layout
-        width = layout.group or -(-len(columns) // SECTION) * SECTION
+        """The type of blocks that hold these columns of it: where a row is one group, a block is all of them."""
+        layout, width = self.layout, self.unit or -(-len(columns) // SECTION) * SECTION
         return Scaled(layout.codes, width, layout.scale, layout.zero)
 
     def whole(self, columns: range) -> range:
-        """The columns of the groups that these are in."""
-        group = self.layout.group
-        if group is None:
+        """The columns of the blocks that these are in."""
+        return self._whole(columns, self.unit)
+
+    def _whole(self, columns: range, size: int | None) -> range:
+        if size is None:
             return columns
-        return range(columns.start // group * group, min(-(-columns.stop // group) * group, self.shape[1]))
+        return range(columns.start // size * size, min(-(-columns.stop // size) * size, self.shape[1]))
 
     def blocks(self, reader: Reader, rows: range, columns: range) -> Tensor:
         """Uint8 ``(rows, blocks, bytes)`` with these columns; one of ``rows`` and ``columns`` is all."""
-        block = self.block(columns)
-        codes, scales, zeros = self.method.read(reader, self.module, self.shape, rows, self.whole(columns))
+        block, group, columns = self.block(columns), self.layout.group, self.whole(columns)
+        read = self._whole(columns, group)
+        codes, scales, zeros = self.method.read(reader, self.module, self.shape, rows, read)
         what = f"{self.files.where}: {self.module}"
         if not scales.isfinite().all():
             raise CheckpointError(f"{what} has a scale that isn't a finite number")
         if block.codes == "E4M3" and ((codes & 127) == 127).any():
             raise CheckpointError(f"{what} has weights that aren't numbers (NaN)")
+        if group is not None and group != block.columns:
+            first, many = (columns.start - read.start) // block.columns, -(-len(columns) // block.columns)
+            codes = codes[:, first * block.columns :][:, : len(columns)]
+            scales, zeros = (
+                each if each is None else each.repeat_interleave(group // block.columns, 1)[:, first : first + many]
+                for each in (scales, zeros)
+            )
         raw = block.pack(codes, scales, zeros)
         reader.staging = max(reader.staging, 2 * codes.nbytes + 2 * raw.nbytes)
         return raw

@@ -57,7 +57,10 @@ def build(
             "argument of ours (model_class, dtype, plan); the mesh determines where weights are placed"
         )
     if getattr(config, "quantization_config", None):
-        raise UnsupportedError(f"{path} holds quantized weights, which can't be split: use an unquantized checkpoint")
+        raise UnsupportedError(
+            f"{path} holds quantized weights, which can't be split: use an unquantized checkpoint, or mc.LLM for the "
+            "models that its own decoder runs (Llama, Mistral, Qwen2, Qwen3)"
+        )
     if dtype == "auto":  # transformers' name for the config's dtype
         dtype = None
     choose_implementations(config, overrides)

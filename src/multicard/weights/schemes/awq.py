@@ -1,7 +1,7 @@
 """AWQ's packing for matrix products, as AutoAWQ writes it (``quant_method: awq``, ``version: gemm``).
 
-``qweight`` is ``(inputs, outputs / 8)``: eight codes of four bits in an int32 word, of eight outputs the ones numbered 0,
-2, 4, 6, 1, 3, 5, 7 from the lowest bits on. ``qzeros`` are packed alike, ``(groups, outputs / 8)``; ``scales`` are
+``qweight`` is ``(inputs, outputs / 8)``: eight codes of four bits in an int32 word, of eight outputs the ones numbered
+0, 2, 4, 6, 1, 3, 5, 7 from the lowest bits on. ``qzeros`` are packed alike, ``(groups, outputs / 8)``; ``scales`` are
 ``(groups, outputs)``.
 """
 

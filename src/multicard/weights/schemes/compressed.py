@@ -1,8 +1,8 @@
 """Integers and FP8 as compressed-tensors writes them (``quant_method: compressed-tensors``).
 
 ``weight_packed`` has codes, plus half of their range, in int32 words along the inputs; or ``weight`` has int8 or
-float8_e4m3fn. ``weight_scale`` is ``(outputs, groups)``, ``(outputs, 1)``, or one number. ``weight_zero_point`` has as many
-numbers, packed along the outputs where weights are packed.
+float8_e4m3fn. ``weight_scale`` is ``(outputs, groups)``, ``(outputs, 1)``, or one number. ``weight_zero_point`` has as
+many numbers, packed along the outputs where weights are packed.
 """
 
 from __future__ import annotations

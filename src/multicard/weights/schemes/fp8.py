@@ -1,7 +1,7 @@
 """Fine-grained FP8 (``quant_method: fp8``), as DeepSeek's and Qwen3's checkpoints have it.
 
-``weight`` is float8_e4m3fn. Each square of it, 128 outputs by 128 inputs, is multiplied by one of ``weight_scale_inv``. The
-scheme's own kernels round inputs to FP8 too; products here don't.
+``weight`` is float8_e4m3fn. Each square of it, 128 outputs by 128 inputs, is multiplied by one of ``weight_scale_inv``.
+The scheme's own kernels round inputs to FP8 too; products here don't.
 """
 
 from __future__ import annotations
