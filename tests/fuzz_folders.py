@@ -19,6 +19,7 @@ import tokenizers
 import transformers
 
 import tiny_decoders
+import tiny_quantized
 from multicard.config import ParallelConfig
 from multicard.errors import MulticardError
 from multicard.integrations.diffusers.folder import PipelineFolder
@@ -47,6 +48,10 @@ HOSTILE = {
         {"num_hidden_layers": 10**9},
         {"quantization_config": {"quant_method": EVIL}},
         {"quantization_config": 3},
+        {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 1 << 60}},
+        {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 8, "dynamic": {"(.*a)*$": {}}}},
+        {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 8, "modules_to_not_convert": [3]}},
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, 1 << 60]}},
         {"use_pretrained_backbone": True, "backbone": "someone/repo", "use_timm_backbone": True},
         {"torch_dtype": "load"},
         {"rope_parameters": {"rope_type": EVIL}},
@@ -84,7 +89,7 @@ HOSTILE = {
 
 
 def bases(folder):
-    """Folders to damage, with what to check them by: our decoder's, one that transformers runs, a pipeline."""
+    """Folders to damage, with what to check them by: ours, also packed, one that transformers runs, a pipeline."""
     ours, _ = tiny_decoders.write(folder, "llama-6-over-2")
     sharded, _ = tiny_decoders.write(folder, "llama-biases", max_shard_size="40KB")
     other = folder / "phi"
@@ -99,11 +104,16 @@ def bases(folder):
     transformers.PhiForCausalLM(transformers.PhiConfig(**sizes)).save_pretrained(other)
     for each in (ours, sharded, other):
         add_tokenizer(each)
+    packed = [folder / name for name in ("gptq", "ct-int8-zeros")]
+    for each in packed:
+        tiny_quantized.write(each, each.name)
+        add_tokenizer(each)
     shutil.copytree(DIGITS, folder / "digits")
     degrees = ParallelConfig(tp=2)
     return {
         ours: lambda path: (check_folder(path, degrees), Tokenizer.of(path)),
         sharded: lambda path: (check_folder(path, degrees), Tokenizer.of(path)),
+        **dict.fromkeys(packed, lambda path: (check_folder(path, degrees), Tokenizer.of(path))),
         other: lambda path: (check_with_transformers(path, degrees), Tokenizer.of(path)),
         folder / "digits": lambda path: PipelineFolder(path).check(degrees),
     }

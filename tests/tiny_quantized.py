@@ -1,7 +1,7 @@
 """Tiny checkpoints of every quantisation scheme, with the transformers models that they stand for.
 
-Codes, scales and zeros are random; the numbers are ``scale * (code - zero)``, by what the schemes' descriptions say, not
-by our code.
+Codes, scales and zeros are random; the numbers are ``scale * (code - zero)``, as the schemes are described, not by our
+code.
 """
 
 import copy

@@ -148,6 +148,7 @@ def is_ignored(config: DecoderConfig, name: str, files: TensorFiles | None = Non
     """
     if name.endswith("rotary_emb.inv_freq") or name == ROPE_FACTORS:
         return True
-    if config.scheme is not None and is_part(config.scheme, name, files if isinstance(files, Checkpoint) else None):
-        return True
-    return config.tied_head and name == "lm_head.weight"
+    if config.tied_head and name.startswith("lm_head."):
+        return name == "lm_head.weight"
+    folder = files if isinstance(files, Checkpoint) else None
+    return config.scheme is not None and is_part(config.scheme, name, folder)
