@@ -18,7 +18,7 @@ from multicard.quantized.weight import BlockWeight
 from multicard.quantized.words import LANES, Blocks, dequantize
 from multicard.weights.blocks import ROUNDED
 from multicard.weights.checkpoint import Checkpoint
-from multicard.weights.schemes.method import FLOATS, Layout, Method
+from multicard.weights.schemes.method import FLOATS, Layout, Method, groups_of
 from multicard.weights.schemes.scheme import Scheme
 from multicard.weights.source import Plain, Reader, Shapes
 
@@ -101,12 +101,12 @@ class Matrix:
         if block.codes == "E4M3" and ((codes & 127) == 127).any():
             raise CheckpointError(f"{what} has weights that aren't numbers (NaN)")
         if group is not None and group != block.columns:
-            first, many = (columns.start - read.start) // block.columns, -(-len(columns) // block.columns)
-            codes = codes[:, first * block.columns :][:, : len(columns)]
-            scales, zeros = (
-                each if each is None else each.repeat_interleave(group // block.columns, 1)[:, first : first + many]
-                for each in (scales, zeros)
-            )
+            inside = range(columns.start - read.start, columns.stop - read.start)
+            codes = codes[:, inside.start : inside.stop]
+            held = groups_of(inside, block.columns)
+            scales = scales.repeat_interleave(group // block.columns, 1)[:, held.start : held.stop]
+            if zeros is not None:
+                zeros = zeros.repeat_interleave(group // block.columns, 1)[:, held.start : held.stop]
         raw = block.pack(codes, scales, zeros)
         reader.staging = max(reader.staging, 2 * codes.nbytes + 2 * raw.nbytes)
         return raw

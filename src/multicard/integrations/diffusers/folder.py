@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 import re
 import sys
@@ -143,9 +144,9 @@ class PipelineFolder:
 
     def _check_component(self, name: str, library: str, cls: str) -> None:
         folder = self.path / name
-        if not folder.is_dir():
+        if not os.path.isdir(folder):  # False, too, for a name that is too long
             raise CheckpointError(f"{folder}: no such folder, and {INDEX} names it as a {cls}")
-        if (folder / f"{library}.py").exists():
+        if os.path.exists(folder / f"{library}.py"):
             self._check_code(f"{name}/{library}.py", f"{cls} is defined in")
         elif library not in LIBRARIES and library not in _pipeline_modules():
             self._check_library(library, name)
