@@ -138,6 +138,11 @@ def tied(config, tensors):
     config["tie_word_embeddings"] = True
 
 
+def unordered(config, tensors):
+    config["quantization_config"]["desc_act"] = True
+    del tensors[f"{Q}.g_idx"]
+
+
 REFUSED = [
     (
         "gptq",
@@ -164,6 +169,12 @@ REFUSED = [
         of_tensor(f"{Q}.g_idx", lambda t: t.flip(0)),
         UnsupportedError,
         r"q_proj\.g_idx.*act-order.*desc_act=false",
+    ),
+    (
+        "gptq",
+        unordered,
+        CheckpointError,
+        r"no tensor 'model.layers.0.self_attn.q_proj.g_idx', which desc_act=true asks",
     ),
     ("gptq", of_tensor(f"{Q}.g_idx", lambda t: t[:5]), CheckpointError, r"g_idx is I32 \(5,\); expected I32 \(96,\)"),
     (

@@ -9,7 +9,7 @@ from multicard.quantized.products import few_rows, in_chunks, lookup
 from multicard.quantized.scaled import SCALES, WIDTHS, Scaled, type_of
 from multicard.quantized.words import LANES, Blocks
 
-KINDS = [(codes, scale, zero) for codes, scale, zero in itertools.product(WIDTHS, SCALES, (False, True))]
+KINDS = [each for each in itertools.product(WIDTHS, SCALES, (False, True)) if each[0] != "E4M3" or not each[2]]
 
 
 def matrix(kind, rows, width, missing=3):
@@ -19,7 +19,6 @@ def matrix(kind, rows, width, missing=3):
     zeros = torch.randint(0, 1 << WIDTHS[kind.codes], (rows, width), dtype=torch.uint8) if kind.zero else None
     if kind.codes == "E4M3":
         codes[(codes & 127) == 127] = 0  # NaN
-        zeros = None
     dtype = {"S8": torch.int8, "E4M3": torch.float8_e4m3fn}.get(kind.codes, torch.uint8)
     whole = torch.nn.functional.pad(codes, (0, missing)).view(rows, width, -1).view(dtype).float()
     zero = 0 if zeros is None else zeros.view(dtype).float()[..., None]
@@ -33,8 +32,6 @@ def matrix(kind, rows, width, missing=3):
 
 @pytest.mark.parametrize(("codes", "scale", "zero"), KINDS, ids=str)
 def test_products_rows_and_numbers(codes, scale, zero):
-    if codes == "E4M3" and zero:
-        pytest.skip("floating-point codes have no zeros")
     torch.manual_seed(0)
     for columns, width, rows in [
         (16, 5, 1),

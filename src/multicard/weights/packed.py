@@ -227,5 +227,7 @@ def is_part(scheme: Scheme, name: str, files: Checkpoint | None = None) -> bool:
         return False
     if leaf != "bias" or files is None:
         return True
-    shape = files.tensors[name].shape
-    return len(shape) == 1 and not files.rectangle(name, range(1), range(shape[0])).any()
+    entry = files.tensors[name]
+    if entry.dtype not in FLOATS or len(entry.shape) != 1:
+        return False
+    return not files.rectangle(name, range(1), range(entry.shape[0])).any()

@@ -53,10 +53,12 @@ def _gptq(raw: Mapping[str, Any]) -> tuple[Rule, ...]:
         raise UnsupportedError(f"GPTQ's pack_dtype {dtype!r} isn't read; int32 is")
 
     def method(changes: Mapping[str, Any]) -> Gptq:
-        bits, size = {**raw, **changes}.get("bits"), {**raw, **changes}.get("group_size")
+        said = {**raw, **changes}
+        bits = said.get("bits")
         if bits not in (2, 4, 8):
             raise UnsupportedError(f"GPTQ with bits={bits!r} isn't read; 2, 4 and 8 are")
-        return Gptq(bits, _group_size(size, bits), CONVENTIONS[convention])
+        size = _group_size(said.get("group_size"), bits)
+        return Gptq(bits, size, CONVENTIONS[convention], bool(said.get("desc_act")))
 
     rules = [] if raw.get("lm_head") else [Rule(HEAD, None)]
     for pattern, changes in _object(raw, "dynamic").items():
@@ -74,7 +76,7 @@ def _gptq(raw: Mapping[str, Any]) -> tuple[Rule, ...]:
 
 
 def _awq(raw: Mapping[str, Any]) -> tuple[Rule, ...]:
-    bits, version = raw.get("bits", raw.get("w_bit")), str(raw.get("version", raw.get("format", "gemm"))).lower()
+    bits, version = raw.get("bits", raw.get("w_bit")), str(raw.get("version") or raw.get("format") or "gemm").lower()
     if bits != 4 or version != "gemm":
         raise UnsupportedError(f"AWQ with bits={bits!r} and version {version!r} isn't read; bits=4 and 'gemm' are")
     if not raw.get("zero_point", True):

@@ -35,11 +35,13 @@ class Gptq:
     Attributes:
         size: of a group; -1: a row is one.
         less: what zeros are stored less.
+        ordered: inputs may be in an order of their own, which ``g_idx`` has to tell.
     """
 
     bits: int
     size: int
     less: int
+    ordered: bool = False
 
     @property
     def group(self) -> int | None:
@@ -65,6 +67,8 @@ class Gptq:
     def check(self, files: Checkpoint, module: str, shape: tuple[int, int]) -> None:
         """Refuse inputs that aren't in the order of their groups."""
         if (entry := files.tensors.get(f"{module}.g_idx")) is None:
+            if self.ordered:
+                raise CheckpointError(f"{files.where}: no tensor {f'{module}.g_idx'!r}, which desc_act=true asks for")
             return
         _, inputs = shape
         if entry.shape != (inputs,) or entry.dtype != "I32":
