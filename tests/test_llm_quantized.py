@@ -204,7 +204,7 @@ REFUSED = [
     ("gptq-v2-8", tied, CheckpointError, r"the model of this config has no tensor 'lm_head\.\w+'"),
     ("awq", of_config(version="gemv"), UnsupportedError, "version 'gemv'"),
     ("awq", of_config(zero_point=False), UnsupportedError, "zero_point=false"),
-    ("awq", of_config(group_size=20), CheckpointError, r"q_proj\.qzeros is I32 \(6, 12\) where .* I32 \(4, 12\)"),
+    ("awq", of_config(group_size=24), CheckpointError, r"q_proj\.qzeros is I32 \(6, 12\) where .* I32 \(4, 12\)"),
     ("fp8", of_config(activation_scheme="static"), UnsupportedError, "activation_scheme 'static'"),
     ("fp8", of_config(weight_block_size=None), UnsupportedError, "blocks of size None"),
     ("fp8", of_config(weight_block_size=[32, 32]), CheckpointError, r"q_proj\.weight_scale_inv is BF16 \(6, 3\)"),

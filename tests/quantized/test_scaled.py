@@ -35,7 +35,7 @@ def test_products_rows_and_numbers(codes, scale, zero):
     torch.manual_seed(0)
     for columns, width, rows in [
         (16, 5, 1),
-        (24, 3, LANES + 5),
+        (48, 3, LANES + 5),
         (32, 7, 3),
         (64, 6, LANES),
         (128, 3, 19),

@@ -26,9 +26,9 @@ class Bytes:
     def half(self, at: int) -> Tensor:
         return self._raw[..., at : at + 2].contiguous().view(torch.float16).float()
 
-    def number(self, at: int, dtype: torch.dtype) -> Tensor:
-        copy = self._raw[..., at : at + dtype.itemsize].clone(memory_format=torch.contiguous_format)
-        return copy.view(dtype).float()
+    def numbers(self, at: int, dtype: torch.dtype, count: int) -> Tensor:
+        copy = self._raw[..., at : at + count * dtype.itemsize].clone(memory_format=torch.contiguous_format)
+        return copy.view(dtype).float().repeat_interleave(self._sections // count, -1)
 
     def word(self, at: int) -> Tensor:
         return self._raw[..., at : at + 4].contiguous().view(torch.int32)
@@ -93,19 +93,21 @@ class Words:
         return torch.arange(self._sections, dtype=torch.int32, device=self._words.device).unsqueeze(-1)
 
     def half(self, at: int) -> Tensor:
-        """From normal numbers only: compiled code may take others for 0."""
-        bits = self._unaligned(at, 2) & 0xFFFF
-        exponent, significand = (bits >> 10) & 31, bits & 1023
-        normal = exponent.clamp(max=1)
-        power = ((exponent - normal + 1 + 127 - 25) << 23).view(torch.float32)
-        size = (significand + (normal << 10)).float() * power
-        return torch.where(bits > 0x7FFF, -size, size)
+        return _half(self.part(at, 0, 16))
 
-    def number(self, at: int, dtype: torch.dtype) -> Tensor:
+    def numbers(self, at: int, dtype: torch.dtype, count: int) -> Tensor:
+        size = dtype.itemsize
+        held = 4 // size  # numbers of a word
+        words = self._words[:, :, at // 4 : at // 4 - -count // held]
+        shifts = 8 * size * torch.arange(held, dtype=torch.int32, device=words.device).unsqueeze(-1)
+        found = (words.unsqueeze(3) >> shifts).flatten(2, 3)[:, :, :count]
+        each = self._sections // count
+        found = found.unsqueeze(3).expand(-1, -1, -1, each, -1).flatten(2, 3)
         if dtype == torch.float16:
-            return self.half(at)
-        bits = self._unaligned(at, dtype.itemsize)
-        return (bits if dtype == torch.float32 else bits << 16).view(torch.float32)
+            return _half(found & 0xFFFF)
+        if dtype in (torch.bfloat16, torch.float32):
+            return (found if size == 4 else found << 16).view(torch.float32)
+        return found & 255 if dtype == torch.uint8 else (found << 24) >> 24
 
     def word(self, at: int) -> Tensor:
         return self._word(at, 0)
@@ -140,20 +142,21 @@ class Words:
         word, place = self._word(at, step), 8 * (at % 4)
         size = word << (20 - place) if place <= 20 else word >> (place - 20)
         t = ((size & 0x07F00000) + (120 << 23)).view(torch.float32)
-        t = t - torch.relu(2**-6 - t)
+        t = torch.where(t < 2**-6, 2 * t - 2**-6, t)
         sign = (word << (24 - place)) & -(1 << 31)
         return (t.view(torch.int32) | sign).view(torch.float32)
-
-    def _unaligned(self, at: int, size: int) -> Tensor:
-        """``size`` bytes from ``at`` on as the lowest bits of a word, whatever is above them."""
-        inside = at % 4
-        low = self._word(at, 0) >> (8 * inside)
-        if inside + size <= 4:
-            return low
-        return low & ((1 << (32 - 8 * inside)) - 1) | self._word(at + 4 - inside, 0) << (32 - 8 * inside)
 
     def _word(self, at: int, step: int) -> Tensor:
         """The word that byte ``at`` is in; with a ``step``, one for each section."""
         word, apart = at // 4, step // 4
         last = word + (self._sections - 1) * apart
         return self._words[:, :, word : last + 1 : max(1, apart)]
+
+
+def _half(bits: Tensor) -> Tensor:
+    """Float16 in float32, from normal numbers only: compiled code may take others for 0."""
+    exponent, significand = (bits >> 10) & 31, bits & 1023
+    normal = exponent.clamp(max=1)
+    power = ((exponent - normal + 1 + 127 - 25) << 23).view(torch.float32)
+    size = (significand + (normal << 10)).float() * power
+    return torch.where(bits > 0x7FFF, -size, size)

@@ -28,15 +28,15 @@ def few_rows(blocks: Blocks, held: Tensor, vectors: Sequence[Tensor]) -> Tensor:
 def _of_run(blocks: Blocks, run: Run, tiles: Tensor, x: Tensor) -> Tensor:
     """A run's part of the product, ``(tiles, lanes)``."""
     count, _, lanes = tiles.shape
-    sections = blocks.type.sections
+    descriptions, sections = blocks.described(run)
     words = tiles[:, run.first : run.first + run.units * run.words].view(count, run.units, run.words, lanes)
     bits = Words(words, sections)
     width = run.together * blocks.type.columns  # of a unit
-    x = (x[: run.units * width] if run.first == 0 else x[-width:]).view(run.units, run.together, sections, -1)
+    x = (x[: run.units * width] if run.first == 0 else x[-width:]).view(run.units, descriptions, sections, -1)
     terms = []
     for number, block in enumerate(x.unbind(1)):
         column = 0
-        for scale, codes, zero, minimum in blocks.groups(bits, number):
+        for scale, codes, zero, minimum in blocks.groups(bits, run, number):
             here = block[..., column : column + len(codes.columns)]
             product = _sum([code.float() * here[..., n, None] for n, code in enumerate(codes.columns)])
             shifted = isinstance(zero, Tensor) or zero != 0

@@ -1,6 +1,6 @@
 """Blocks of any number of columns that are ``scale * (code - zero)``, as quantised checkpoints have them.
 
-A block begins with its scale, then the zero if there is one, then codes in sections. A type's name says all of it:
+A block has a scale, perhaps a zero, and codes in sections. A type's name says all of it:
 ``U4x128-F16z`` has 128 unsigned codes of 4 bits, a float16 scale and a zero.
 """
 
@@ -20,8 +20,8 @@ SCALES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 WIDTHS = {"U2": 2, "U4": 4, "S8": 8, "E4M3": 8}
 """Bits of a code: unsigned; signed; float8_e4m3fn."""
 
-SECTION = 32  # columns; a block that isn't a multiple of it is one section
-MANY = 64  # bytes of a block to which one more, which makes it even, is less than 2%
+PIECE = 32  # columns; a block that isn't a multiple of it is one piece
+LONG = 128  # columns: a block of more is several sections
 NAME = re.compile(rf"({'|'.join(WIDTHS)})x(\d+)-({'|'.join(SCALES)})(z?)")
 
 
@@ -31,7 +31,7 @@ class Scaled:
 
     Attributes:
         codes: a key of WIDTHS.
-        columns: numbers in a block; their bits fill whole bytes.
+        columns: numbers in a block; their bits fill whole words.
         scale: a key of SCALES.
         zero: a block has one; else it is 0 for signed codes and for floating-point ones, and half of the range for
             unsigned ones.
@@ -47,37 +47,41 @@ class Scaled:
         return f"{self.codes}x{self.columns}-{self.scale}{'z' if self.zero else ''}"
 
     @property
-    def section(self) -> int:
-        return self.columns if self.columns % SECTION else SECTION
+    def piece(self) -> int:
+        """Columns whose codes are packed together."""
+        return self.columns if self.columns % PIECE else PIECE
 
     @property
-    def header(self) -> int:
-        """Bytes before the codes."""
-        size = SCALES[self.scale].itemsize + self.zero
-        long = self.columns * WIDTHS[self.codes] // 8 + size > MANY
-        return size + size % 2 if long else size
+    def section(self) -> int:
+        return self.columns if self.columns <= LONG or self.columns % PIECE else PIECE
+
+    @property
+    def fields(self) -> tuple[int, ...]:
+        """Bytes of what is before the codes."""
+        return (SCALES[self.scale].itemsize, *([1] if self.zero else []))
 
     @property
     def type(self) -> BlockType:
-        size = self.header + self.columns * WIDTHS[self.codes] // 8
-        return BlockType(self.name, self.columns, size, self.groups, self.columns // self.section, tight=True)
+        size = sum(self.fields) + self.columns * WIDTHS[self.codes] // 8
+        return BlockType(self.name, self.columns, size, self.groups, self.columns // self.section, self.fields)
 
-    def groups(self, bits: Bits, at: int) -> list[Group]:
-        scale, after = bits.number(at, SCALES[self.scale]), at + SCALES[self.scale].itemsize
+    def groups(self, bits: Bits, blocks: int) -> list[Group]:
+        scale, at = bits.numbers(0, SCALES[self.scale], blocks), words(blocks * self.fields[0])
         zero: int | Tensor = 1 << WIDTHS[self.codes] - 1 if self.codes[0] == "U" else 0
         if self.zero:
-            zero = bits.signed(after) if self.codes == "S8" else bits.part(after, 0, 8)
-        return [Group(scale, self._codes(bits, at + self.header), zero)]
+            zero = bits.numbers(at, torch.int8 if self.codes == "S8" else torch.uint8, blocks)
+            at += words(blocks)
+        size = self.piece * WIDTHS[self.codes] // 8
+        pieces, sections = self.section // self.piece, blocks * self.columns // self.section
+        step = size * pieces if sections > 1 else 0
+        return [Group(scale, self._codes(bits, at + n * size, size, step), zero) for n in range(pieces)]
 
-    def _codes(self, bits: Bits, at: int) -> Codes:
-        width = WIDTHS[self.codes]
-        size = self.section * width // 8
-        step = size if self.section < self.columns else 0
+    def _codes(self, bits: Bits, at: int, size: int, step: int) -> Codes:
         if self.codes == "E4M3":
             return bits.eighths(at, size, step)
         if self.codes == "S8":
             return bits.signed_all(at, size, step)
-        parts = [bits.parts(at, size, shift, width, step) for shift in range(0, 8, width)]
+        parts = [bits.parts(at, size, shift, WIDTHS[self.codes], step) for shift in range(0, 8, WIDTHS[self.codes])]
         return functools.reduce(bits.join, parts)
 
     def pack(self, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
@@ -89,7 +93,7 @@ class Scaled:
             zeros: their bits, uint8 ``(rows, blocks)``; None: this type has none.
         """
         rows, blocks = scales.shape
-        codes = F.pad(codes, (0, blocks * self.columns - codes.shape[1])).view(rows, blocks, -1, self.section)
+        codes = F.pad(codes, (0, blocks * self.columns - codes.shape[1])).view(rows, blocks, -1, self.piece)
         width = WIDTHS[self.codes]
         packed = codes
         if width < 8:
@@ -98,8 +102,12 @@ class Scaled:
         heads = [scales.clone(memory_format=torch.contiguous_format).view(torch.uint8).view(rows, blocks, -1)]
         if zeros is not None:
             heads.append(zeros.unsqueeze(-1))
-        head = torch.cat(heads, -1)
-        return torch.cat([F.pad(head, (0, self.header - head.shape[-1])), packed.flatten(2)], -1)
+        return torch.cat([*heads, packed.flatten(2)], -1)
+
+
+def words(size: int) -> int:
+    """So many bytes, or a few more, that fill words of four."""
+    return size + -size % 4
 
 
 @functools.cache

@@ -48,8 +48,12 @@ class Bits(Protocol):
     def half(self, at: int) -> Tensor:
         """The finite float16 at byte ``at``, in float32."""
 
-    def number(self, at: int, dtype: torch.dtype) -> Tensor:
-        """The finite float16, bfloat16 or float32 at byte ``at``, in float32."""
+    def numbers(self, at: int, dtype: torch.dtype, count: int) -> Tensor:
+        """So many adjacent numbers from byte ``at`` on, a multiple of 4, each for as many of all sections.
+
+        Args:
+            dtype: float16, bfloat16 or float32, finite; uint8; int8.
+        """
 
     def word(self, at: int) -> Tensor:
         """Bytes ``at`` to ``at + 3``, ``at`` a multiple of 4, as int32."""
@@ -86,7 +90,9 @@ class BlockType:
         size: bytes of a block.
         groups: a section's columns in order, given bits and the byte where the block begins; None: one plain number.
         sections: of a block, with equally many columns.
-        tight: blocks follow each other without a gap in memory too.
+        fields: bytes of each number that a block begins with; in memory, several blocks' first fields come first, then
+            their second ones, then codes, each from a word on. ``groups`` is then given how many blocks these are, and
+            describes all of their sections. Empty: blocks stay as they are.
     """
 
     name: str
@@ -94,7 +100,7 @@ class BlockType:
     size: int
     groups: Callable[[Bits, int], list[Group]] | None = dataclasses.field(default=None, compare=False, repr=False)
     sections: int = 1
-    tight: bool = False
+    fields: tuple[int, ...] = ()
 
 
 def _q4_0(bits: Bits, at: int) -> list[Group]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from multicard.quantized.bits import Bytes
 from multicard.quantized.scaled import type_of
+from multicard.quantized.scaled import words as whole_words
 from multicard.quantized.types import Bits, BlockType, Group
 
 LANES = 16  # words of the widest vectors
@@ -58,12 +59,12 @@ class Blocks:
     def padded(self) -> int:
         """Bytes that a block takes: a large one, whole words."""
         size = self.type.size
-        return size if self.type.tight or size <= LARGE else size + -size % WORD
+        return size if self.type.fields or size <= LARGE else size + -size % WORD
 
     @property
     def row_words(self) -> int:
         """Of a row, of which the last may have up to three bytes more than the row."""
-        return -(-self.width * self.padded // WORD)
+        return sum(run.units * run.words for run in self.runs)
 
     @property
     def words(self) -> int:
@@ -74,18 +75,29 @@ class Blocks:
     def runs(self) -> list[Run]:
         """A row's blocks: as many together as fill whole words, one, two or four, and then perhaps a few more."""
         size = self.padded
-        together = WORD // math.gcd(size, WORD)
+        together = WORD // math.gcd(size, *self.type.fields, WORD)
         units, rest = divmod(self.width, together)
         words = together * size // WORD
         runs = [Run(together, units, 0, words)] if units else []
-        return [*runs, Run(rest, 1, units * words, -(-rest * size // WORD))] if rest else runs
+        return [*runs, Run(rest, 1, units * words, self._unit(rest) // WORD)] if rest else runs
+
+    def _unit(self, together: int) -> int:
+        """Bytes of a unit of so many blocks."""
+        fields = self.type.fields
+        return sum(whole_words(together * each) for each in (*fields, self.padded - sum(fields)))
 
     def in_words(self, raw: Tensor) -> Tensor:
         """Rows of a file's bytes, uint8 ``(rows, width, type.size)``, as int32 ``(rows, row_words)``."""
-        beyond = self.padded - self.type.size
-        flat = (F.pad(raw, (0, beyond)) if beyond else raw).flatten(1)
-        missing = self.row_words * WORD - flat.shape[1]
-        return (F.pad(flat, (0, missing)) if missing else flat).contiguous().view(torch.int32)
+        beyond, first, found = self.padded - self.type.size, 0, []
+        raw = F.pad(raw, (0, beyond)) if beyond else raw
+        fields = self.type.fields
+        for run in self.runs:
+            count = run.together * run.units
+            blocks = raw[:, first : first + count].unflatten(1, (run.units, run.together))
+            first += count
+            parts = [part.flatten(2) for part in blocks.split([*fields, self.padded - sum(fields)], -1)]
+            found += [torch.cat([F.pad(part, (0, -part.shape[-1] % WORD)) for part in parts], -1).flatten(1)]
+        return torch.cat(found, 1).view(torch.int32)
 
     def interleave(self, raw: Tensor) -> Tensor:
         """The same as they are kept, ``(words,)``."""
@@ -101,25 +113,39 @@ class Blocks:
         views = [held[:full].view(-1, self.row_words, LANES)] if full else []
         return [*views, held[full:].view(1, self.row_words, rest)] if rest else views
 
-    def groups(self, bits: Bits, number: int) -> list[Group]:
-        """What the sections of a unit's block hold, in the order of columns."""
+    def described(self, run: Run) -> tuple[int, int]:
+        """How many descriptions of a unit's blocks there are, and of how many sections each is."""
+        return (1, run.together * self.type.sections) if self.type.fields else (run.together, self.type.sections)
+
+    def groups(self, bits: Bits, run: Run, number: int) -> list[Group]:
+        """What the sections of a description hold, in the order of columns."""
         groups = self.type.groups
         assert groups is not None, f"{self.kind} has no blocks"
-        return groups(bits, number * self.padded)
+        return groups(bits, run.together if self.type.fields else number * self.padded)
 
     def values(self, words: Tensor) -> Tensor:
         """Numbers, float32 ``(rows, columns)``, from the words of whole rows, ``(rows, row_words)``."""
-        raw = words.contiguous().view(torch.uint8)[:, : self.width * self.padded].view(-1, self.width, self.padded)
-        parts = []
-        for scale, codes, zero, minimum in self.groups(Bytes(raw, self.type.sections), 0):
-            part = codes.float()
-            if isinstance(zero, Tensor):
-                part = part.sub_(zero.unsqueeze(-1))
-            elif zero:
-                part = part.sub_(zero)
-            part = part.mul_(scale.unsqueeze(-1))
-            parts.append(part if minimum is None else part.add_(minimum.unsqueeze(-1)))
-        return (torch.cat(parts, -1) if len(parts) > 1 else parts[0]).flatten(1)
+        found = [self._values(words, run) for run in self.runs]
+        return torch.cat(found, 1) if len(found) > 1 else found[0]
+
+    def _values(self, words: Tensor, run: Run) -> Tensor:
+        """Those of a run."""
+        raw = words[:, run.first : run.first + run.units * run.words].contiguous().view(torch.uint8)
+        descriptions, sections = self.described(run)
+        bits = Bytes(raw.view(len(words), run.units, run.words * WORD), sections)
+        blocks = []
+        for number in range(descriptions):
+            parts = []
+            for scale, codes, zero, minimum in self.groups(bits, run, number):
+                part = codes.float()
+                if isinstance(zero, Tensor):
+                    part = part.sub_(zero.unsqueeze(-1))
+                elif zero:
+                    part = part.sub_(zero)
+                part = part.mul_(scale.unsqueeze(-1))
+                parts.append(part if minimum is None else part.add_(minimum.unsqueeze(-1)))
+            blocks.append((torch.cat(parts, -1) if len(parts) > 1 else parts[0]).flatten(2))
+        return (torch.stack(blocks, 2) if len(blocks) > 1 else blocks[0]).flatten(1)
 
 
 def dequantize(kind: str, raw: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from multicard import partition
 from multicard.errors import CheckpointError
 from multicard.layers.shard import Shard, Spans, count
-from multicard.quantized.scaled import SECTION, Scaled
+from multicard.quantized.scaled import PIECE, Scaled
 from multicard.quantized.weight import BlockWeight
 from multicard.quantized.words import LANES, Blocks, dequantize
 from multicard.weights.blocks import ROUNDED
@@ -74,11 +74,11 @@ class Matrix:
         if group is None or inputs % group == 0:
             return group
         part = math.gcd(group, inputs)
-        return group if part % SECTION else part
+        return group if part % PIECE else part
 
     def block(self, columns: range) -> Scaled:
         """The type of blocks that hold these columns of it: where a row is one group, a block is all of them."""
-        layout, width = self.layout, self.unit or -(-len(columns) // SECTION) * SECTION
+        layout, width = self.layout, self.unit or -(-len(columns) // PIECE) * PIECE
         return Scaled(layout.codes, width, layout.scale, layout.zero)
 
     def whole(self, columns: range) -> range:

@@ -159,8 +159,8 @@ def _squares(size: Any, leaf: str) -> SquareFp8:
 def _group_size(size: Any, bits: int) -> int:
     if is_whole(size, -1, -1):
         return -1
-    if not is_whole(size, 1, LARGEST_GROUP) or size * bits % 8:
-        raise UnsupportedError(f"group_size={size!r} with {bits} bits isn't read: -1, or whole bytes")
+    if not is_whole(size, 1, LARGEST_GROUP) or size * bits % 32:
+        raise UnsupportedError(f"group_size={size!r} with {bits} bits isn't read: -1, or what fills words of 32 bits")
     return int(size)
 
 
