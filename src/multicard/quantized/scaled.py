@@ -21,6 +21,8 @@ WIDTHS = {"U2": 2, "U4": 4, "S8": 8, "E4M3": 8}
 """Bits of a code: unsigned; signed; float8_e4m3fn."""
 
 PIECE = 32  # columns; a block that isn't a multiple of it is one piece
+HEAD = 4  # bytes before the codes of a block that is kept by itself
+LARGE = 64  # bytes of codes
 LONG = 128  # columns: a block of more is several sections
 NAME = re.compile(rf"({'|'.join(WIDTHS)})x(\d+)-({'|'.join(SCALES)})(z?)")
 
@@ -61,8 +63,15 @@ class Scaled:
         return (SCALES[self.scale].itemsize, *([1] if self.zero else []))
 
     @property
+    def alone(self) -> bool:
+        """A block with one more byte, to fill words, is less than 2% larger: it is kept by itself."""
+        return sum(self.fields) == HEAD - 1 and self.columns * WIDTHS[self.codes] // 8 >= LARGE
+
+    @property
     def type(self) -> BlockType:
         size = sum(self.fields) + self.columns * WIDTHS[self.codes] // 8
+        if self.alone:
+            return BlockType(self.name, self.columns, size + 1, self._alone, self.columns // self.piece)
         return BlockType(self.name, self.columns, size, self.groups, self.columns // self.section, self.fields)
 
     def groups(self, bits: Bits, blocks: int) -> list[Group]:
@@ -75,6 +84,12 @@ class Scaled:
         pieces, sections = self.section // self.piece, blocks * self.columns // self.section
         step = size * pieces if sections > 1 else 0
         return [Group(scale, self._codes(bits, at + n * size, size, step), zero) for n in range(pieces)]
+
+    def _alone(self, bits: Bits, at: int) -> list[Group]:
+        scale, after = bits.numbers(at, SCALES[self.scale], 1), at + self.fields[0]
+        zero = bits.signed(after) if self.codes == "S8" else bits.part(after, 0, 8)
+        size = self.piece * WIDTHS[self.codes] // 8
+        return [Group(scale, self._codes(bits, at + HEAD, size, size if self.piece < self.columns else 0), zero)]
 
     def _codes(self, bits: Bits, at: int, size: int, step: int) -> Codes:
         if self.codes == "E4M3":
@@ -102,6 +117,8 @@ class Scaled:
         heads = [scales.clone(memory_format=torch.contiguous_format).view(torch.uint8).view(rows, blocks, -1)]
         if zeros is not None:
             heads.append(zeros.unsqueeze(-1))
+        if self.alone:
+            heads.append(torch.zeros(rows, blocks, 1, dtype=torch.uint8))
         return torch.cat([*heads, packed.flatten(2)], -1)
 
 
