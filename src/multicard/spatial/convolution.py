@@ -96,15 +96,16 @@ def _mend(
 
 def _slab(x: Rows, fetched: Tensor, needed: range, missing: Sequence[range]) -> Tensor:
     """The needed rows: own ones, fetched ones before and after them, and zeros outside of the tensor."""
-    dim, have = x.held.dim, x.held.spans[x.rank]
+    dim, rows = x.held.dim, inside(needed, x.held.rows)
     before, after = fetched.split([len(span) for span in missing], dim)
     parts = []
-    for part, span in ((before, missing[0]), (x.local, have), (after, missing[1])):
-        start, stop = max(span.start, needed.start), min(span.stop, needed.stop)
+    for part, span in ((before, missing[0]), (x.local, x.held.spans[x.rank]), (after, missing[1])):
+        start, stop = max(span.start, rows.start), min(span.stop, rows.stop)
         if stop > start:
             parts.append(part.narrow(dim, start - span.start, stop - start))
-    slab = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-    low, high = max(0, -needed.start), max(0, needed.stop - x.held.rows)
+    slab = parts[0] if len(parts) == 1 else torch.cat(parts or [before], dim)
+    low = max(0, min(needed.stop, 0) - needed.start)
+    high = len(needed) - low - len(rows)
     return F.pad(slab, [*[0, 0] * (x.dim() - 1 - dim), low, high]) if low or high else slab
 
 

@@ -17,7 +17,7 @@ def group_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x, weight, bias, _, channels, _, groups, eps = args
     if x.held.dim == 0:
         samples = x.held.outer * len(x.held.spans[x.rank])
-        out = func(x.local, weight, bias, samples, *args[4:]) if samples else (x.local, None, None)
+        out = func(x.local.contiguous(), weight, bias, samples, *args[4:]) if samples else (x.local, None, None)
         return x.like(out[0]), None, None
     if x.held.dim == 1 or kwargs:
         return NotImplemented
@@ -50,16 +50,17 @@ def layer_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _statistics(x: Rows, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and ``1 / sqrt(variance + eps)`` of each group of channels, ``(batch, groups)`` float32.
+    """Mean and ``1 / sqrt(variance + eps)`` of each group of channels, ``(batch, groups)`` in float32 at least.
 
     The ranks' means and variances are combined (Chan, Golub and LeVeque 1979): no difference of large sums is taken.
     """
     local = x.local.unflatten(1, (groups, x.shape[1] // groups))
-    own = torch.zeros(2, local.shape[0], groups, device=local.device)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    own = torch.zeros(2, local.shape[0], groups, dtype=wide, device=local.device)
     for i, sample in enumerate(local.unbind(0) if local.numel() else ()):
-        own[1, i], own[0, i] = torch.var_mean(sample.float(), tuple(range(1, sample.dim())), correction=0)
+        own[1, i], own[0, i] = torch.var_mean(sample.to(wide), tuple(range(1, sample.dim())), correction=0)
     both = collectives.all_gather(own.unsqueeze(0), x.ranks.axis)
-    shares = torch.tensor([size / x.held.rows for size in x.held.sizes], device=own.device).view(-1, 1, 1)
+    shares = torch.tensor([size / x.held.rows for size in x.held.sizes], dtype=wide, device=own.device).view(-1, 1, 1)
     means, variances = both.unbind(1)
     mean = (shares * means).sum(0)
     variance = (shares * (variances + (means - mean).square())).sum(0)
@@ -71,15 +72,15 @@ def _scaled(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: 
     each = x.shape[1] // mean.shape[1]
     scale = rstd.repeat_interleave(each, 1)
     if weight is not None:
-        scale = scale * weight.float()
+        scale = scale * weight
     shift = -mean.repeat_interleave(each, 1) * scale
     if bias is not None:
-        shift = shift + bias.float()
+        shift = shift + bias
     places = (*scale.shape, *[1] * (x.dim() - 2))
     scale, shift = scale.view(places), shift.view(places)
-    if x.dtype == torch.float32:
+    if x.dtype == scale.dtype:
         return torch.addcmul(shift, x, scale)
     out = torch.empty_like(x)
-    for i in range(len(x)):  # so that not all of it is in float32 at a time
-        out[i] = torch.addcmul(shift[i], x[i].float(), scale[i])
+    for i in range(len(x)):  # not all of it in float32 at a time
+        out[i] = torch.addcmul(shift[i], x[i].to(scale.dtype), scale[i])
     return out

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from multicard.spatial.layout import inside
-from multicard.spatial.rows import Rows, rule
+from multicard.spatial.rows import FUNCTIONS, Rows, plainly, rule
 
 
 @rule("constant_pad_nd")
@@ -49,11 +49,21 @@ def mirrored(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rows = F.pad(index, (above, below), mode=mode).flatten().long().tolist()
         cuts = x.held.cuts
         x = _gathered_rows(x, rows, [0, *(cut + above for cut in cuts[1:-1]), len(rows)])
-    return x.like(func(x.local, others)) if any(others) and x.local.numel() else _padded_nothing(x, others)
+    return x.like(func(x.local, others) if x.local.numel() else F.pad(x.local, others))
 
 
-def _padded_nothing(x: Rows, pad: list[int]) -> Rows:
-    return x.like(F.pad(x.local, pad))
+def circular(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``F.pad`` that wraps around, which torch writes piece by piece; its other modes are aten operations."""
+    x, pad, mode, value = (*args, *("constant", None)[len(args) - 2 :])
+    mode, value = kwargs.get("mode", mode), kwargs.get("value", value)
+    n = 2 * (x.dim() - 1 - x.held.dim) if isinstance(x, Rows) else 0
+    if mode != "circular" or not isinstance(x, Rows) or n >= len(pad) or x.held.outer != 1:
+        return plainly(func, args, kwargs)
+    above, below = pad[n], pad[n + 1]
+    rows = [i % x.held.rows for i in range(-above, x.held.rows + below)]
+    x = _gathered_rows(x, rows, [0, *(cut + above for cut in x.held.cuts[1:-1]), len(rows)])
+    others = [*pad[:n], 0, 0, *pad[n + 2 :]]
+    return x.like(F.pad(x.local, others, mode="circular" if x.local.numel() else "constant"))
 
 
 def _gathered_rows(x: Rows, rows: list[int], cuts: list[int]) -> Rows:
@@ -123,16 +133,19 @@ def smooth(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         used = matrix[span.start : span.stop].any(0).nonzero().flatten()
         spans.append([inside(range(int(used[0]), int(used[-1]) + 1), x.held.rows)] if len(used) else [])
     slab = x.like(local).fetch(spans).wait()
-    mine = layout.spans[x.rank]
+    mine, wide = layout.spans[x.rank], torch.promote_types(x.dtype, torch.float32)
     if not mine:
         return x.like(slab.narrow(dim, 0, 0), layout)
-    weights = matrix[mine.start : mine.stop, spans[x.rank][0].start : spans[x.rank][0].stop].to(slab.device, torch.float32)
-    out = torch.tensordot(slab.float(), weights, ([dim], [1])).movedim(-1, dim)
+    weights = matrix[mine.start : mine.stop, spans[x.rank][0].start : spans[x.rank][0].stop].to(slab.device, wide)
+    out = torch.tensordot(slab.to(wide), weights, ([dim], [1])).movedim(-1, dim)
     return x.like(out.to(slab.dtype).contiguous(), layout)
 
 
 def _matrix(func: Any, rows: int, out: int, corners: bool, scale: float | None) -> Tensor:
     """``(out, rows)``: what the operation does along one dim, float64."""
     plane = torch.ops.aten.upsample_bilinear2d if "linear" in func.__name__ and "aa" not in func.__name__ else func
-    unit = torch.eye(rows, dtype=torch.float64).view(1, rows, rows, 1)
-    return plane(unit, [out, 1], corners, scale, None)[0, :, :, 0].t()
+    unit = torch.eye(rows, dtype=torch.float64).view(1, rows, rows, 1).repeat(1, 1, 1, 2)  # of one column, bicubic with antialias is wrong (torch 2.13)
+    return plane(unit, [out, 2], corners, scale, None)[0, :, :, 0].t()
+
+
+FUNCTIONS[F.pad] = circular

@@ -116,10 +116,7 @@ class Rows(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         function = FUNCTIONS.get(func)
-        if function is not None:
-            return function(func, args, kwargs)
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
+        return (function or plainly)(func, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -133,6 +130,12 @@ class Rows(Tensor):
                 return out
         out = func.decompose(*args, **kwargs)
         return on_whole(func, args, kwargs) if out is NotImplemented else out
+
+
+def plainly(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A function of torch, taken apart to aten's operations."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
 
 
 def split_rows(x: Tensor, split: Split, dim: int = -2) -> Rows:

@@ -176,3 +176,19 @@ def stack(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensors, dim = args[0], kwargs.get("dim", args[1] if len(args) > 1 else 0)
     dim %= tensors[0].dim() + 1
     return torch.cat([x.unsqueeze(dim) for x in tensors], dim)
+
+
+@rule("pixel_shuffle", "pixel_unshuffle")
+def shuffle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Each row becomes some, or some become one."""
+    x, factor = args
+    if x.held.dim != x.dim() - 2 or x.held.outer != 1:
+        return NotImplemented
+    shuffles = func.overloadpacket is torch.ops.aten.pixel_shuffle
+    x = x if shuffles else x.recut(_multiples(x.held, factor))
+    layout = x.held.cut([cut * factor if shuffles else cut // factor for cut in x.held.cuts])
+    if x.local.numel():
+        return x.like(func(x.local, factor), layout)
+    *batch, channels, _, columns = x.local.shape
+    shape = (channels // factor**2, 0, columns * factor) if shuffles else (channels * factor**2, 0, columns // factor)
+    return x.like(x.local.new_empty((*batch, *shape)), layout)  # torch 2.13 gives a wrong shape for no rows
