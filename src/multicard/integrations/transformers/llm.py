@@ -71,8 +71,11 @@ def _outline(degrees: ParallelConfig) -> ParallelMesh:
     """The first rank's mesh, without groups: collectives can't run on it."""
     axes: dict[str, Any] = {name: Axis(name, 0, degree) for name, degree in degrees.degrees.items()}
     sequence = Axis("sequence", 0, degrees.ring * degrees.ulysses)
+    replica = Axis("replica", 0, degrees.world_size // degrees.dp)
     world = Axis("world", 0, degrees.world_size)
-    return dataclasses.replace(meshes.single(), config=degrees, sequence=sequence, world=world, **axes)
+    return dataclasses.replace(
+        meshes.single(), config=degrees, sequence=sequence, replica=replica, world=world, **axes
+    )
 
 
 @dataclasses.dataclass

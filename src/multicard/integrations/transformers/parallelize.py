@@ -12,7 +12,7 @@ from torch import nn
 from multicard.extras import need
 from multicard.integrations.adapters import follow_adapters
 from multicard.integrations.seams import Hooks, facts
-from multicard.integrations.styles import make
+from multicard.integrations.styles import Change, make
 from multicard.integrations.transformers import load as loading
 from multicard.integrations.transformers.doors import open_door
 from multicard.integrations.transformers.generate import guard
@@ -51,6 +51,19 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh, plan: Mapping[str, s
         pack(module)
     _finish(model, mesh, *opened)
     return model
+
+
+def weight_changes(model: PreTrainedModel, mesh: ParallelMesh) -> list[Change]:
+    """The changes that split all of ``model`` over ``mesh.tp``, and its door: checked, not made yet.
+
+    For a part of a pipeline: its layers may be called without the model, and may move to another device or dtype.
+
+    Raises:
+        UnsupportedError: the model can't be split exactly; the message names the module and why.
+    """
+    hooks = Hooks("transformers")
+    found = tensor_changes(model, mesh.tp, hooks, all_linears=True)
+    return [*found, lambda: _finish(model, mesh, hooks, None)]
 
 
 def _split(model: PreTrainedModel, mesh: ParallelMesh, plan: Mapping[str, str] | None) -> tuple[Hooks, Sequence | None]:
