@@ -26,7 +26,12 @@ def tokenizer(length=20, **special):
     model.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
     model.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 2)])
     return hf.PreTrainedTokenizerFast(
-        tokenizer_object=model, model_max_length=length, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", **special
+        tokenizer_object=model,
+        model_max_length=length,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        **special,
     )
 
 

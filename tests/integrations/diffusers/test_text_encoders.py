@@ -12,7 +12,12 @@ from multicard.errors import UnsupportedError
 from multicard.integrations.diffusers.parts import held, report
 from pipelines import sample
 
-MESHES = {"cfg=2": {"cfg": 2}, "ulysses=2": {"ulysses": 2}, "tp=2": {"tp": 2}, "cfg=2 ulysses=2": {"cfg": 2, "ulysses": 2}}
+MESHES = {
+    "cfg=2": {"cfg": 2},
+    "ulysses=2": {"ulysses": 2},
+    "tp=2": {"tp": 2},
+    "cfg=2 ulysses=2": {"cfg": 2, "ulysses": 2},
+}
 
 
 @pytest.fixture(scope="module")

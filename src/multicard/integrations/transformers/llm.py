@@ -73,9 +73,7 @@ def _outline(degrees: ParallelConfig) -> ParallelMesh:
     sequence = Axis("sequence", 0, degrees.ring * degrees.ulysses)
     replica = Axis("replica", 0, degrees.world_size // degrees.dp)
     world = Axis("world", 0, degrees.world_size)
-    return dataclasses.replace(
-        meshes.single(), config=degrees, sequence=sequence, replica=replica, world=world, **axes
-    )
+    return dataclasses.replace(meshes.single(), config=degrees, sequence=sequence, replica=replica, world=world, **axes)
 
 
 @dataclasses.dataclass
