@@ -35,20 +35,23 @@ def tokenizer(length=20, **special):
     )
 
 
+CLIP = {
+    "vocab_size": 131, "num_hidden_layers": 2, "intermediate_size": 37, "max_position_embeddings": 77,
+    "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+T5 = {
+    "vocab_size": 131, "d_model": 32, "d_kv": 6, "num_heads": 5, "d_ff": 45, "num_layers": 2,
+    "feed_forward_proj": "gated-gelu",
+}  # fmt: skip
+
+
 def clip(width=12, heads=3, projection=None):
-    config = hf.CLIPTextConfig(
-        vocab_size=131, hidden_size=width, num_hidden_layers=2, num_attention_heads=heads, intermediate_size=37,
-        max_position_embeddings=77, eos_token_id=2, pad_token_id=0, projection_dim=projection or 8,
-    )  # fmt: skip
-    return (hf.CLIPTextModelWithProjection if projection else hf.CLIPTextModel)(config)
+    sizes = {**CLIP, "hidden_size": width, "num_attention_heads": heads, "projection_dim": projection or 8}
+    return (hf.CLIPTextModelWithProjection if projection else hf.CLIPTextModel)(hf.CLIPTextConfig(**sizes))
 
 
-def t5(kind="T5", **changes):
-    config = getattr(hf, f"{kind}Config")(
-        vocab_size=131, d_model=32, d_kv=6, num_heads=5, d_ff=45, num_layers=2, feed_forward_proj="gated-gelu",
-        **changes,
-    )  # fmt: skip
-    return getattr(hf, f"{kind}EncoderModel")(config)
+def t5(kind="T5"):
+    return getattr(hf, f"{kind}EncoderModel")(getattr(hf, f"{kind}Config")(**T5))
 
 
 DECODER = {
@@ -90,7 +93,8 @@ def sana_vae():
 TEXT = {
     "stable_diffusion": lambda: {"text_encoder": clip(32, 4), "tokenizer": tokenizer()},
     "stable_diffusion_xl": lambda: {
-        "text_encoder": clip(12), "text_encoder_2": clip(20, 5, 16), "tokenizer": tokenizer(), "tokenizer_2": tokenizer(),
+        "text_encoder": clip(12), "text_encoder_2": clip(20, 5, 16),
+        "tokenizer": tokenizer(), "tokenizer_2": tokenizer(),
     },
     "sd3": lambda: {
         "text_encoder": clip(12, 3, 7), "text_encoder_2": clip(20, 5, 9), "text_encoder_3": t5(),

@@ -61,8 +61,19 @@ class ParallelMesh:
 
 def single(device: str | torch.device = "cpu") -> ParallelMesh:
     """The mesh of one rank: no process group, every collective the identity."""
-    axes: Any = {name: Axis(name, 0, 1) for name in (*AXES, "sequence", "replica", "world")}
-    return ParallelMesh(config=ParallelConfig(), rank=0, device=torch.device(device), device_mesh=None, **axes)
+    return outline(ParallelConfig(), device)
+
+
+def outline(config: ParallelConfig, device: str | torch.device = "cpu") -> ParallelMesh:
+    """The first rank's mesh, without groups: for dry runs, as collectives can't run on it."""
+    sizes = {
+        **config.degrees,
+        "sequence": config.ring * config.ulysses,
+        "replica": config.world_size // config.dp,
+        "world": config.world_size,
+    }
+    axes: Any = {name: Axis(name, 0, size) for name, size in sizes.items()}
+    return ParallelMesh(config=config, rank=0, device=torch.device(device), device_mesh=None, **axes)
 
 
 _meshes: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[ParallelConfig, ParallelMesh]] = (

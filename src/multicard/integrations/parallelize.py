@@ -33,7 +33,7 @@ def parallelize(
             mesh of dp and cfg alone, any ``nn.Module`` that is called like a denoiser.
         mesh: its axes with more than one rank determine what is split.
         plan: replaces the model's own plan or ours; the pages about the two libraries describe its format.
-        parts: of a ``diffusers`` pipeline, those to split, of "denoiser", "text" and "vae"; None: all that can be split.
+        parts: of a ``diffusers`` pipeline, those to split, of "denoiser", "text" and "vae"; None: all that can be.
 
     Raises:
         ConfigError: the plan doesn't fit the model, or unknown parts.

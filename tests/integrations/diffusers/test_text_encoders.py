@@ -1,13 +1,17 @@
 """Pipelines with their text encoders split over all ranks of a replica, against one process."""
 
 import functools
+import pathlib
 
 import pytest
+import safetensors.torch
 import torch
+import transformers as hf
 
-import more_pipelines  # noqa: F401  registers its families
 import multicard as mc
+import pipelines
 import text_pipelines
+import zoo
 from multicard.errors import UnsupportedError
 from multicard.integrations.diffusers.parts import held, report
 from pipelines import sample
@@ -66,3 +70,50 @@ def test_pictures_are_those_of_one_process(run_on, alone, label):
             assert error < 1e-4, name
             for role, share in shares.items():
                 assert not role.startswith("text") or share < 0.8, (name, role, share)
+
+
+def sizes(folder):
+    """Bytes of each component's weights in its files."""
+    found = {}
+    for file in pathlib.Path(folder).glob("*/*.safetensors"):
+        found[file.parent.name] = sum(t.nbytes for t in safetensors.torch.load_file(file).values())
+    return found
+
+
+def even_flux(folder):
+    """A pipeline whose heads, widths and vocabularies are multiples of four, in a folder."""
+    pipe, arguments = text_pipelines.build("flux")
+    clip = {**text_pipelines.CLIP, "vocab_size": 512, "hidden_size": 64, "num_attention_heads": 4}
+    clip |= {"intermediate_size": 128, "max_position_embeddings": 20}
+    t5 = {**text_pipelines.T5, "vocab_size": 512, "d_kv": 16, "num_heads": 4, "d_ff": 256, "d_model": 128}
+    sizes = {"num_attention_heads": 8, "joint_attention_dim": 128, "pooled_projection_dim": 64, "in_channels": 16}
+    pipe.register_modules(
+        text_encoder=zoo.scramble(hf.CLIPTextModel(hf.CLIPTextConfig(**clip))),
+        text_encoder_2=zoo.scramble(hf.T5EncoderModel(hf.T5Config(**t5))),
+        transformer=pipelines.flux_transformer(**sizes, guidance_embeds=True),
+    )
+    pipe.save_pretrained(folder)
+    return sample(pipe, arguments), arguments
+
+
+def loaded(mesh, folder, arguments, **options):
+    pipe = mc.from_pretrained(folder, mesh, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return sample(pipe, arguments), report(pipe)
+
+
+@pytest.mark.seam
+@pytest.mark.parametrize("degrees", [{"tp": 4}, {"cfg": 2, "ulysses": 2}], ids=str)
+def test_each_rank_reads_and_holds_a_quarter(run_on, tmp_path, degrees):
+    expected, arguments = even_flux(tmp_path)
+    whole = sizes(tmp_path)
+    for picture, found in run_on(loaded, str(tmp_path), arguments, **degrees):
+        assert float((picture - expected).abs().max()) < 1e-4
+        split = ["text_encoder", "text_encoder_2", *(["transformer"] if "tp" in degrees else [])]
+        for role in split:
+            assert found[role].whole is None
+            assert found[role].held == pytest.approx(whole[role] / 4, rel=0.05), role
+            assert found[role].read == pytest.approx(found[role].held, rel=0.1), role
+        for role in found.keys() - split:
+            assert found[role].whole
+            assert found[role].read == whole[role], role

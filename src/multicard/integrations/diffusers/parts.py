@@ -68,7 +68,7 @@ def _is_split_text(module: nn.Module) -> bool:
 
 def _text_changes(module: Any, mesh: ParallelMesh) -> list[Change]:
     """By weights over all ranks of a replica, which all encode the same prompts."""
-    from multicard.integrations.transformers.parallelize import weight_changes
+    from multicard.integrations.transformers.part import weight_changes
 
     check_uncompiled(module)
     return weight_changes(module, mesh.by_weights())
@@ -107,7 +107,7 @@ def check_parts(parts: Collection[str] | None) -> tuple[str, ...]:
 def kinds(pipe: Any) -> dict[str, str]:
     """The part that each component with weights belongs to, by the component's name."""
     modules = {name: c for name, c in pipe.components.items() if isinstance(c, nn.Module)}
-    first = {name: "denoiser" for name in _denoisers(pipe)}
+    first = dict.fromkeys(_denoisers(pipe), "denoiser")
     return {name: first.get(name) or _kind(module) for name, module in modules.items()}
 
 
@@ -176,6 +176,12 @@ def note_report(pipe: Any, mesh: ParallelMesh, wanted: Collection[str], refused:
             why = why if kind in wanted else f"parts= is without {kind!r}"
         found[name] = ComponentReport(kind, held(module), None if split else why)
     vars(pipe)[REPORT] = found
+
+
+def note_reads(pipe: Any, reads: Mapping[str, int]) -> None:
+    """Note how many bytes were read for components, by name."""
+    found = report(pipe)
+    vars(pipe)[REPORT] = {name: dataclasses.replace(each, read=reads.get(name)) for name, each in found.items()}
 
 
 def held(module: nn.Module) -> int:

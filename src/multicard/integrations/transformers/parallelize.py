@@ -12,7 +12,7 @@ from torch import nn
 from multicard.extras import need
 from multicard.integrations.adapters import follow_adapters
 from multicard.integrations.seams import Hooks, facts
-from multicard.integrations.styles import Change, make
+from multicard.integrations.styles import make
 from multicard.integrations.transformers import load as loading
 from multicard.integrations.transformers.doors import open_door
 from multicard.integrations.transformers.generate import guard
@@ -49,21 +49,8 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh, plan: Mapping[str, s
     pack = packer(model)
     for module in model.modules():
         pack(module)
-    _finish(model, mesh, *opened)
+    finish(model, mesh, *opened)
     return model
-
-
-def weight_changes(model: PreTrainedModel, mesh: ParallelMesh) -> list[Change]:
-    """The changes that split all of ``model`` over ``mesh.tp``, and its door: checked, not made yet.
-
-    For a part of a pipeline: its layers may be called without the model, and may move to another device or dtype.
-
-    Raises:
-        UnsupportedError: the model can't be split exactly; the message names the module and why.
-    """
-    hooks = Hooks("transformers")
-    found = tensor_changes(model, mesh.tp, hooks, all_linears=True)
-    return [*found, lambda: _finish(model, mesh, hooks, None)]
 
 
 def _split(model: PreTrainedModel, mesh: ParallelMesh, plan: Mapping[str, str] | None) -> tuple[Hooks, Sequence | None]:
@@ -82,7 +69,8 @@ def _split(model: PreTrainedModel, mesh: ParallelMesh, plan: Mapping[str, str] |
     return hooks, split
 
 
-def _finish(model: PreTrainedModel, mesh: ParallelMesh, hooks: Hooks, sequence: Sequence | None) -> None:
+def finish(model: PreTrainedModel, mesh: ParallelMesh, hooks: Hooks, sequence: Sequence | None) -> None:
+    """Guard the methods of a split model, and put a door on its calls."""
     guard(model, mesh)
     if mesh.tp.size * mesh.sequence.size > 1:
         open_door(model, mesh, hooks, sequence)
@@ -134,7 +122,7 @@ def load_model(
     opened = _split(model, mesh, plan)
     for done in loading.load(model, path, mesh, sources, checksums):
         if isinstance(done, LoadReport):
-            _finish(model, mesh, *opened)
+            finish(model, mesh, *opened)
             yield model, done
         else:
             yield done
