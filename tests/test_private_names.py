@@ -82,7 +82,7 @@ TABLE = {
     },
     "torch.distributed": {
         "_allgather_base": Use("gloo by its own calls", ("backends/gloo.py",), has(dist.ProcessGroupGloo)),
-        "_flatten": Use("ring and ulysses as one axis", ("mesh.py",), has(dist.device_mesh.DeviceMesh)),
+        "_flatten": Use("several axes as one", ("mesh.py",), has(dist.device_mesh.DeviceMesh)),
         "_get_default_group": Use("the memo of meshes", ("mesh.py",), has(dist.distributed_c10d)),
         "_get_sequence_number_for_group": Use("who didn't arrive", ("ranks/activity.py",), has(dist.ProcessGroup)),
         "_resolve_process_group": Use("groups by name", ("backends/traced.py",), has(dist.distributed_c10d)),
