@@ -22,7 +22,7 @@ def convolution(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     if isinstance(weight, Rows):
         return NotImplemented
     if x.held.dim == 0:
-        return x.like(func(x.local, *args[1:])) if len(x.local) else _nothing(func, args)
+        return _by_sample(func, args)
     n = x.held.dim - 2
     if n < 0 or x.held.outer != 1:
         return NotImplemented
@@ -42,10 +42,12 @@ def convolution(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     return _slide(x, Window(*at), step)
 
 
-def _nothing(func: Any, args: tuple[Any, ...]) -> Any:
-    """The result of a rank that has nothing of the batch."""
+def _by_sample(func: Any, args: tuple[Any, ...]) -> Any:
+    """The result where samples are split: local; some kernels refuse none."""
     x = args[0]
-    shape = func(torch.empty(x.shape, device="meta", dtype=x.dtype), *(_meta(a) for a in args[1:])).shape
+    if len(x.local):
+        return x.like(func(x.local, *args[1:]))
+    shape = func(torch.empty(x.shape, device="meta", dtype=x.dtype), *map(_meta, args[1:])).shape
     return x.like(x.local.new_empty(x.held.shape(shape, x.rank)))
 
 
@@ -133,6 +135,8 @@ def _transposed(x: Rows, window: TransposedWindow, step: Step) -> Rows:
 @rule("avg_pool2d", "avg_pool3d")
 def average(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x, kernel, stride, padding, ceil_mode = (*args, *([], 0, False)[len(args) - 2 :])[:5]
+    if x.held.dim == 0 and x.dim() == len(kernel) + 2:
+        return _by_sample(func, args)
     n = x.held.dim - x.dim() + len(kernel)
     if n < 0 or kwargs or ceil_mode or x.held.outer != 1 or len(args) > 5 or any(_all(padding)):
         return NotImplemented

@@ -61,9 +61,11 @@ def alike(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 @rule("new_zeros", "new_ones", "new_empty", "new_full")
 def new(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A new tensor of any shape is whole on every rank."""
-    x, *others = args
-    return func(x.local, *others, **kwargs)
+    """A new tensor with the same rows is split alike, any other is whole on every rank."""
+    x, size, *others = args
+    if len(size) != x.dim() or size[x.held.dim] != x.shape[x.held.dim]:
+        return func(x.local, size, *others, **kwargs)
+    return x.like(func(x.local, x.held.shape(size, x.rank), *others, **kwargs))
 
 
 @rule("randn_like", "rand_like")

@@ -65,7 +65,8 @@ def added(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def attention(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``scaled_dot_product_attention``: over split tokens by :func:`multicard.attend`, otherwise local."""
+    """``scaled_dot_product_attention``: over split tokens by :func:`multicard.attend`; otherwise local, where keys are
+    split with all of them gathered."""
     return _attention(*args, **kwargs)
 
 
@@ -79,34 +80,34 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    tokens = query.dim() - 2
-    attn_mask = attn_mask.gathered() if isinstance(attn_mask, Rows) else attn_mask
-    dims = [x.held.dim if isinstance(x, Rows) else None for x in (query, key, value)]
-    rows = [x for x in (query, key, value) if isinstance(x, Rows)]
     options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
-    split = rows[0] if rows else None
-    same = all(x.held.outer == 1 for x in rows) or dims == [0, 0, 0]
-    if split is not None and same and not is_causal and query.dim() > 2:
-        layout = split.held
-        if dims[0] is not None and dims == [dims[0]] * 3 and dims[0] < tokens and attn_mask is None:
-            parts = [x.recut(layout.cuts).local for x in rows]
-            return split.like(F.scaled_dot_product_attention(*parts, **options))
-        if dims == [tokens, None, None]:
-            mask = _rows_of(attn_mask, layout, split.rank)
-            return split.like(F.scaled_dot_product_attention(split.local, key, value, mask, **options))
-        if dims == [tokens] * 3 and query.dim() == 4:
-            return _over_tokens(query, key, value, attn_mask, scale)  # type: ignore[arg-type]
-    whole = [x.gathered() if isinstance(x, Rows) else x for x in (query, key, value)]
-    if split is not None:
-        split.ranks.whole["scaled_dot_product_attention"] += 1
-    return F.scaled_dot_product_attention(*whole, attn_mask, is_causal=is_causal, **options)
+    tokens = query.dim() - 2
+    mask = attn_mask.gathered() if isinstance(attn_mask, Rows) else attn_mask
+    dims = [x.held.dim if isinstance(x, Rows) else None for x in (query, key, value)]
+    if not isinstance(query, Rows) or query.held.dim > tokens:
+        whole = [x.gathered() if isinstance(x, Rows) else x for x in (query, key, value)]
+        next(x for x in (query, key, value) if isinstance(x, Rows)).ranks.whole["scaled_dot_product_attention"] += 1
+        return F.scaled_dot_product_attention(*whole, mask, is_causal=is_causal, **options)
+    held = query.held
+    if held.dim < tokens:  # each sample or head by itself
+        parts = [_local(x, held.dim, held, query.rank) for x in (query, key, value)]
+        mask = _cut(mask, held.dim - query.dim(), held, query.rank)
+        return query.like(F.scaled_dot_product_attention(*parts, mask, is_causal=is_causal, **options))
+    if is_causal:
+        mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+    alike = dims == [tokens] * 3 and all(x.held.outer == 1 for x in (query, key, value))
+    if alike and query.dim() == 4 and not enable_gqa:
+        return _over_tokens(query, key, value, mask, scale)  # type: ignore[arg-type]
+    key, value = (x.gathered() if isinstance(x, Rows) else x for x in (key, value))
+    mask = _cut(mask, -2, held, query.rank)
+    return query.like(F.scaled_dot_product_attention(query.local, key, value, mask, **options))
 
 
-def _rows_of(mask: Tensor | None, layout: Layout, rank: int) -> Tensor | None:
-    """A mask's rows for this rank's queries."""
-    if mask is None or mask.dim() < 2 or mask.shape[-2] == 1:
+def _cut(mask: Tensor | None, place: int, held: Layout, rank: int) -> Tensor | None:
+    """This rank's part of a whole mask along a dim, counted from the last; one for all stays."""
+    if mask is None or mask.dim() < -place or mask.shape[place] == 1:
         return mask
-    return take(mask, layout.at(mask.dim() - 2), rank)
+    return take(mask, held.at(mask.dim() + place), rank)
 
 
 def _over_tokens(q: Rows, k: Rows, v: Rows, mask: Tensor | None, scale: float | None) -> Rows:
@@ -117,7 +118,7 @@ def _over_tokens(q: Rows, k: Rows, v: Rows, mask: Tensor | None, scale: float | 
         k.recut(keys.cuts).local,
         v.recut(keys.cuts).local,
         mesh=q.ranks.mesh,
-        mask=None if mask is None else _rows_of(_four(mask, q), queries, q.rank),
+        mask=None if mask is None else _cut(_four(mask, q), -2, queries, q.rank),
         scale=scale,
         layout="BNSD",
         seq_len=queries.rows,

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from multicard.axis import Axis
 from multicard.mesh import ParallelMesh, single
@@ -130,6 +131,25 @@ class Rows(Tensor):
                 return out
         out = func.decompose(*args, **kwargs)
         return on_whole(func, args, kwargs) if out is NotImplemented else out
+
+
+class NewRows(TorchFunctionMode):
+    """While it is entered, new tensors of four dims or more are split by rows, as networks make to write pictures to."""
+
+    def __init__(self, split: Split) -> None:
+        super().__init__()
+        self._split = split
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in NEW and args and isinstance(args[0], (tuple, list)) and len(args[0]) >= 4:
+            size, *others = args
+            layout = even(len(size) - 2, size[-2], self._split.axis.size)
+            return Rows(func(layout.shape(size, self._split.axis.rank), *others, **kwargs), layout, self._split)
+        return func(*args, **kwargs)
+
+
+NEW = (torch.empty, torch.zeros, torch.ones, torch.full)
 
 
 def plainly(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

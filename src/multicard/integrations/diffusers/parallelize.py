@@ -17,6 +17,14 @@ from multicard.integrations.diffusers.families import BATCH
 from multicard.integrations.diffusers.lora import follow_loaders
 from multicard.integrations.diffusers.parts import beside, check_parts, note_report, part_changes
 from multicard.integrations.diffusers.plans import sequence_plan
+from multicard.integrations.diffusers.rows import (
+    RowSplit,
+    autoencoder_changes,
+    beside_unets,
+    has_rows,
+    is_autoencoder,
+    split_by_rows,
+)
 from multicard.integrations.diffusers.sequence import SequenceSplit, shares_sequence
 from multicard.integrations.diffusers.tensor import is_split, tensor_changes
 from multicard.integrations.seams import facts
@@ -35,13 +43,13 @@ def parallelize(
 ) -> Any:
     """Split a pipeline, or a single denoiser, over ``mesh`` in place, and return it.
 
-    Text encoders are split by weights over all ranks of a replica; one that can't be stays whole, and :func:`report`
-    says why. Autoencoders stay whole, and every rank computes the same with them.
+    Text encoders are split by weights and autoencoders by rows of pictures, over all ranks of a replica; one that can't
+    be stays whole, and :func:`report` says why.
 
     Args:
-        target: a pipeline or a model.
+        target: a pipeline, a denoiser or an autoencoder.
         mesh: for denoisers, cfg splits guidance branches (for a single model: its batch), ring and ulysses split image
-            tokens, tp splits weights; dp changes nothing.
+            tokens (of a U-Net: rows), tp splits weights; dp changes nothing.
         plan: replaces ours: any of ``{"batch": BatchPlan, "sequence": SequencePlan, "tensor": {pattern: style}}``.
         parts: of a pipeline, those to split, of "denoiser", "text" and "vae"; None: all that can be split.
 
@@ -54,6 +62,8 @@ def parallelize(
     plan, wanted = plan or {}, check_parts(parts)
     if unknown := set(plan) - set(PLAN_KEYS):
         raise ConfigError(f"plan: unknown part {', '.join(sorted(unknown))}: must be {', '.join(PLAN_KEYS)}")
+    if isinstance(target, nn.Module) and is_autoencoder(target):
+        return _parallelize_autoencoder(target, mesh)
     if isinstance(target, nn.Module):
         models, others = {"": target}, {}
     else:
@@ -76,6 +86,14 @@ def parallelize(
     return target
 
 
+def _parallelize_autoencoder(model: nn.Module, mesh: ParallelMesh) -> nn.Module:
+    """Split an autoencoder by itself."""
+    Replica(mesh).compare("mc.parallelize", facts(model))
+    if mesh.replica.size > 1 and split_by_rows(model) is None:
+        make(autoencoder_changes(model, mesh))
+    return model
+
+
 def _denoiser_changes(
     target: Any, models: Mapping[str, nn.Module], mesh: ParallelMesh, plan: Mapping[str, Any]
 ) -> list[Change]:
@@ -90,8 +108,12 @@ def _denoiser_changes(
     if mesh.sequence.size > 1:
         if models:
             check_guidance(target)
-        for model in (model for model in models.values() if not shares_sequence(model, mesh)):
+        beside = [] if isinstance(target, nn.Module) else beside_unets(target)
+        for model in (model for model in (*models.values(), *beside) if not shares_sequence(model, mesh)):
             check_uncompiled(model)
+            if has_rows(model) and not plan.get("sequence"):
+                changes.append(functools.partial(RowSplit, model, mesh))
+                continue
             sequence = plan.get("sequence") or sequence_plan(model)
             check_sequence(model, sequence)
             changes.append(functools.partial(SequenceSplit, model, mesh, sequence))

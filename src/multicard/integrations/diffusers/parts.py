@@ -12,6 +12,7 @@ from multicard.errors import ConfigError, UnsupportedError
 from multicard.extras import has
 from multicard.integrations.diffusers.checks import check_uncompiled
 from multicard.integrations.diffusers.denoisers import denoisers, uncompiled
+from multicard.integrations.diffusers.rows import autoencoder_changes, is_autoencoder, split_by_rows
 from multicard.integrations.diffusers.tensor import is_split
 from multicard.integrations.styles import Change
 from multicard.mesh import ParallelMesh
@@ -74,23 +75,11 @@ def _text_changes(module: Any, mesh: ParallelMesh) -> list[Change]:
     return weight_changes(module, mesh.by_weights())
 
 
-def _is_autoencoder(module: nn.Module) -> bool:
-    return any("autoencoders" in base.__module__.split(".") for base in type(uncompiled(module)).__mro__)
-
-
-def _no_changes(module: nn.Module, mesh: ParallelMesh) -> list[Change]:
-    raise UnsupportedError("autoencoders are whole on every rank")
-
-
 BESIDE: Mapping[str, Part] = {
     "text": Part(_is_text, _is_split_text, _text_changes),
-    "vae": Part(_is_autoencoder, lambda module: False, _no_changes),
+    "vae": Part(is_autoencoder, lambda module: split_by_rows(module) is not None, autoencoder_changes),
 }
-"""Text encoders, and image encoders beside them, and autoencoders."""
-
-LENIENT = ("vae",)
-"""Parts that stay whole, and are reported, even if they are named."""
-
+"""Text encoders, and image encoders beside them, by weights; autoencoders by rows."""
 
 def check_parts(parts: Collection[str] | None) -> tuple[str, ...]:
     """The parts to split; None: all.
@@ -146,7 +135,7 @@ def part_changes(
         try:
             found += BESIDE[kind].changes(module, mesh)
         except UnsupportedError as error:
-            if named and kind not in LENIENT:
+            if named:
                 raise UnsupportedError(f"{name}: {error}; or leave {kind!r} out of parts=") from None
             whole[name] = str(error)
     return found, whole
