@@ -166,6 +166,8 @@ CASES = {
     "into a whole": (IMAGE, into_a_whole),
     "with skip": (IMAGE, with_skip),
     "slices": (IMAGE, lambda x: x[:, 1:3, 2:-1] + x[:, :2, 1:-2]),
+    "new": (IMAGE, lambda x: x.new_ones(x.shape) + x.new_zeros(1, 1, 12, 6) + x),
+    "every third": (IMAGE, lambda x: x[:, :, 1:-1:3] + x[:, :, ::3]),
     "chunks": (IMAGE, lambda x: torch.cat([a * i for i, a in enumerate(x.chunk(3, 1))] + [x.unbind(1)[0][:, None]], 1)),
     "cat along rows": (IMAGE, lambda x: torch.cat([x[:, :, 3:], weight(2, 4, 2, 6), x * 2], 2)),
     "stacked": (IMAGE, lambda x: torch.stack([x, x * 2], 1).sum(1)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import math
 import torch
 from torch import Tensor
 
@@ -78,9 +79,10 @@ def _scaled(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: 
         shift = shift + bias
     places = (*scale.shape, *[1] * (x.dim() - 2))
     scale, shift = scale.view(places), shift.view(places)
+    last = x.dim() == 4 and x.stride(0) == math.prod(x.shape[1:]) and x.is_contiguous(memory_format=torch.channels_last)
+    out = torch.empty_like(x, memory_format=torch.channels_last if last else torch.contiguous_format)  # as torch's own
     if x.dtype == scale.dtype:
-        return torch.addcmul(shift, x, scale)
-    out = torch.empty_like(x)
+        return torch.addcmul(shift, x, scale, out=out)
     for i in range(len(x)):  # not all of it in float32 at a time
         out[i] = torch.addcmul(shift[i], x[i].to(scale.dtype), scale[i])
     return out

@@ -1,11 +1,20 @@
 """Autoencoders by rows of pictures on 2, 3 and 4 ranks against one process: every class of diffusers, odd heights."""
 
-import autoencoders
 import pytest
 import torch
 
+import autoencoders
 import multicard as mc
-from multicard.integrations.diffusers.rows import split_by_rows
+import unets
+from multicard.integrations.diffusers.rows import RowSplit, split_by_rows
+
+
+WHOLE = {  # what is computed whole: pictures turned to tokens with others beside them, odd rows pooled by twos
+    "minimax_h3": {"slice", "cat"},
+    "rae": {"select"},
+    "i2vgen": {"_adaptive_avg_pool2d"},
+    **dict.fromkeys(("t2i-full_adapter", "t2i-full_adapter_xl", "t2i-light_adapter"), {"avg_pool2d"}),
+}
 
 
 def halves(mesh, name, rows):
@@ -29,4 +38,25 @@ def halves(mesh, name, rows):
 def test_autoencoders_are_exact(run_on, name, ranks):
     for errors, whole in run_on(halves, name, 5, ring=ranks):
         assert all(error < 1e-5 for error in errors.values()), errors
-        assert whole == {}
+        assert {*whole} == WHOLE.get(name, set())
+
+
+def unet(mesh, name, rows):
+    """Relative error of a forward, and the operations that were computed whole."""
+    case = unets.UNETS[name]
+    torch.manual_seed(0)
+    model = case.build()
+    rows += -rows % case.multiple
+    expected = unets.forward(model, case, rows)
+    RowSplit(model, mesh)
+    got = unets.forward(model, case, rows)
+    errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, expected, strict=True)]
+    return {"forward": max(errors)}, dict(split_by_rows(model).whole)
+
+
+@pytest.mark.parametrize("name", sorted(unets.UNETS))
+@pytest.mark.parametrize("degrees", [{"ulysses": 2}, {"ring": 3}, {"ring": 2, "ulysses": 2}], ids=str)
+def test_unets_are_exact(run_on, name, degrees):
+    for errors, whole in run_on(unet, name, 7, **degrees):
+        assert errors["forward"] < 1e-5
+        assert {*whole} == WHOLE.get(name, set())
