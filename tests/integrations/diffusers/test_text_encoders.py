@@ -182,9 +182,7 @@ def without_plan(mesh):
     config = hf.FNetConfig(vocab_size=131, hidden_size=32, num_hidden_layers=1, intermediate_size=45)
     pipe.register_modules(text_encoder=zoo.scramble(hf.FNetModel(config)))
     expected = pipe.text_encoder(torch.arange(5)[None]).last_hidden_state
-    with pytest.raises(
-        UnsupportedError, match=r"text_encoder: .* no tensor-parallel plan.* leave 'text' out of parts="
-    ):
+    with pytest.raises(UnsupportedError, match=r"text_encoder: .* no tensor-parallel plan.* leave 'text' out"):
         mc.parallelize(pipe, mesh, parts=("denoiser", "text"))
     mc.parallelize(pipe, mesh)
     got = pipe.text_encoder(torch.arange(5)[None]).last_hidden_state
@@ -208,8 +206,11 @@ def test_names_of_parts_are_checked():
 def offloaded(mesh, expected):
     pipe, arguments = text_pipelines.build("sd3")
     mc.parallelize(pipe, mesh)
-    for role in ("text_encoder", "text_encoder_2", "text_encoder_3"):
-        accelerate.cpu_offload(getattr(pipe, role), torch.device("cpu"))
+    accelerate.cpu_offload_with_hook(pipe.text_encoder, torch.device("cpu"))  # as enable_model_cpu_offload does
+    accelerate.cpu_offload(pipe.text_encoder_2, torch.device("cpu"), offload_buffers=False)  # enable_sequential_...
+    diffusers.hooks.apply_group_offloading(
+        pipe.text_encoder_3, torch.device("cpu"), offload_type="leaf_level", non_blocking=False
+    )
     got = sample(pipe, arguments)
     embeds = pipe.encode_prompt("a cat", None, None, max_sequence_length=20)
     return float((got - expected).abs().max()), embeds
