@@ -142,6 +142,9 @@ TABLE = {
             "attention by segments of heads", (f"{LLM}/heads.py",), has(transformers.LlamaConfig())
         ),
         "_from_config": Use("models on meta", (f"{LLM}/load.py",), has(transformers.PreTrainedModel)),
+        "_keep_in_fp32_modules_strict": Use(
+            "dtypes as transformers loads", (f"{LLM}/part.py",), has(transformers.PreTrainedModel)
+        ),
         "_get_static_cache_init_shape": Use(
             "static caches of a rank's own heads", (f"{LLM}/generate.py",), has(transformers.GenerationMixin)
         ),
@@ -159,11 +162,15 @@ TABLE = {
         "_calculate_module_shape": Use(
             "whole shapes of split layers", (f"{DIFFUSERS}/lora.py",), has(diffusers.loaders.FluxLoraLoaderMixin)
         ),
-        "_class_name": Use("a folder's pipeline class", (f"{DIFFUSERS}/folder.py",), is_saved),
+        "_class_name": Use(
+            "the class of a folder's pipeline or model", (f"{DIFFUSERS}/folder.py", "integrations/load.py"), is_saved
+        ),
         "_cp_plan": Use("a model's own sequence plan", (f"{DIFFUSERS}/plans.py",), has(diffusers.ModelMixin)),
         "_diffusers_hook": Use("caches between steps", (f"{DIFFUSERS}/checks.py",), has(hooked())),
         "_is_stateful": Use("caches between steps", (f"{DIFFUSERS}/checks.py",), has(ModelHook)),
-        "_keep_in_fp32_modules": Use("dtypes as diffusers loads", (f"{DIFFUSERS}/load.py",), has(diffusers.ModelMixin)),
+        "_keep_in_fp32_modules": Use(
+            "dtypes as libraries load", (f"{DIFFUSERS}/load.py", f"{LLM}/part.py"), has(diffusers.ModelMixin)
+        ),
         "_native_cudnn": Use("a backend that can be split", (f"{DIFFUSERS}/checks.py",), is_backend),
         "_native_efficient": Use("a backend that can be split", (f"{DIFFUSERS}/checks.py",), is_backend),
         "_native_flash": Use("a backend that can be split", (f"{DIFFUSERS}/checks.py",), is_backend),

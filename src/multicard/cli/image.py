@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import pathlib
+import sys
 import time
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from multicard.cli import early, options
 from multicard.errors import ConfigError, UnsupportedError
 from multicard.extras import need
+
+if TYPE_CHECKING:
+    from multicard.diffusion import DiffusionPipeline
 
 Prompts = Annotated[
     list[str] | None, typer.Argument(help="What to draw; several prompts are one batch.", show_default=False)
@@ -92,9 +96,33 @@ def image(
         files = _save(found, target)
         if as_json:
             timings = {"load": loaded - begin, "generate": drawn - loaded}
-            print(json.dumps({"files": files, "seed": seed, "mesh": pipe.degrees.degrees, "timings": timings}))
+            about = {"seed": seed, "mesh": pipe.degrees.degrees, "components": _components(pipe), "timings": timings}
+            print(json.dumps({"files": files, **about}))
         else:
             print("\n".join(files))
+            print(_held(pipe), file=sys.stderr)
+
+
+def _components(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """Of each component, by name: bytes that every rank has read and holds, by rank, and why it is whole."""
+    return {
+        name: {
+            "read": [rank[name].read for rank in pipe.load_reports],
+            "held": [rank[name].held for rank in pipe.load_reports],
+            "whole": first.whole,
+        }
+        for name, first in pipe.load_reports[0].items()
+    }
+
+
+def _held(pipe: DiffusionPipeline) -> str:
+    """The same in one line: the most that a rank holds of each component."""
+    found = _components(pipe)
+    parts = [
+        f"{name} {max(each['held']) / 1e9:.3g}{' (whole)' if each['whole'] else ''}" for name, each in found.items()
+    ]
+    total = sum(max(each["held"]) for each in found.values())
+    return f"a rank holds at most {total / 1e9:.3g} GB: {', '.join(parts)}"
 
 
 def _one_or_list(prompts: list[Any]) -> Any:

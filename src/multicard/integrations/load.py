@@ -40,9 +40,9 @@ def from_pretrained(path: str | os.PathLike[str], mesh: ParallelMesh, **options:
     if (folder / PIPELINE).is_file():
         need("diffusers", "a diffusers pipeline")
         return _diffusers("pipeline").from_folder(folder, mesh, **options)
-    if (folder / MODEL).is_file() and "_class_name" in read_json(folder, MODEL):
+    if (folder / MODEL).is_file() and (name := read_json(folder, MODEL).get("_class_name")):
         need("diffusers", "a diffusers model")
-        return _diffusers("pipeline").model_from_folder(folder, mesh, **options)
+        return _diffusers("pipeline").model_from_folder(folder, str(name), mesh, **options)
     return importlib.import_module("multicard.integrations.transformers").from_pretrained(path, mesh, **options)
 
 

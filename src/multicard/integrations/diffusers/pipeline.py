@@ -48,17 +48,22 @@ def from_folder(
 
 def model_from_folder(
     path: pathlib.Path,
+    name: str,
     mesh: ParallelMesh,
     *,
     dtype: torch.dtype | str | None = None,
     variant: str | None = None,
     plan: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The diffusers model in a folder, split: ``mc.from_pretrained`` of it. With tp it is read by slices."""
+    """The diffusers model in a folder, split: ``mc.from_pretrained`` of it. With tp it is read by slices.
+
+    Args:
+        name: of its class.
+    """
     import diffusers
 
-    name, wanted = read_config(path)["_class_name"], parse_dtype(dtype)
-    cls = getattr(diffusers, str(name), None)
+    read_config(path)
+    wanted, cls = parse_dtype(dtype), getattr(diffusers, name, None)
     if not isinstance(cls, type) or not issubclass(cls, diffusers.ModelMixin):
         raise CheckpointError(f"{path}/config.json: diffusers {diffusers.__version__} has no model {name!r}")
     outline = None
@@ -194,10 +199,10 @@ def _check_memory(
     if needed <= free:
         return
     fits = [f"tp={tp}" for tp in _degrees_that_fit(folder, index, mesh)]
-    half = "" if folder.dtype is not None and folder.dtype.itemsize == 2 else "; dtype='bfloat16' takes half"
+    less = "" if folder.dtype is not None and folder.dtype.itemsize == 2 else "; dtype='bfloat16' takes less"
     raise ConfigError(
         f"{folder.path}: a rank's share takes {needed / GIB:.3g} GiB at {mesh.config} and a rank has "
-        f"{free / GIB:.3g} GiB free: {' or '.join(fits) or f'no tp up to {MOST_TP}'} would fit{half}"
+        f"{free / GIB:.3g} GiB free: {' or '.join(fits) or f'no tp up to {MOST_TP}'} would fit{less}"
     )
 
 

@@ -15,7 +15,7 @@ from multicard.integrations.seams import Hooks, facts
 from multicard.integrations.styles import Change, make
 from multicard.integrations.transformers import load as loading
 from multicard.integrations.transformers.parallelize import finish
-from multicard.integrations.transformers.sources import Sources, internal
+from multicard.integrations.transformers.sources import Sources
 from multicard.integrations.transformers.tensor import tensor_changes
 from multicard.mesh import ParallelMesh
 from multicard.replica import Replica
@@ -69,7 +69,11 @@ def outline(
 
 def _keep_in_float32(model: PreTrainedModel) -> None:
     """Declare as float32 what transformers loads as float32 into a model of a half type."""
-    plan = internal(model, "_get_dtype_plan")(model.dtype)
+    kept: set[str] = set()
+    if model.dtype in (torch.float16, torch.bfloat16):
+        kept.update(model._keep_in_fp32_modules_strict or ())
+    if model.dtype == torch.float16:
+        kept.update(model._keep_in_fp32_modules or ())
     for name, module in model.named_modules():
-        if set(plan) & set(name.split(".")):
+        if kept & set(name.split(".")):
             module.to(torch.float32)
