@@ -5,7 +5,6 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from multicard.spatial import Rows, Split
 from multicard.spatial.exchange import take
@@ -99,7 +98,10 @@ IMAGE, VIDEO = (2, 4, 12, 6), (2, 4, 3, 12, 6)
 PADDED = ("reflect", "replicate", "circular", "constant")
 CASES = {
     **{
-        f"conv {k} {s} {p} {d}": (IMAGE, lambda x, k=k, s=s, p=p, d=d: F.conv2d(x, weight(5, 4, *k), weight(5), s, p, d))
+        f"conv {k} {s} {p} {d}": (
+            IMAGE,
+            lambda x, k=k, s=s, p=p, d=d: F.conv2d(x, weight(5, 4, *k), weight(5), s, p, d),
+        )
         for k, s, p, d in [
             ((3, 3), 1, 1, 1),
             ((1, 1), 1, 0, 1),
@@ -126,7 +128,10 @@ CASES = {
     "pad 3d": (VIDEO, lambda x: F.pad(x, (1, 1, 1, 1, 2, 0), mode="replicate")),
     "crop": (IMAGE, lambda x: F.pad(x, (0, 0, -1, -2))),
     **{
-        f"padded conv {mode}": (IMAGE, lambda x, mode=mode: F.conv2d(F.pad(x, (1, 1, 1, 1), mode=mode), weight(4, 4, 3, 3)))
+        f"padded conv {mode}": (
+            IMAGE,
+            lambda x, mode=mode: F.conv2d(F.pad(x, (1, 1, 1, 1), mode=mode), weight(4, 4, 3, 3)),
+        )
         for mode in PADDED
     },
     **{f"pool {k} {s}": (IMAGE, lambda x, k=k, s=s: F.avg_pool2d(x, k, s)) for k, s in [(2, 2), (3, 1), (3, 2)]},
@@ -181,7 +186,10 @@ CASES = {
     "linear attention": (IMAGE, linear_attention),
     "with text": (IMAGE, with_text),
     "over time": (VIDEO, over_time),
-    "channels last": (IMAGE, lambda x: F.group_norm(F.conv2d(x.to(memory_format=torch.channels_last), weight(4, 4, 3, 3)), 2)),
+    "channels last": (
+        IMAGE,
+        lambda x: F.group_norm(F.conv2d(x.to(memory_format=torch.channels_last), weight(4, 4, 3, 3)), 2),
+    ),
 }
 TOLERANCE = {"attended": 1e-6, "masked": 1e-6}  # ranks' parts are merged in float32
 WHOLE = {  # the operations without a rule, which gather

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multicard.spatial.layout import Layout, TransposedWindow, Window, inside
+from multicard.spatial.layout import TransposedWindow, Window, inside
 from multicard.spatial.rows import Rows, rule
 
 Step = Callable[[Tensor, int], Tensor]
@@ -77,7 +77,9 @@ def _slide(x: Rows, window: Window, step: Step) -> Rows:
     if not have or top + bottom >= len(mine):
         slab = _slab(x, fetch.wait(), needed, missing[rank])
         return x.like(step(slab, 0), out)
-    pad = max(above, below, 0)  # rows of zeros at both ends; a few more, so that a row of the result starts at ``needed``
+    pad = max(
+        above, below, 0
+    )  # rows of zeros at both ends; a few more, so that a row of the result starts at ``needed``
     pad += (above - pad) % window.stride
     result = step(x.local, pad).narrow(layout.dim, (pad - above) // window.stride, len(mine))
     fetched = fetch.wait()

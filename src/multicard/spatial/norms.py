@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-import math
 import torch
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from multicard.spatial.rows import Rows, rule
 @rule("native_group_norm")
 def group_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Over all rows: one all-gather of two numbers a group."""
-    x, weight, bias, _, channels, _, groups, eps = args
+    x, weight, bias, *_, groups, eps = args
     if x.held.dim == 0:
         samples = x.held.outer * len(x.held.spans[x.rank])
         out = func(x.local.contiguous(), weight, bias, samples, *args[4:]) if samples else (x.local, None, None)
@@ -36,7 +36,7 @@ def batch_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not training:
         out, *statistics = func(x.local, *args[1:])
         return (x.like(out), *statistics)
-    if x.held.dim == 0 or x.shape[0] != 1 or args[3] is not None and not isinstance(args[3], bool):
+    if x.held.dim == 0 or x.shape[0] != 1 or (args[3] is not None and not isinstance(args[3], bool)):
         return NotImplemented
     mean, rstd = _statistics(x, x.shape[1], eps)
     return x.like(_scaled(x.local, mean, rstd, weight, bias)), mean, rstd

@@ -41,7 +41,7 @@ def _fits(x: Rows, place: int, layout: Layout) -> bool:
 def _part(x: Tensor, place: int, layout: Layout, rank: int) -> Tensor:
     if isinstance(x, Rows):
         return x.recut(layout.cuts).local
-    if x.dim() < -place or x.shape[place] == 1 and layout.outer * layout.rows != 1:
+    if x.dim() < -place or (x.shape[place] == 1 and layout.outer * layout.rows != 1):
         return x
     return take(x, layout.at(x.dim() + place), rank)
 

@@ -64,6 +64,9 @@ def added(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return torch.add(out, bias, alpha=beta)
 
 
+_plain: Any = F.scaled_dot_product_attention
+
+
 def attention(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``scaled_dot_product_attention``: over split tokens by :func:`multicard.attend`; otherwise local, where keys are
     split with all of them gathered."""
@@ -83,24 +86,34 @@ def _attention(
     options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
     tokens = query.dim() - 2
     mask = attn_mask.gathered() if isinstance(attn_mask, Rows) else attn_mask
-    dims = [x.held.dim if isinstance(x, Rows) else None for x in (query, key, value)]
     if not isinstance(query, Rows) or query.held.dim > tokens:
         whole = [x.gathered() if isinstance(x, Rows) else x for x in (query, key, value)]
         next(x for x in (query, key, value) if isinstance(x, Rows)).ranks.whole["scaled_dot_product_attention"] += 1
-        return F.scaled_dot_product_attention(*whole, mask, is_causal=is_causal, **options)
+        return _plain(*whole, mask, is_causal=is_causal, **options)
     held = query.held
     if held.dim < tokens:  # each sample or head by itself
-        parts = [_local(x, held.dim, held, query.rank) for x in (query, key, value)]
+        parts = [query.local, *(_local(_alike(x, held), held.dim, held, query.rank) for x in (key, value))]
         mask = _cut(mask, held.dim - query.dim(), held, query.rank)
-        return query.like(F.scaled_dot_product_attention(*parts, mask, is_causal=is_causal, **options))
+        return query.like(_plain(*parts, mask, is_causal=is_causal, **options))
     if is_causal:
         mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
-    alike = dims == [tokens] * 3 and all(x.held.outer == 1 for x in (query, key, value))
-    if alike and query.dim() == 4 and not enable_gqa:
-        return _over_tokens(query, key, value, mask, scale)  # type: ignore[arg-type]
+    if isinstance(key, Rows) and isinstance(value, Rows) and _is_sequence(query, key, value) and not enable_gqa:
+        return _over_tokens(query, key, value, mask, scale)
     key, value = (x.gathered() if isinstance(x, Rows) else x for x in (key, value))
     mask = _cut(mask, -2, held, query.rank)
-    return query.like(F.scaled_dot_product_attention(query.local, key, value, mask, **options))
+    return query.like(_plain(query.local, key, value, mask, **options))
+
+
+def _alike(x: Tensor, held: Layout) -> Tensor:
+    """``x``, whole unless it is split along the same dim."""
+    if not isinstance(x, Rows) or (x.held.dim, x.held.outer, x.held.rows) == (held.dim, held.outer, held.rows):
+        return x
+    return x.gathered()
+
+
+def _is_sequence(*tensors: Rows) -> bool:
+    """Whether these are ``(batch, heads, tokens, features)`` of which each rank has some tokens."""
+    return all(x.dim() == 4 and (x.held.dim, x.held.outer) == (2, 1) for x in tensors)
 
 
 def _cut(mask: Tensor | None, place: int, held: Layout, rank: int) -> Tensor | None:

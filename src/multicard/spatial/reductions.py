@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -37,9 +38,7 @@ def _over_rows(name: str, x: Rows, dims: list[int], given: dict[str, Any]) -> An
     wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
     if name in ("sum", "mean") and dtype.is_floating_point:
         total = collectives.all_reduce(x.local.sum(dims, keep, dtype=wide), axis)
-        count = 1
-        for dim in dims:
-            count *= x.shape[dim]
+        count = math.prod(x.shape[dim] for dim in dims)
         return (total / count if name == "mean" else total).to(dtype)
     if name == "linalg_vector_norm" and given.get("ord", 2) == 2:
         squares = x.local.to(wide).square().sum(dims, keep)
@@ -50,8 +49,8 @@ def _over_rows(name: str, x: Rows, dims: list[int], given: dict[str, Any]) -> An
         return collectives.all_reduce(own, axis, name[1:])
     if name in ("any", "all"):
         own = x.local.bool() if name == "any" else ~x.local.bool()
-        count = collectives.all_reduce(own.sum(dims, keep).float(), axis)
-        return count > 0 if name == "any" else count == 0
+        found = collectives.all_reduce(own.sum(dims, keep).float(), axis)
+        return found > 0 if name == "any" else found == 0
     return NotImplemented
 
 

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from multicard.axis import Axis
 from multicard.mesh import ParallelMesh, single
+from multicard.partition import merge_spans
 from multicard.spatial.exchange import Fetch, gather, take
 from multicard.spatial.layout import Layout, even
 
@@ -113,6 +114,12 @@ class Rows(Tensor):
         layout = self.held.cut(cuts)
         return self.like(self.fetch([[span] for span in layout.spans]).wait(), layout)
 
+    def picked(self, rows: Sequence[int], cuts: Sequence[int]) -> Rows:
+        """The tensor whose row ``i`` is row ``rows[i]`` of this. Point-to-point messages."""
+        layout = self.held.cut(cuts)
+        wanted = [merge_spans([range(rows[i], rows[i] + 1) for i in span]) for span in layout.spans]
+        return self.like(self.fetch(wanted).wait(), layout)
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -134,7 +141,7 @@ class Rows(Tensor):
 
 
 class NewRows(TorchFunctionMode):
-    """While it is entered, new tensors of four dims or more are split by rows, as networks make to write pictures to."""
+    """While it is entered, new tensors of four dims or more are split by rows: networks make them to write into."""
 
     def __init__(self, split: Split) -> None:
         super().__init__()

@@ -78,13 +78,13 @@ def select(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 @rule("slice")
 def slices(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Of rows, each rank keeps those that it has."""
-    x, dim, start, stop, step = (*args, *(0, None, None, 1)[len(args) - 1 :])
-    dim %= x.dim()
-    if kwargs or dim != x.held.dim:
-        return NotImplemented if kwargs else x.like(func(*(x.local, *args[1:])))
-    start, stop, step = slice(start, stop, step).indices(x.shape[dim])
-    if x.held.outer != 1:
+    x, *given = args
+    dim, begin, end, every = [*given, *[0, None, None, 1][len(given) :]]
+    if kwargs or (dim % x.dim() == x.held.dim and x.held.outer != 1):
         return NotImplemented
+    if dim % x.dim() != x.held.dim:
+        return x.like(func(x.local, *given))
+    start, stop, step = slice(begin, end, every).indices(x.shape[dim])
     return _rows(x, start, max(start, stop), step)
 
 

@@ -8,12 +8,11 @@ import multicard as mc
 import unets
 from multicard.integrations.diffusers.rows import RowSplit, split_by_rows
 
-
 WHOLE = {  # what is computed whole: pictures turned to tokens with others beside them, odd rows pooled by twos
     "minimax_h3": {"slice", "cat"},
     "rae": {"select"},
     "i2vgen": {"_adaptive_avg_pool2d"},
-    **dict.fromkeys(("t2i-full_adapter", "t2i-full_adapter_xl", "t2i-light_adapter"), {"avg_pool2d"}),
+    **{f"t2i-{kind}": {"avg_pool2d"} for kind in ("full_adapter", "full_adapter_xl", "light_adapter")},
 }
 
 
@@ -34,7 +33,7 @@ def halves(mesh, name, rows):
 
 
 @pytest.mark.parametrize("name", sorted(autoencoders.AUTOENCODERS))
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [3, *(pytest.param(n, marks=pytest.mark.soak) for n in (2, 4))])
 def test_autoencoders_are_exact(run_on, name, ranks):
     for errors, whole in run_on(halves, name, 5, ring=ranks):
         assert all(error < 1e-5 for error in errors.values()), errors
@@ -55,7 +54,14 @@ def unet(mesh, name, rows):
 
 
 @pytest.mark.parametrize("name", sorted(unets.UNETS))
-@pytest.mark.parametrize("degrees", [{"ulysses": 2}, {"ring": 3}, {"ring": 2, "ulysses": 2}], ids=str)
+@pytest.mark.parametrize(
+    "degrees",
+    [
+        {"ring": 3},
+        *(pytest.param(each, marks=pytest.mark.soak) for each in ({"ulysses": 2}, {"ring": 2, "ulysses": 2})),
+    ],
+    ids=str,
+)
 def test_unets_are_exact(run_on, name, degrees):
     for errors, whole in run_on(unet, name, 7, **degrees):
         assert errors["forward"] < 1e-5

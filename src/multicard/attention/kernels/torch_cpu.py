@@ -2,8 +2,8 @@
 
 Its known faults (torch 2.13), each refused here or avoided by the caller: zero-length queries or keys end the process
 with SIGFPE; a row masked with -inf everywhere gets LSE 0; bool masks and values of another head_dim raise; an inner
-stride other than 1 gives wrong results without an error, and so does a float32 mask of float64 queries; query heads that aren't a multiple of the key/value heads are
-accepted.
+stride other than 1 gives wrong results without an error, and so does a float32 mask of float64 queries; query heads
+that aren't a multiple of the key/value heads are accepted.
 """
 
 from __future__ import annotations

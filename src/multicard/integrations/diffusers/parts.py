@@ -81,6 +81,7 @@ BESIDE: Mapping[str, Part] = {
 }
 """Text encoders, and image encoders beside them, by weights; autoencoders by rows."""
 
+
 def check_parts(parts: Collection[str] | None) -> tuple[str, ...]:
     """The parts to split; None: all.
 

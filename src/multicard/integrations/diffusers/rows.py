@@ -64,7 +64,9 @@ def autoencoder_changes(model: nn.Module, mesh: ParallelMesh) -> list[Change]:
     split = Split.over(mesh.replica)
     return [
         *(
-            functools.partial(intercept, half, "__call__", RowDoor(f"{type(model).__name__}.{name}", mesh, split), "run")
+            functools.partial(
+                intercept, half, "__call__", RowDoor(f"{type(model).__name__}.{name}", mesh, split), "run"
+            )
             for name, half in halves.items()
         ),
         lambda: vars(model).update({SPLIT: split}),
