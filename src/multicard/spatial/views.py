@@ -79,7 +79,8 @@ def select(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def slices(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Of rows, each rank keeps those that it has."""
     x, *given = args
-    dim, begin, end, every = [*given, *[0, None, None, 1][len(given) :]]
+    defaults: list[Any] = [0, None, None, 1]
+    dim, begin, end, every = given + defaults[len(given) :]
     if kwargs or (dim % x.dim() == x.held.dim and x.held.outer != 1):
         return NotImplemented
     if dim % x.dim() != x.held.dim:
