@@ -22,8 +22,7 @@ def group_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return x.like(out[0]), None, None
     if x.held.dim == 1 or kwargs:
         return NotImplemented
-    mean, rstd = _statistics(x, groups, eps)
-    return x.like(_scaled(x.local, mean, rstd, weight, bias)), mean, rstd
+    return _normalized(x, weight, bias, groups, eps)
 
 
 @rule("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "_native_batch_norm_legit")
@@ -38,8 +37,7 @@ def batch_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return (x.like(out), *statistics)
     if x.held.dim == 0 or x.shape[0] != 1 or (args[3] is not None and not isinstance(args[3], bool)):
         return NotImplemented
-    mean, rstd = _statistics(x, x.shape[1], eps)
-    return x.like(_scaled(x.local, mean, rstd, weight, bias)), mean, rstd
+    return _normalized(x, weight, bias, x.shape[1], eps)
 
 
 @rule("native_layer_norm", "_fused_rms_norm")
@@ -50,39 +48,50 @@ def layer_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return tuple(x.like(each) for each in func(x.local, *args[1:], **kwargs))
 
 
-def _statistics(x: Rows, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and ``1 / sqrt(variance + eps)`` of each group of channels, ``(batch, groups)`` in float32 at least.
+def _normalized(
+    x: Rows, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
+) -> tuple[Rows, Tensor, Tensor]:
+    """A group norm over the rows of all ranks, and the groups' means and ``1 / sqrt(variance + eps)``.
 
-    The ranks' means and variances are combined (Chan, Golub and LeVeque 1979): no difference of large sums is taken.
+    Each rank normalizes by its own rows, and then scales and shifts by how its statistics differ from all ranks'.
     """
-    local = x.local.unflatten(1, (groups, x.shape[1] // groups))
     wide = torch.promote_types(x.dtype, torch.float32)
-    own = torch.zeros(2, local.shape[0], groups, dtype=wide, device=local.device)
-    for i, sample in enumerate(local.unbind(0) if local.numel() else ()):
-        own[1, i], own[0, i] = torch.var_mean(sample.to(wide), tuple(range(1, sample.dim())), correction=0)
-    both = collectives.all_gather(own.unsqueeze(0), x.ranks.axis)
-    shares = torch.tensor([size / x.held.rows for size in x.held.sizes], dtype=wide, device=own.device).view(-1, 1, 1)
-    means, variances = both.unbind(1)
-    mean = (shares * means).sum(0)
-    variance = (shares * (variances + (means - mean).square())).sum(0)
-    return mean, torch.rsqrt(variance + eps)
-
-
-def _scaled(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """``(x - mean) * rstd * weight + bias``, one number each a channel."""
-    each = x.shape[1] // mean.shape[1]
-    scale = rstd.repeat_interleave(each, 1)
+    whole = x.dtype == wide
+    parts = [x.local] if whole else x.local.chunk(math.gcd(groups, 8), 1)  # not all of it in float32 at a time
+    normal, *own = _group_norm(parts[0].to(wide), groups // len(parts), eps)
+    for part in parts[1:]:
+        more = _group_norm(part.to(wide), groups // len(parts), eps)[1:]
+        own = [torch.cat(each, 1) for each in zip(own, more, strict=True)]
+    mean, rstd = _combined(x, torch.stack(own))
+    scale, shift = (rstd / own[1], (own[0] - mean) * rstd) if whole else (rstd, -mean * rstd)
+    scale, shift = (each.repeat_interleave(x.shape[1] // groups, 1) for each in (scale, shift))
     if weight is not None:
-        scale = scale * weight
-    shift = -mean.repeat_interleave(each, 1) * scale
+        scale, shift = scale * weight, shift * weight
     if bias is not None:
         shift = shift + bias
-    places = (*scale.shape, *[1] * (x.dim() - 2))
-    scale, shift = scale.view(places), shift.view(places)
-    last = x.dim() == 4 and x.stride(0) == math.prod(x.shape[1:]) and x.is_contiguous(memory_format=torch.channels_last)
-    out = torch.empty_like(x, memory_format=torch.channels_last if last else torch.contiguous_format)  # as torch's own
-    if x.dtype == scale.dtype:
-        return torch.addcmul(shift, x, scale, out=out)
-    for i in range(len(x)):  # not all of it in float32 at a time
-        out[i] = torch.addcmul(shift[i], x[i].to(scale.dtype), scale[i])
-    return out
+    scale, shift = (each.view(*each.shape, *[1] * (x.dim() - 2)) for each in (scale, shift))
+    if whole:
+        return x.like(torch.addcmul(shift, normal, scale, out=normal)), mean, rstd
+    each = zip(shift.chunk(len(parts), 1), parts, scale.chunk(len(parts), 1), strict=True)
+    return x.like(torch.cat([torch.addcmul(a, part.to(wide), b).to(x.dtype) for a, part, b in each], 1)), mean, rstd
+
+
+def _group_norm(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The group norm of one rank's rows, its means and ``1 / sqrt(variance + eps)``, ``(batch, groups)``."""
+    if not x.numel():
+        return x, x.new_zeros(x.shape[0], groups), x.new_ones(x.shape[0], groups)
+    batch, channels = x.shape[:2]
+    return torch.native_group_norm(x.contiguous(), None, None, batch, channels, x[0, 0].numel(), groups, eps)
+
+
+def _combined(x: Rows, own: Tensor) -> tuple[Tensor, Tensor]:
+    """All ranks' statistics from each rank's. One all-gather of two numbers a group.
+
+    Means and variances are combined (Chan, Golub and LeVeque 1979), so no large sums are subtracted.
+    """
+    means, rstds = collectives.all_gather(own.unsqueeze(0), x.ranks.axis).unbind(1)
+    shares = torch.tensor([size / x.held.rows for size in x.held.sizes], dtype=own.dtype, device=own.device)
+    shares = shares.view(-1, 1, 1)
+    mean = (shares * means).sum(0)
+    variance = (shares * (rstds.square().reciprocal() + (means - mean).square())).sum(0)  # with eps in it
+    return mean, torch.rsqrt(variance)

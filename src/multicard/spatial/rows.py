@@ -61,6 +61,9 @@ class Split:
     def axis(self) -> Axis:
         return self.mesh.sequence
 
+    def __deepcopy__(self, memo: Any) -> Split:
+        return self  # a copied network is split over the same ranks
+
     @staticmethod
     def over(axis: Axis) -> Split:
         """Over all ranks of one axis, with attention as a ring."""

@@ -10,7 +10,13 @@ from torch import nn
 
 from multicard.errors import ConfigError
 from multicard.integrations.adapters import follow_adapters
-from multicard.integrations.diffusers.checks import check_caches, check_guidance, check_sequence, check_uncompiled
+from multicard.integrations.diffusers.checks import (
+    check_caches,
+    check_guidance,
+    check_rows,
+    check_sequence,
+    check_uncompiled,
+)
 from multicard.integrations.diffusers.denoisers import denoisers
 from multicard.integrations.diffusers.doors import open_model, open_pipeline
 from multicard.integrations.diffusers.families import BATCH
@@ -110,10 +116,11 @@ def _denoiser_changes(
             check_guidance(target)
         beside = [] if isinstance(target, nn.Module) else beside_unets(target)
         for model in (model for model in (*models.values(), *beside) if not shares_sequence(model, mesh)):
-            check_uncompiled(model)
             if has_rows(model) and not plan.get("sequence"):
+                check_rows(type(model).__name__, model)
                 changes.append(functools.partial(RowSplit, model, mesh))
                 continue
+            check_uncompiled(model)
             sequence = plan.get("sequence") or sequence_plan(model)
             check_sequence(model, sequence)
             changes.append(functools.partial(SequenceSplit, model, mesh, sequence))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from multicard.errors import UnsupportedError
-from multicard.integrations.diffusers.checks import check_uncompiled
+from multicard.integrations.diffusers.checks import check_rows
 from multicard.integrations.diffusers.denoisers import uncompiled
 from multicard.integrations.diffusers.sequence import SPLIT as SEQUENCE
 from multicard.integrations.intercept import Plain, intercept
@@ -55,12 +55,10 @@ def autoencoder_changes(model: nn.Module, mesh: ParallelMesh) -> list[Change]:
     Raises:
         UnsupportedError: it is compiled, or has no convolutions over rows (audio).
     """
-    check_uncompiled(model)
     halves = {name: half for name in HALVES if isinstance(half := getattr(model, name, None), nn.Module)}
     if not any(isinstance(part, (nn.Conv2d, nn.Conv3d)) for half in halves.values() for part in half.modules()):
         raise UnsupportedError(f"{type(model).__name__} has no convolutions over rows of pictures")
-    for half in halves.values():
-        check_uncompiled(half)
+    check_rows(type(model).__name__, model)
     split = Split.over(mesh.replica)
     return [
         *(
@@ -90,13 +88,14 @@ class RowDoor:
 
     def run(self, module: nn.Module, plain: Plain, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The half's ``__call__``."""
+        check_rows(self._name, module)
         pictures = {f"argument {i}": x for i, x in enumerate((*args, *kwargs.values())) if _is_picture(x)}
         self._replica.compare(f"a call of {self._name}", pictures)
         with torch.no_grad(), NewRows(self._split):
             return gathered(plain(*(_rows(x, self._split) for x in args), **_named_rows(kwargs, self._split)))
 
     def traced(self, module: nn.Module) -> None:
-        """It is being compiled: refuse."""
+        """The autoencoder is being compiled around this half."""
         from multicard.integrations.uncompiled import ROWS, refuse
 
         refuse(self._name, ROWS)
@@ -106,7 +105,7 @@ class RowSplit:
     """A U-Net's rows, split over ``mesh.sequence``; or those of a network beside one."""
 
     def __init__(self, model: nn.Module, mesh: ParallelMesh) -> None:
-        self.mesh, self.split = mesh, Split(mesh)
+        self.mesh, self.split, self._model = mesh, Split(mesh), model
         self._name, self._split_tensors = type(model).__name__, 0
         self._hooks = Hooks("diffusers")
         self._hooks.before(model, self._begin, prepend=True)
@@ -120,6 +119,7 @@ class RowSplit:
     def proved(self) -> Iterator[None]:
         """Entered while the model runs; raises UnsupportedError afterwards unless it was split."""
         self._hooks.check()
+        check_rows(self._name, self._model)
         self._split_tensors = 0
         with torch.no_grad(), NewRows(self.split):
             yield
