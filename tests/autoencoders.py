@@ -1,7 +1,8 @@
 """Tiny random autoencoders of diffusers, one of every convolutional class: few channels, two levels, odd rows.
 
 ``AUTOENCODERS[name]`` says how to build one and what shapes it takes; :func:`decode` and :func:`encode` run it on
-seeded inputs. ``rows`` are rows of latents: any number, where the table doesn't say otherwise.
+seeded inputs. ``rows`` are rows of latents: any number, where the table doesn't say otherwise. The frames of latents
+and of pixels are as many as pass between the chunks that the model works in, so that what it keeps of one is used.
 """
 
 from collections.abc import Callable
@@ -28,7 +29,7 @@ class Autoencoder:
 
 
 def add(name, kind, config, channels=4, scale=2, frames=(), batch=1, colours=3, columns=4, prepare=None, **more):
-    """One line of the table: a class by name, its configuration, and what shapes follow from.
+    """One entry of the table: a class by name, its configuration, and what shapes follow from.
 
     ``channels`` and ``columns`` are the latents', ``scale`` the pixels a latent spans each way, ``frames`` the frames
     of latents and of pixels (none: pictures), and ``prepare(model)`` sets what no configuration says.
@@ -50,7 +51,7 @@ def add(name, kind, config, channels=4, scale=2, frames=(), batch=1, colours=3, 
 
 @torch.no_grad()
 def wake(model):
-    """``model`` in float32 and eval mode, with noise on every parameter that starts as a constant.
+    """``model`` in eval mode, with noise on every parameter that starts as a constant.
 
     Biases, gates and whole layers start as zeros, and scales as ones: a part that is left out, or is given the wrong
     channel, would change nothing.
@@ -59,7 +60,7 @@ def wake(model):
         if parameter.min() == parameter.max():
             fan_in = parameter[0].numel() if parameter.dim() > 1 else 4
             parameter.add_(torch.randn_like(parameter) / fan_in**0.5)
-    return model.float().eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
 
 
 def noise(*shape, seed=3):
@@ -125,16 +126,15 @@ add(
     "dc-linear-attention", "AutoencoderDC", {
         **DC, "encoder_block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"),
         "decoder_block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"), "encoder_layers_per_block": (1, 1, 1),
-        "decoder_layers_per_block": (1, 1, 1), "encoder_qkv_multiscales": ((), (), (5,)),
-        "decoder_qkv_multiscales": ((), (), (5,)), "downsample_block_type": "conv", "upsample_block_type": "interpolate",
+        "decoder_layers_per_block": (1, 1, 1), "downsample_block_type": "conv", "upsample_block_type": "interpolate",
+        "encoder_qkv_multiscales": ((), (), (5,)), "decoder_qkv_multiscales": ((), (), (5,)),
         "decoder_norm_types": ("batch_norm", "batch_norm", "rms_norm"), "decoder_act_fns": ("relu", "relu", "silu"),
     }, scale=4,
 )  # fmt: skip
 
 VQ = blocks("AttnDownEncoderBlock2D", "AttnUpDecoderBlock2D", (8, 12), num_vq_embeddings=32)
 add("vq", "VQModel", VQ)
-SPATIAL = {**VQ, "block_out_channels": (32, 32), "norm_type": "spatial", "vq_embed_dim": 5}
-add("vq-spatial-norm", "VQModel", SPATIAL, channels=5)
+add("vq-spatial-norm", "VQModel", {**VQ, "block_out_channels": (32, 32), "norm_type": "spatial"})
 
 TINY = {"encoder_block_out_channels": (8, 8, 8), "decoder_block_out_channels": (8, 8, 8)}
 TINY |= {"num_encoder_blocks": (1, 1, 1), "num_decoder_blocks": (1, 1, 1)}
@@ -196,8 +196,8 @@ add(
 add(
     "cosmos", "AutoencoderKLCosmos", {
         "latent_channels": 4, "encoder_block_out_channels": (8, 8, 8, 12),
-        "decode_block_out_channels": (8, 8, 8, 12), "attention_resolutions": (16,), "resolution": 64, "num_layers": 1, "patch_size": 2,
-        "spatial_compression_ratio": 4, "temporal_compression_ratio": 4,
+        "decode_block_out_channels": (8, 8, 8, 12), "attention_resolutions": (16,), "resolution": 64,
+        "num_layers": 1, "patch_size": 2, "spatial_compression_ratio": 4, "temporal_compression_ratio": 4,
     }, scale=4, frames=(3, 9),
 )  # fmt: skip
 
@@ -255,6 +255,7 @@ add(
         "decoder_ffn_mult": 2, "clip_length": 5, "token_drop": 1, "latents_mean": (0.0,) * 4, "latents_std": (1.0,) * 4,
     }, scale=4, frames=(5, 10),
 )  # fmt: skip
+"""Convolutions encode, a transformer decodes."""
 
 add(
     "mochi", "AutoencoderKLMochi", {
@@ -267,17 +268,15 @@ add(
 QWEN = {"base_dim": 6, "z_dim": 4, "dim_mult": [1, 2], "num_res_blocks": 1, "temperal_downsample": [True]}
 QWEN |= {"latents_mean": (0.0,) * 4, "latents_std": (1.0,) * 4}
 add("qwen_image", "AutoencoderKLQwenImage", QWEN, frames=(3, 5))
-add(
-    "qwen_image21", "AutoencoderKLQwenImage21", {
-        **QWEN, "dim_mult": [1, 2, 2], "temperal_downsample": [False, True], "decoder_base_dim": 8,
-        "scale_factor_temporal": 2, "scale_factor_spatial": 4,
-    }, scale=4, colours=4, frames=(3, 5),
-)  # fmt: skip
+RESIDUAL = {**QWEN, "dim_mult": [1, 2, 2], "temperal_downsample": [False, True], "decoder_base_dim": 8}
+add("qwen_image21", "AutoencoderKLQwenImage21", RESIDUAL, scale=4, colours=4, frames=(1, 1))
+"""Pictures, as videos of one frame."""
+
 add("wan", "AutoencoderKLWan", QWEN, frames=(3, 5), batch=2)
 add(
     "wan-residual-patch", "AutoencoderKLWan", {
-        **QWEN, "dim_mult": [1, 2, 2], "temperal_downsample": [False, True], "decoder_base_dim": 8,
-        "is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 8,
+        **RESIDUAL, "is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12,
+        "scale_factor_spatial": 8,
     }, scale=8, frames=(3, 5), columns=3,
 )  # fmt: skip
 
