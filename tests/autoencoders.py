@@ -105,16 +105,17 @@ add("kl-without-attention", "AutoencoderKL", {**KL, "mid_block_add_attention": F
 add("flux2", "AutoencoderKLFlux2", KL)
 
 ASYMMETRIC = {
-    "down_block_types": ("DownEncoderBlock2D",) * 2, "down_block_out_channels": (8, 12), "norm_num_groups": 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 2, "up_block_out_channels": (12, 16), "latent_channels": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 4, "down_block_out_channels": (4, 4, 8, 8), "norm_num_groups": 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4, "up_block_out_channels": (8, 8, 12, 12), "latent_channels": 4,
 }  # fmt: skip
-add("asymmetric", "AsymmetricAutoencoderKL", ASYMMETRIC)
+add("asymmetric", "AsymmetricAutoencoderKL", ASYMMETRIC, scale=8)
 add(
-    "asymmetric-mask", "AsymmetricAutoencoderKL", ASYMMETRIC, decode_args={
-        "image": lambda rows: noise(1, 3, 2 * rows, 8, seed=4),
-        "mask": lambda rows: (noise(1, 1, 2 * rows, 8, seed=5) > 0).float(),
+    "asymmetric-mask", "AsymmetricAutoencoderKL", ASYMMETRIC, scale=8, decode_args={
+        "image": lambda rows: noise(1, 3, 8 * rows, 32, seed=4),
+        "mask": lambda rows: (noise(1, 1, 8 * rows, 32, seed=5) > 0).float(),
     },
 )  # fmt: skip
+"""What is left of the picture is encoded too, and the decoder looks each result up by its shape."""
 
 DC = {
     "latent_channels": 4, "attention_head_dim": 4, "encoder_block_out_channels": (8, 8, 16),
