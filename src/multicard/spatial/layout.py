@@ -6,12 +6,12 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from multicard import partition
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """How a tensor is split along one dim; parts are contiguous and may be empty.
 
     Attributes:
@@ -41,11 +41,11 @@ class Layout:
 
     def at(self, dim: int) -> Layout:
         """The same rows along another dim."""
-        return dataclasses.replace(self, dim=dim)
+        return self if dim == self.dim else Layout(dim, self.cuts, self.outer)
 
     def cut(self, cuts: Sequence[int]) -> Layout:
         """The same dim with other rows."""
-        return dataclasses.replace(self, cuts=tuple(cuts))
+        return Layout(self.dim, tuple(cuts), self.outer)
 
     def shape(self, whole: Sequence[int], rank: int) -> list[int]:
         """The shape of a rank's part of a tensor of shape ``whole``."""

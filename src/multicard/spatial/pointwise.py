@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from multicard.spatial.exchange import take
@@ -20,10 +19,12 @@ def pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     written = args[0] if func._schema.is_mutable else None
     if not rows or kwargs.get("out") is not None or (written is not None and not isinstance(written, Rows)):
         return NotImplemented
-    target = written if written is not None else max(rows, key=lambda x: (x.dim(), -max(x.held.sizes)))
+    target = written if written is not None else rows[0] if len(rows) == 1 else max(rows, key=_preference)
     place, layout = target.held.dim - target.dim(), target.held
-    shape = torch.broadcast_shapes(*(x.shape for x in tensors))
-    if shape[place] != target.shape[place] or any(not _fits(x, place, layout) for x in rows):
+    size = layout.outer * layout.rows
+    if size == 1 and any(x.dim() >= -place and x.shape[place] != 1 for x in tensors):
+        return NotImplemented
+    if any(x is not target and not _fits(x, place, layout) for x in rows):
         return NotImplemented
 
     def local(value: Any) -> Any:
@@ -31,6 +32,11 @@ def pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
     out = func(*map(local, args), **{name: local(value) for name, value in kwargs.items()})
     return written if written is not None else target.like(out, layout.at(out.dim() + place))
+
+
+def _preference(x: Rows) -> tuple[int, int]:
+    """Most dims, then the smallest largest part."""
+    return x.dim(), -max(x.held.sizes)
 
 
 def _fits(x: Rows, place: int, layout: Layout) -> bool:

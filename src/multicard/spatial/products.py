@@ -12,7 +12,7 @@ from multicard import collectives
 from multicard.attention.attend import attend
 from multicard.spatial.exchange import take
 from multicard.spatial.layout import Layout, even
-from multicard.spatial.rows import FUNCTIONS, Rows, rule
+from multicard.spatial.rows import FUNCTIONS, Rows, plainly, rule
 
 
 @rule("mm", "bmm", anywhere=True)
@@ -62,6 +62,14 @@ def added(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if beta == 0:
         return out
     return torch.add(out, bias, alpha=beta)
+
+
+def linear(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``F.linear`` of rows of features: local, in one step."""
+    x, *weights = args
+    if not isinstance(x, Rows) or x.held.dim == x.dim() - 1 or any(isinstance(each, Rows) for each in weights):
+        return plainly(func, args, kwargs)
+    return x.like(func(x.local, *weights, **kwargs))
 
 
 _plain: Any = F.scaled_dot_product_attention
@@ -147,4 +155,5 @@ def _four(mask: Tensor, q: Rows) -> Tensor:
     return mask.expand(-1, -1, q.held.rows, -1) if mask.shape[2] == 1 else mask
 
 
+FUNCTIONS[F.linear] = linear
 FUNCTIONS[F.scaled_dot_product_attention] = attention
