@@ -73,6 +73,17 @@ def compiles_ahead(name):
 
 
 LLM, DIFFUSERS = "integrations/transformers", "integrations/diffusers"
+OPERATIONS = {
+    "interpolation": (
+        "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d",
+    ),
+    "norms": ("_fused_rms_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
+    "pointwise": ("_to_copy",),
+    "reductions": ("_log_softmax", "_safe_softmax", "_softmax"),
+    "views": ("_reshape_alias", "_unsafe_view"),
+}  # fmt: skip
+"""Of torch.ops.aten, by the file in spatial/ that has their rules."""
+
 TABLE = {
     "python": {
         "_current_exceptions": Use("Ctrl-C in another thread", ("ranks/interrupt.py",), has(sys)),
@@ -92,9 +103,16 @@ TABLE = {
         "_world": Use("all groups, and their ranks", ("ranks/activity.py",), has(dist.distributed_c10d)),
     },
     "torch": {
+        **{
+            name: Use("operations on split rows", (f"spatial/{file}.py",), has(torch.ops.aten))
+            for file, names in OPERATIONS.items()
+            for name in names
+        },
         "_assert_async": Use("a check in a compiled graph", ("layers/embedding.py",), has(torch)),
         "_C": Use(
-            "DisableTorchFunctionSubclass, compiled code", ("guidance/lazy.py", "models/compiled.py"), has(torch)
+            "DisableTorchFunctionSubclass, compiled code",
+            ("guidance/lazy.py", "models/compiled.py", "spatial/rows.py"),
+            has(torch),
         ),
         "_aoti": Use("AOTIModelContainerRunnerCpu: compiled code", ("models/compiled.py",), runs_compiled_code),
         "_compiled_call_impl": Use("whether a model is compiled", (f"{DIFFUSERS}/checks.py",), has(torch.nn.Module)),
@@ -103,7 +121,7 @@ TABLE = {
             "whether this processor multiplies packed bfloat16", ("layers/packed.py",), has(torch.ops.mkldnn)
         ),
         "_linear_pointwise": Use("oneDNN's product", ("layers/packed.py",), has(torch.ops.mkldnn)),
-        "_make_wrapper_subclass": Use("lazy tensors", ("guidance/lazy.py",), has(torch.Tensor)),
+        "_make_wrapper_subclass": Use("tensors of ours", ("guidance/lazy.py", "spatial/rows.py"), has(torch.Tensor)),
         "_modules": Use("modules in place", ("integrations/styles.py",), has(torch.nn.Module())),
         "_nbytes": Use("the size of a packed weight", ("layers/packed.py",), has(torch.ops.mkldnn)),
         "_orig_mod": Use("what torch.compile wraps", (f"{DIFFUSERS}/denoisers.py",), is_compiled),
@@ -129,7 +147,11 @@ TABLE = {
         "_scaled_dot_product_flash_attention_for_cpu": Use(
             "attention with its log-sum-exp", ("attention/kernels/torch_cpu.py",), has(torch.ops.aten)
         ),
-        "_schema": Use("whether an operation writes", ("guidance/lazy.py",), has(torch.ops.aten.add.Tensor)),
+        "_schema": Use(
+            "whether an operation writes, and its arguments' names",
+            ("guidance/lazy.py", "spatial/pointwise.py", "spatial/reductions.py", "spatial/rows.py"),
+            has(torch.ops.aten.add.Tensor),
+        ),
         "_version": Use("whether a tensor was written to", (f"{DIFFUSERS}/state.py",), has(torch.Tensor)),
     },
     "transformers": {

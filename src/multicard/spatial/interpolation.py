@@ -17,7 +17,7 @@ def nearest(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """By whole numbers locally, otherwise by picking rows."""
     x, size, *scales = args
     n = x.held.dim - 2
-    if kwargs or n < 0 or x.held.outer != 1 or func._overloadname == "vec":
+    if kwargs or n < 0 or x.held.outer != 1 or str(func).endswith(".vec"):
         return NotImplemented
     times, torn = divmod(size[n], x.held.rows)
     if not torn and (not scales or scales[n] in (None, times)):
@@ -60,7 +60,7 @@ def smooth(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Interpolation is separable: the other dims here, and rows by the matrix that the operation stands for."""
     x, size, corners, *scales = args
     n, dim = x.held.dim - 2, x.held.dim
-    if kwargs or n < 0 or x.held.outer != 1 or func._overloadname == "vec":
+    if kwargs or n < 0 or x.held.outer != 1 or str(func).endswith(".vec"):
         return NotImplemented
     here = [*size[:n], x.local.shape[dim], *size[n + 1 :]]
     local = x.local if here == list(x.local.shape[2:]) else _resized(func, x.local, here, [corners, *_but(scales, n)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -69,9 +70,9 @@ def check_uncompiled(model: nn.Module) -> None:
         )
 
 
-def check_rows(name: str, model: nn.Module) -> None:
+def check_rows(name: str, model: nn.Module, modules: Iterable[nn.Module]) -> None:
     """Refuse pictures whose rows are split in a network of which a part is compiled, before it is run or changed."""
-    if any(map(is_compiled, model.modules())):
+    if any(map(is_compiled, modules)):
         path = next(path for path, module in model.named_modules() if is_compiled(module))
         raise UnsupportedError(
             f"torch.compile of {f'{name}.{path}'.strip('.')}: pictures whose rows are split over ranks can't be "

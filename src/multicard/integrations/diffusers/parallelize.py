@@ -117,7 +117,7 @@ def _denoiser_changes(
         beside = [] if isinstance(target, nn.Module) else beside_unets(target)
         for model in (model for model in (*models.values(), *beside) if not shares_sequence(model, mesh)):
             if has_rows(model) and not plan.get("sequence"):
-                check_rows(type(model).__name__, model)
+                check_rows(type(model).__name__, model, model.modules())
                 changes.append(functools.partial(RowSplit, model, mesh))
                 continue
             check_uncompiled(model)

@@ -58,7 +58,7 @@ def autoencoder_changes(model: nn.Module, mesh: ParallelMesh) -> list[Change]:
     halves = {name: half for name in HALVES if isinstance(half := getattr(model, name, None), nn.Module)}
     if not any(isinstance(part, (nn.Conv2d, nn.Conv3d)) for half in halves.values() for part in half.modules()):
         raise UnsupportedError(f"{type(model).__name__} has no convolutions over rows of pictures")
-    check_rows(type(model).__name__, model)
+    check_rows(type(model).__name__, model, model.modules())
     split = Split.over(mesh.replica)
     return [
         *(
@@ -88,7 +88,7 @@ class RowDoor:
 
     def run(self, module: nn.Module, plain: Plain, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The half's ``__call__``."""
-        check_rows(self._name, module)
+        check_rows(self._name, module, module.modules())
         pictures = {f"argument {i}": x for i, x in enumerate((*args, *kwargs.values())) if _is_picture(x)}
         self._replica.compare(f"a call of {self._name}", pictures)
         with torch.no_grad(), NewRows(self._split):
@@ -106,6 +106,7 @@ class RowSplit:
 
     def __init__(self, model: nn.Module, mesh: ParallelMesh) -> None:
         self.mesh, self.split, self._model = mesh, Split(mesh), model
+        self._modules = list(model.modules())
         self._name, self._split_tensors = type(model).__name__, 0
         self._hooks = Hooks("diffusers")
         self._hooks.before(model, self._begin, prepend=True)
@@ -113,13 +114,14 @@ class RowSplit:
         vars(model).update({SPLIT: self.split, SEQUENCE: self})
 
     def renew(self) -> None:
-        """Layers may have been replaced: nothing is hooked inside the model."""
+        """Layers may have been replaced."""
+        self._modules = list(self._model.modules())
 
     @contextlib.contextmanager
     def proved(self) -> Iterator[None]:
         """Entered while the model runs; raises UnsupportedError afterwards unless it was split."""
         self._hooks.check()
-        check_rows(self._name, self._model)
+        check_rows(self._name, self._model, self._modules)
         self._split_tensors = 0
         with torch.no_grad(), NewRows(self.split):
             yield
