@@ -278,3 +278,47 @@ def test_without_a_launcher(tmp_path):
         assert rank["text_encoder"].whole is None
         assert rank["vae"].whole == "autoencoders are whole on every rank"
         assert rank["transformer"].whole == "tp=1 leaves its weights whole"
+
+
+def adapter():
+    """A LoRA for the text encoder of ``stable_diffusion``, as in files."""
+    generator, found = torch.Generator().manual_seed(4), {}
+    for layer in range(2):
+        for name in ("q_proj", "out_proj"):
+            path = f"text_encoder.text_model.encoder.layers.{layer}.self_attn.{name}"
+            found[f"{path}.lora_A.weight"] = torch.randn(3, 32, generator=generator)
+            found[f"{path}.lora_B.weight"] = torch.randn(32, 3, generator=generator)
+    return found
+
+
+def adapted(mesh, first):
+    """Pictures with the LoRA loaded before (``first``) or after the split, and without it again."""
+    pipe, arguments = text_pipelines.build("stable_diffusion")
+    if first:
+        pipe.load_lora_weights(adapter(), adapter_name="a")
+    if mesh is not None:
+        mc.parallelize(pipe, mesh)
+    if not first:
+        pipe.load_lora_weights(adapter(), adapter_name="a")
+    with_it = sample(pipe, arguments)
+    pipe.unload_lora_weights()
+    return with_it, sample(pipe, arguments)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_lora_of_a_text_encoder(run_on, first):
+    expected, plain = adapted(None, first)
+    assert float((expected - plain).abs().max()) > 1e-2
+    for with_it, without in run_on(adapted, first, cfg=2):
+        assert float((with_it - expected).abs().max()) < 1e-4
+        assert float((without - plain).abs().max()) < 1e-4
+
+
+def test_textual_inversion_is_refused_by_name(run_on):
+    def here(mesh):
+        pipe, _ = text_pipelines.build("stable_diffusion")
+        mc.parallelize(pipe, mesh)
+        with pytest.raises(UnsupportedError, match="resize_token_embeddings after mc.parallelize"):
+            pipe.load_textual_inversion({"<new>": torch.zeros(1, 32)}, token="<new>")
+
+    run_on(here, cfg=2)
