@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from multicard import weights
-from multicard.errors import UnsupportedError
+from multicard.errors import ConfigError, UnsupportedError
 from multicard.extras import has
 from multicard.integrations.diffusers.tensor import tensor_changes
+from multicard.integrations.seams import facts
 from multicard.integrations.styles import make
 from multicard.mesh import ParallelMesh
 from multicard.weights import Checkpoint, LoadReport
@@ -31,19 +32,13 @@ class Outline:
 
     Attributes:
         model: split, on the meta device.
+        facts: what ranks compare of it.
         read: reads this rank's slices into it. Collective.
     """
 
     model: nn.Module
+    facts: dict[str, Any]
     read: Callable[[], LoadReport]
-
-
-def load_slices(
-    cls: type[Any], folder: pathlib.Path, mesh: ParallelMesh, dtype: torch.dtype | None = None
-) -> tuple[nn.Module, LoadReport] | None:
-    """:func:`outline_denoiser`, read: the model and the report."""
-    outline = outline_denoiser(cls, folder, mesh, dtype)
-    return None if outline is None else (outline.model, outline.read())
 
 
 def outline_denoiser(
@@ -76,6 +71,7 @@ def outline_denoiser(
         ):
             return None
     _set_dtype(model, dtype or torch.float32)
+    whole = facts(model)
     make(tensor_changes(model, mesh.tp))
 
     def read() -> LoadReport:
@@ -83,7 +79,7 @@ def outline_denoiser(
         assert isinstance(report, LoadReport)
         return report
 
-    return Outline(model, read)
+    return Outline(model, whole, read)
 
 
 def outline_text(
@@ -108,7 +104,7 @@ def outline_text(
         return None
     try:
         return Outline(*outline(cls, folder, mesh.by_weights(), dtype, stem))
-    except UnsupportedError:
+    except (ConfigError, UnsupportedError):
         return None
 
 

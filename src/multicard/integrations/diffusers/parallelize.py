@@ -35,7 +35,7 @@ def parallelize(
 ) -> Any:
     """Split a pipeline, or a single denoiser, over ``mesh`` in place, and return it.
 
-    Text encoders are split by weights over all ranks of a replica; one that can't be stays whole, and :func:`report`
+    Text encoders are split by weights over all ranks of a replica; one that can't be stays whole, and ``report``
     says why. Autoencoders stay whole, and every rank computes the same with them.
 
     Args:
