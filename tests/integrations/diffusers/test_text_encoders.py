@@ -16,7 +16,8 @@ import multicard as mc
 import pipelines
 import text_pipelines
 import zoo
-from multicard.errors import ConfigError, UnsupportedError
+from multicard import weights
+from multicard.errors import CheckpointError, ConfigError, UnsupportedError
 from multicard.integrations.diffusers.parts import held, report
 from pipelines import sample
 
@@ -278,6 +279,37 @@ def test_without_a_launcher(tmp_path):
         assert rank["text_encoder"].whole is None
         assert rank["vae"].whole == "autoencoders are whole on every rank"
         assert rank["transformer"].whole == "tp=1 leaves its weights whole"
+
+
+def test_replicas_have_prompts_of_their_own(run_on):
+    prompts = ["a cat", "a longer prompt"]
+
+    def here(mesh):
+        pipe, arguments = text_pipelines.build("ltx", prompt=prompts[mesh.dp.rank])
+        return sample(mc.parallelize(pipe, mesh), arguments)
+
+    found = run_on(here, dp=2, cfg=2)
+    for rank, picture in enumerate(found):
+        expected = sample(*text_pipelines.build("ltx", prompt=prompts[rank // 2]))
+        assert float((picture - expected).abs().max()) < 1e-4
+    assert float((found[0] - found[2]).abs().max()) > 1e-2
+
+
+def damaged(mesh, folder):
+    with pytest.raises(CheckpointError) as refused, mock.patch.object(weights, "load") as read:
+        mc.from_pretrained(folder, mesh)
+    assert not read.called
+    return str(refused.value)
+
+
+def test_all_components_are_checked_before_one_is_read(run_on, tmp_path):
+    text_pipelines.build("ltx")[0].save_pretrained(tmp_path)
+    file = tmp_path / "text_encoder" / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    name = next(name for name in tensors if name.endswith("wo.weight"))
+    safetensors.torch.save_file({**tensors, name: tensors[name][:, :-1].contiguous()}, file)
+    for said in run_on(damaged, str(tmp_path), tp=2):
+        assert f"{name} has shape (32, 44) where the config asks for (32, 45)" in said
 
 
 def adapter():

@@ -19,7 +19,7 @@ from multicard.integrations.diffusers.tensor import tensor_changes
 from multicard.integrations.seams import facts
 from multicard.integrations.styles import make
 from multicard.mesh import ParallelMesh
-from multicard.weights import Checkpoint, LoadReport
+from multicard.weights import Checkpoint, LoadReport, Plain
 from multicard.weights.checkpoint import STORED_TYPES
 
 STEM = "diffusion_pytorch_model"
@@ -57,7 +57,7 @@ def outline_denoiser(
         variant: which of several sets of weight files to read, if the folder has it.
 
     Raises:
-        CheckpointError: a file is truncated or damaged.
+        CheckpointError: a file is truncated or damaged, or a tensor has another shape.
         UnsupportedError: no tensor plan for the class.
     """
     config, stem = json.loads((folder / "config.json").read_text()), stem_of(folder, STEM, variant)
@@ -70,9 +70,10 @@ def outline_denoiser(
             entry.dtype not in STORED_TYPES for entry in checkpoint.tensors.values()
         ):
             return None
-    _set_dtype(model, dtype or torch.float32)
-    whole = facts(model)
-    make(tensor_changes(model, mesh.tp))
+        _set_dtype(model, dtype or torch.float32)
+        whole = facts(model)
+        make(tensor_changes(model, mesh.tp))
+        weights.check(model, checkpoint, Plain)
 
     def read() -> LoadReport:
         *_, report = weights.load(model, folder, mesh.world, mesh.device, stem=stem)

@@ -18,7 +18,7 @@ from multicard.integrations.transformers.parallelize import finish
 from multicard.integrations.transformers.sources import Sources
 from multicard.integrations.transformers.tensor import tensor_changes
 from multicard.mesh import ParallelMesh
-from multicard.weights import LoadReport
+from multicard.weights import Checkpoint, LoadReport, check
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,13 +49,15 @@ def outline(
         stem: what the names of the weight files begin with.
 
     Raises:
-        CheckpointError: there is no config, or none that transformers knows.
+        CheckpointError: there is no config, or none that transformers knows; a tensor is missing or of another shape.
         UnsupportedError: quantized weights, or a model that can't be split exactly.
     """
     model = loading.build(path, model_class, dtype)
     _keep_in_float32(model)
     whole, sources = facts(model), Sources(model)
     make(weight_changes(model, mesh))
+    with Checkpoint(path, stem) as checkpoint:
+        check(model, checkpoint, sources.find(checkpoint))
 
     def read() -> LoadReport:
         *_, report = loading.load(model, path, mesh, sources, stem=stem, packs=False)
