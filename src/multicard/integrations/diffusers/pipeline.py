@@ -71,6 +71,7 @@ def model_from_folder(
     if mesh.tp.size > 1 and plan is None:
         outline = outline_denoiser(cls, path, mesh, wanted, variant)
     if outline is not None:
+        Replica(mesh).compare("mc.from_pretrained", outline.facts)
         outline.read()
         return parallelize(outline.model.to(mesh.device), mesh)
     given = {} if wanted is None else {"dtype" if _takes_dtype(diffusers) else "torch_dtype": wanted}
