@@ -264,6 +264,8 @@ def test_a_model_folder_and_a_single_file(run_on, tmp_path):
     file = next(tmp_path.glob("*.safetensors"))
     with pytest.raises(UnsupportedError, match="is a single file: load it with diffusers' from_single_file"):
         mc.from_pretrained(file, mc.single())
+    with pytest.raises(UnsupportedError, match="is a single file: load it with diffusers' from_single_file"):
+        mc.DiffusionPipeline(file, cfg=2)
 
 
 @pytest.mark.seam
