@@ -10,7 +10,7 @@ import tokenizers
 import torch
 import transformers as hf
 
-import more_pipelines
+import more_pipelines  # noqa: F401  registers its families
 import pipelines
 import zoo
 
@@ -163,6 +163,3 @@ def refresh(pipe):
 
 def pipe_options(pipe):
     return {"requires_safety_checker": False} if type(pipe).__name__ == "StableDiffusionPipeline" else {}
-
-
-assert more_pipelines  # registers its families

@@ -6,12 +6,12 @@ import importlib
 import os
 from typing import Any
 
-from multicard.errors import UnsupportedError
 from multicard.extras import need
 from multicard.mesh import ParallelMesh
 from multicard.weights.folder import folder_path, read_json
 
 PIPELINE, MODEL = "model_index.json", "config.json"
+SINGLE = (".safetensors", ".ckpt")
 
 
 def from_pretrained(path: str | os.PathLike[str], mesh: ParallelMesh, **options: Any) -> Any:
@@ -32,12 +32,7 @@ def from_pretrained(path: str | os.PathLike[str], mesh: ParallelMesh, **options:
         UnsupportedError: a file instead of a folder, or as for :func:`multicard.parallelize`.
     """
     folder = folder_path(path)
-    if folder.suffix in (".safetensors", ".ckpt") and folder.is_file():
-        raise UnsupportedError(
-            f"from_pretrained: {path} is a single file: load it with diffusers' from_single_file, then mc.parallelize; "
-            "or save_pretrained it once as a folder"
-        )
-    if (folder / PIPELINE).is_file():
+    if (folder / PIPELINE).is_file() or (folder.suffix in SINGLE and folder.is_file()):
         need("diffusers", "a diffusers pipeline")
         return _diffusers("pipeline").from_folder(folder, mesh, **options)
     if (folder / MODEL).is_file() and (name := read_json(folder, MODEL).get("_class_name")):

@@ -6,6 +6,7 @@ all-gather a call, so the smallest layers stay whole.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Container, Iterator
 
 from torch import nn
@@ -33,7 +34,8 @@ def gathered(module: nn.Module, context: Context) -> Change:
 def rest(model: nn.Module, planned: Container[str]) -> dict[str, str]:
     """The style ``gathered`` for the linear layers that ``planned``, paths, doesn't have, by path, without small ones.
 
-    Layers that can't be split, or share their weight with another module, aren't in it either.
+    Layers that can't be split, share their weight with another module, or whose weight other code multiplies with,
+    aren't in it either.
     """
     uses: dict[int, int] = {}
     for module in model.modules():
@@ -42,7 +44,7 @@ def rest(model: nn.Module, planned: Container[str]) -> dict[str, str]:
     sizes = {}
     for path, module in _linears(model):
         weight = base_of(module).get_parameter("weight")
-        if path not in planned and uses[id(weight)] == 1 and _is_plain(module, path):
+        if path not in planned and uses[id(weight)] == 1 and _is_plain(module, path) and not _is_read(model, path):
             sizes[path] = weight.numel()
     spare = SMALL * sum(parameter.numel() for parameter in model.parameters())
     found = {}
@@ -64,6 +66,18 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         base = base_of(module)
         if type(base) is nn.Linear or (isinstance(base, nn.Linear) and has_split_form(base)):
             yield path, module
+
+
+def _is_read(model: nn.Module, path: str) -> bool:
+    """Whether the forward of a module around the layer names the layer and a ``weight``: it may multiply by itself."""
+    *owners, name = path.split(".")
+    while name.isdecimal() and owners:  # an item of a list
+        name = owners.pop()
+    for depth in range(len(owners) + 1):
+        code = getattr(inspect.unwrap(type(model.get_submodule(".".join(owners[:depth]))).forward), "__code__", None)
+        if code is not None and {name, "weight"} <= set(code.co_names):
+            return True
+    return False
 
 
 def _is_plain(module: nn.Module, path: str) -> bool:

@@ -16,7 +16,8 @@ import multicard as mc
 import pipelines
 import text_pipelines
 import zoo
-from multicard.errors import ConfigError, UnsupportedError
+from multicard import weights
+from multicard.errors import CheckpointError, ConfigError, UnsupportedError
 from multicard.integrations.diffusers.parts import held, report
 from pipelines import sample
 
@@ -263,6 +264,8 @@ def test_a_model_folder_and_a_single_file(run_on, tmp_path):
     file = next(tmp_path.glob("*.safetensors"))
     with pytest.raises(UnsupportedError, match="is a single file: load it with diffusers' from_single_file"):
         mc.from_pretrained(file, mc.single())
+    with pytest.raises(UnsupportedError, match="is a single file: load it with diffusers' from_single_file"):
+        mc.DiffusionPipeline(file, cfg=2)
 
 
 @pytest.mark.seam
@@ -278,3 +281,78 @@ def test_without_a_launcher(tmp_path):
         assert rank["text_encoder"].whole is None
         assert rank["vae"].whole == "autoencoders are whole on every rank"
         assert rank["transformer"].whole == "tp=1 leaves its weights whole"
+
+
+def test_replicas_have_prompts_of_their_own(run_on):
+    prompts = ["a cat", "a longer prompt"]
+
+    def here(mesh):
+        pipe, arguments = text_pipelines.build("ltx", prompt=prompts[mesh.dp.rank])
+        return sample(mc.parallelize(pipe, mesh), arguments)
+
+    found = run_on(here, dp=2, cfg=2)
+    for rank, picture in enumerate(found):
+        expected = sample(*text_pipelines.build("ltx", prompt=prompts[rank // 2]))
+        assert float((picture - expected).abs().max()) < 1e-4
+    assert float((found[0] - found[2]).abs().max()) > 1e-2
+
+
+def damaged(mesh, folder):
+    with pytest.raises(CheckpointError) as refused, mock.patch.object(weights, "load") as read:
+        mc.from_pretrained(folder, mesh)
+    assert not read.called
+    return str(refused.value)
+
+
+def test_all_components_are_checked_before_one_is_read(run_on, tmp_path):
+    text_pipelines.build("ltx")[0].save_pretrained(tmp_path)
+    file = tmp_path / "text_encoder" / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    name = next(name for name in tensors if name.endswith("wo.weight"))
+    safetensors.torch.save_file({**tensors, name: tensors[name][:, :-1].contiguous()}, file)
+    for said in run_on(damaged, str(tmp_path), tp=2):
+        assert f"{name} has shape (32, 44) where the config asks for (32, 45)" in said
+
+
+def adapter():
+    """A LoRA for the text encoder of ``stable_diffusion``, as in files."""
+    generator, found = torch.Generator().manual_seed(4), {}
+    for layer in range(2):
+        for name in ("q_proj", "out_proj"):
+            path = f"text_encoder.text_model.encoder.layers.{layer}.self_attn.{name}"
+            found[f"{path}.lora_A.weight"] = torch.randn(3, 32, generator=generator)
+            found[f"{path}.lora_B.weight"] = torch.randn(32, 3, generator=generator)
+    return found
+
+
+def adapted(mesh, first):
+    """Pictures with the LoRA loaded before (``first``) or after the split, and without it again."""
+    pipe, arguments = text_pipelines.build("stable_diffusion")
+    if first:
+        pipe.load_lora_weights(adapter(), adapter_name="a")
+    if mesh is not None:
+        mc.parallelize(pipe, mesh)
+    if not first:
+        pipe.load_lora_weights(adapter(), adapter_name="a")
+    with_it = sample(pipe, arguments)
+    pipe.unload_lora_weights()
+    return with_it, sample(pipe, arguments)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_lora_of_a_text_encoder(run_on, first):
+    expected, plain = adapted(None, first)
+    assert float((expected - plain).abs().max()) > 1e-2
+    for with_it, without in run_on(adapted, first, cfg=2):
+        assert float((with_it - expected).abs().max()) < 1e-4
+        assert float((without - plain).abs().max()) < 1e-4
+
+
+def test_textual_inversion_is_refused_by_name(run_on):
+    def here(mesh):
+        pipe, _ = text_pipelines.build("stable_diffusion")
+        mc.parallelize(pipe, mesh)
+        with pytest.raises(UnsupportedError, match="resize_token_embeddings"):
+            pipe.load_textual_inversion({"<new>": torch.zeros(1, 32)}, token="<new>")
+
+    run_on(here, cfg=2)

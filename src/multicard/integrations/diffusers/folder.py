@@ -72,7 +72,17 @@ class PipelineFolder:
             check_plans(self.path / name, cls, degrees)
 
     def index(self) -> dict[str, Any]:
-        """What model_index.json says. Raises CheckpointError for a folder without one."""
+        """What model_index.json says.
+
+        Raises:
+            CheckpointError: a folder without one.
+            UnsupportedError: a file instead of a folder.
+        """
+        if self.path.is_file():
+            raise UnsupportedError(
+                f"{self.path} is a single file: load it with diffusers' from_single_file, then mc.parallelize; or "
+                "save_pretrained it once as a folder"
+            )
         if not self.path.is_dir():
             raise CheckpointError(f"{self.path}: no such folder; download a pipeline first with `hf download NAME`")
         file = self.path / INDEX

@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from multicard import weights
-from multicard.errors import UnsupportedError
+from multicard.errors import ConfigError, UnsupportedError
 from multicard.extras import has
 from multicard.integrations.diffusers.tensor import tensor_changes
+from multicard.integrations.seams import facts
 from multicard.integrations.styles import make
 from multicard.mesh import ParallelMesh
-from multicard.weights import Checkpoint, LoadReport
+from multicard.weights import Checkpoint, LoadReport, Plain
 from multicard.weights.checkpoint import STORED_TYPES
 
 STEM = "diffusion_pytorch_model"
@@ -31,19 +32,13 @@ class Outline:
 
     Attributes:
         model: split, on the meta device.
+        facts: what ranks compare of it.
         read: reads this rank's slices into it. Collective.
     """
 
     model: nn.Module
+    facts: dict[str, Any]
     read: Callable[[], LoadReport]
-
-
-def load_slices(
-    cls: type[Any], folder: pathlib.Path, mesh: ParallelMesh, dtype: torch.dtype | None = None
-) -> tuple[nn.Module, LoadReport] | None:
-    """:func:`outline_denoiser`, read: the model and the report."""
-    outline = outline_denoiser(cls, folder, mesh, dtype)
-    return None if outline is None else (outline.model, outline.read())
 
 
 def outline_denoiser(
@@ -62,7 +57,7 @@ def outline_denoiser(
         variant: which of several sets of weight files to read, if the folder has it.
 
     Raises:
-        CheckpointError: a file is truncated or damaged.
+        CheckpointError: a file is truncated or damaged, or a tensor has another shape.
         UnsupportedError: no tensor plan for the class.
     """
     config, stem = json.loads((folder / "config.json").read_text()), stem_of(folder, STEM, variant)
@@ -75,15 +70,17 @@ def outline_denoiser(
             entry.dtype not in STORED_TYPES for entry in checkpoint.tensors.values()
         ):
             return None
-    _set_dtype(model, dtype or torch.float32)
-    make(tensor_changes(model, mesh.tp))
+        _set_dtype(model, dtype or torch.float32)
+        whole = facts(model)
+        make(tensor_changes(model, mesh.tp))
+        weights.check(model, checkpoint, Plain)
 
     def read() -> LoadReport:
         *_, report = weights.load(model, folder, mesh.world, mesh.device, stem=stem)
         assert isinstance(report, LoadReport)
         return report
 
-    return Outline(model, read)
+    return Outline(model, whole, read)
 
 
 def outline_text(
@@ -108,7 +105,7 @@ def outline_text(
         return None
     try:
         return Outline(*outline(cls, folder, mesh.by_weights(), dtype, stem))
-    except UnsupportedError:
+    except (ConfigError, UnsupportedError):
         return None
 
 

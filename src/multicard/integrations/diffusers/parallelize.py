@@ -50,7 +50,7 @@ def parallelize(
     """Split a pipeline, or a single denoiser, over ``mesh`` in place, and return it.
 
     Text encoders are split by weights and autoencoders by rows of pictures, over all ranks of a replica; one that can't
-    be stays whole, and :func:`report` says why.
+    be stays whole, and ``report`` says why.
 
     Args:
         target: a pipeline, a denoiser or an autoencoder.

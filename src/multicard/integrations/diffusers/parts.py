@@ -135,9 +135,9 @@ def part_changes(
         kind = _kind(module)
         try:
             found += BESIDE[kind].changes(module, mesh)
-        except UnsupportedError as error:
+        except (ConfigError, UnsupportedError) as error:
             if named:
-                raise UnsupportedError(f"{name}: {error}; or leave {kind!r} out of parts=") from None
+                raise type(error)(f"{name}: {error}; or leave {kind!r} out of parts=") from None
             whole[name] = str(error)
     return found, whole
 

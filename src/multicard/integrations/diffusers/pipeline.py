@@ -22,6 +22,7 @@ from multicard.integrations.diffusers.parts import check_parts, held, note_reads
 from multicard.integrations.untrusted import blamed_on, offline, read_config
 from multicard.mesh import ParallelMesh
 from multicard.models.memory import GIB, free_bytes, ranks_here
+from multicard.replica import Replica
 from multicard.weights import Checkpoint, agree
 from multicard.weights.checkpoint import STORED_TYPES, WIDTHS
 from multicard.weights.folder import parse_dtype
@@ -70,6 +71,7 @@ def model_from_folder(
     if mesh.tp.size > 1 and plan is None:
         outline = outline_denoiser(cls, path, mesh, wanted, variant)
     if outline is not None:
+        Replica(mesh).compare("mc.from_pretrained", outline.facts)
         outline.read()
         return parallelize(outline.model.to(mesh.device), mesh)
     given = {} if wanted is None else {"dtype" if _takes_dtype(diffusers) else "torch_dtype": wanted}
@@ -96,6 +98,7 @@ def load_pipeline(folder: PipelineFolder, mesh: ParallelMesh) -> Any:
     except MulticardError as error:
         failure = error
     agree(failure, mesh.world, mesh.device)
+    Replica(mesh).compare("loading a pipeline", {name: outline.facts for name, outline in outlines.items()})
     reads = {name: outline.read().bytes_read for name, outline in outlines.items()}
     try:
         pipe = _from_pretrained(folder, index, {name: outline.model for name, outline in outlines.items()})

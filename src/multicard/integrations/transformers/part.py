@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,8 +18,7 @@ from multicard.integrations.transformers.parallelize import finish
 from multicard.integrations.transformers.sources import Sources
 from multicard.integrations.transformers.tensor import tensor_changes
 from multicard.mesh import ParallelMesh
-from multicard.replica import Replica
-from multicard.weights import LoadReport
+from multicard.weights import Checkpoint, LoadReport, check
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,29 +41,30 @@ def outline(
     mesh: ParallelMesh,
     dtype: torch.dtype | None,
     stem: str,
-) -> tuple[PreTrainedModel, Callable[[], LoadReport]]:
-    """A model split over ``mesh.tp`` on the meta device, and the function that reads this rank's slices into it.
+) -> tuple[PreTrainedModel, dict[str, Any], Callable[[], LoadReport]]:
+    """A model split over ``mesh.tp`` on the meta device, what ranks compare of it, and what reads this rank's slices.
 
     Args:
         dtype: of the weights; those that transformers keeps in float32 stay so. None: the config's.
         stem: what the names of the weight files begin with.
 
     Raises:
-        CheckpointError: there is no config, or none that transformers knows.
+        CheckpointError: there is no config, or none that transformers knows; a tensor is missing or of another shape.
         UnsupportedError: quantized weights, or a model that can't be split exactly.
     """
     model = loading.build(path, model_class, dtype)
     _keep_in_float32(model)
-    Replica(mesh).compare(f"loading {path}", facts(model))
-    sources = Sources(model)
+    whole, sources = facts(model), Sources(model)
     make(weight_changes(model, mesh))
+    with Checkpoint(path, stem) as checkpoint:
+        check(model, checkpoint, sources.find(checkpoint))
 
     def read() -> LoadReport:
         *_, report = loading.load(model, path, mesh, sources, stem=stem, packs=False)
         assert isinstance(report, LoadReport)
         return report
 
-    return model, read
+    return model, whole, read
 
 
 def _keep_in_float32(model: PreTrainedModel) -> None:
