@@ -17,9 +17,10 @@ from multicard.config import ParallelConfig
 from multicard.errors import ConfigError
 from multicard.integrations.diffusers.folder import PipelineFolder
 from multicard.integrations.diffusers.output import join, pack, unpack
-from multicard.integrations.diffusers.parts import ComponentReport, check_parts, report
+from multicard.integrations.diffusers.parts import check_parts
 from multicard.integrations.diffusers.pipeline import load_pipeline
 from multicard.integrations.diffusers.replicas import Batch
+from multicard.integrations.diffusers.reports import ComponentReport, report
 from multicard.integrations.diffusers.request import check_request
 from multicard.mesh import ParallelMesh
 from multicard.progress import loading_bar, steps_bar, steps_shown

@@ -25,6 +25,7 @@ Labels = Annotated[
     list[int] | None,
     typer.Option("--class-label", help="Number of a class to draw; may be repeated: several are one batch."),
 ]
+Explain = Annotated[bool, typer.Option("--explain", help="Say how each component is divided over the ranks.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="NAME=VALUE: any other argument of the pipeline; VALUE is JSON.")
 ]
@@ -59,6 +60,9 @@ def image(
         typer.Option("--lora", help="A LoRA's safetensors file, or a folder with one; may be repeated."),
     ] = None,
     dtype: options.Dtype = "auto",
+    explain: Annotated[
+        bool, typer.Option("--explain", help="say how each component is divided over the ranks")
+    ] = False,
     ranks: dict[str, Any],
     as_json: options.Json = False,
 ) -> None:
@@ -100,7 +104,7 @@ def image(
             print(json.dumps({"files": files, **about}))
         else:
             print("\n".join(files))
-            print(_held(pipe), file=sys.stderr)
+            print(_explained(pipe) if explain else _held(pipe), file=sys.stderr)
 
 
 def _components(pipe: DiffusionPipeline) -> dict[str, Any]:
@@ -109,6 +113,7 @@ def _components(pipe: DiffusionPipeline) -> dict[str, Any]:
         name: {
             "read": [rank[name].read for rank in pipe.load_reports],
             "held": [rank[name].held for rank in pipe.load_reports],
+            "how": first.how,
             "whole": first.whole,
         }
         for name, first in pipe.load_reports[0].items()
@@ -123,6 +128,17 @@ def _held(pipe: DiffusionPipeline) -> str:
     ]
     total = sum(max(each["held"]) for each in found.values())
     return f"a rank holds at most {total / 1e9:.3g} GB: {', '.join(parts)}"
+
+
+def _explained(pipe: DiffusionPipeline) -> str:
+    """How each component is divided over the ranks, one a line."""
+    lines = []
+    for name, each in _components(pipe).items():
+        why = f"; {each['whole']}" if each["whole"] else ""
+        lines.append(
+            f"{name}: {each['how'] or 'nothing is divided'}{why}; a rank holds {max(each['held']) / 1e9:.3g} GB"
+        )
+    return "\n".join(lines)
 
 
 def _one_or_list(prompts: list[Any]) -> Any:

@@ -18,7 +18,7 @@ import text_pipelines
 import zoo
 from multicard import weights
 from multicard.errors import CheckpointError, ConfigError, UnsupportedError
-from multicard.integrations.diffusers.parts import held, report
+from multicard.integrations.diffusers.reports import held, report
 from pipelines import sample
 
 MESHES = {

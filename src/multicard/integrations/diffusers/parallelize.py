@@ -21,8 +21,9 @@ from multicard.integrations.diffusers.denoisers import denoisers
 from multicard.integrations.diffusers.doors import open_model, open_pipeline
 from multicard.integrations.diffusers.families import BATCH
 from multicard.integrations.diffusers.lora import follow_loaders
-from multicard.integrations.diffusers.parts import beside, check_parts, note_report, part_changes
+from multicard.integrations.diffusers.parts import beside, check_parts, part_changes
 from multicard.integrations.diffusers.plans import sequence_plan
+from multicard.integrations.diffusers.reports import note_report
 from multicard.integrations.diffusers.rows import (
     RowSplit,
     autoencoder_changes,

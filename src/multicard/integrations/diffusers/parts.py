@@ -1,4 +1,4 @@
-"""The parts of a pipeline besides its denoisers: which components they are, how each is split, and the report."""
+"""The parts of a pipeline besides its denoisers: which components they are, and how each is split."""
 
 from __future__ import annotations
 
@@ -13,29 +13,10 @@ from multicard.extras import has
 from multicard.integrations.diffusers.checks import check_uncompiled
 from multicard.integrations.diffusers.denoisers import denoisers, uncompiled
 from multicard.integrations.diffusers.rows import autoencoder_changes, is_autoencoder, split_by_rows
-from multicard.integrations.diffusers.tensor import is_split
 from multicard.integrations.styles import Change
 from multicard.mesh import ParallelMesh
 
 PARTS = ("denoiser", "text", "vae")
-REPORT = "_multicard_report"
-
-
-@dataclasses.dataclass(frozen=True)
-class ComponentReport:
-    """What one rank has of a pipeline's component.
-
-    Attributes:
-        part: one of ``PARTS``, or "" for components that are in none.
-        held: bytes of its parameters and buffers on this rank.
-        whole: why all of it is on this rank; None: it is split.
-        read: bytes that were read for it; None: not by multicard.
-    """
-
-    part: str
-    held: int
-    whole: str | None
-    read: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,41 +121,3 @@ def part_changes(
                 raise type(error)(f"{name}: {error}; or leave {kind!r} out of parts=") from None
             whole[name] = str(error)
     return found, whole
-
-
-def report(pipe: Any) -> dict[str, ComponentReport]:
-    """What this rank has of a pipeline that was split, by component; empty for any other."""
-    return dict(vars(pipe).get(REPORT, {}))
-
-
-def note_report(pipe: Any, mesh: ParallelMesh, wanted: Collection[str], refused: Mapping[str, str]) -> None:
-    """Note what this rank has of ``pipe``, for :func:`report`.
-
-    Args:
-        wanted: the parts that were to be split.
-        refused: why components of these are whole, by name.
-    """
-    found = {}
-    for name, kind in kinds(pipe).items():
-        module = pipe.components[name]
-        if kind == "denoiser":
-            split, why = is_split(uncompiled(module)), f"tp={mesh.tp.size} leaves its weights whole"
-        else:
-            split = kind in BESIDE and BESIDE[kind].is_split(module)
-            why = "one rank" if mesh.replica.size == 1 else refused.get(name, "multicard splits no such component")
-        if kind in BESIDE or kind == "denoiser":
-            why = why if kind in wanted else f"parts= is without {kind!r}"
-        found[name] = ComponentReport(kind, held(module), None if split else why)
-    vars(pipe)[REPORT] = found
-
-
-def note_reads(pipe: Any, reads: Mapping[str, int]) -> None:
-    """Note how many bytes were read for components, by name."""
-    found = report(pipe)
-    vars(pipe)[REPORT] = {name: dataclasses.replace(each, read=reads.get(name)) for name, each in found.items()}
-
-
-def held(module: nn.Module) -> int:
-    """Bytes of a module's parameters and buffers, shared ones counted once."""
-    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    return sum(tensor.nbytes for tensor in tensors.values())

@@ -18,7 +18,8 @@ from multicard.integrations.diffusers.folder import PipelineFolder, components, 
 from multicard.integrations.diffusers.load import STEM, Outline, outline_denoiser, outline_text, stem_of
 from multicard.integrations.diffusers.lora import load_lora, lora_file
 from multicard.integrations.diffusers.parallelize import parallelize
-from multicard.integrations.diffusers.parts import check_parts, held, note_reads
+from multicard.integrations.diffusers.parts import check_parts
+from multicard.integrations.diffusers.reports import held, note_reads
 from multicard.integrations.untrusted import blamed_on, offline, read_config
 from multicard.mesh import ParallelMesh
 from multicard.models.memory import GIB, free_bytes, ranks_here
