@@ -55,12 +55,10 @@ def note_report(pipe: Any, mesh: ParallelMesh, wanted: Collection[str], refused:
         how = _how(kind, uncompiled(module), mesh) if kind in wanted else {}
         if kind in PARTS and kind not in wanted:
             why = f"parts= is without {kind!r}"
-        elif how or kind == "denoiser":
-            why = (
-                f"tp={mesh.tp.size} leaves weights whole"
-                if kind == "denoiser"
-                else "its rows are split, its weights whole"
-            )
+        elif kind == "denoiser":
+            why = f"tp={mesh.tp.size} leaves its weights whole"
+        elif how:
+            why = "its weights are whole"
         else:
             why = "one rank" if mesh.replica.size == 1 else refused.get(name, "multicard splits no such component")
         words = ", ".join(f"{what} over {ranks}" for what, ranks in how.items())
