@@ -28,6 +28,8 @@ from multicard.integrations.diffusers.reports import held
 Call = Callable[[], object]
 MESHES: dict[str, list[dict[str, int]]] = {"decoder": [{"ulysses": 2}], "unet": [{"ulysses": 2}, {"cfg": 2}]}
 
+COMPONENTS: list[dict[str, int]] = [{}, {"cfg": 2}, {"ulysses": 2}, {"tp": 2}]
+
 
 def decoder() -> diffusers.AutoencoderKL:
     """Of Stable Diffusion's size."""
