@@ -221,9 +221,11 @@ def compare(mesh):
     return found
 
 
-@pytest.mark.parametrize(("ring", "ulysses"), [(2, 1), (3, 1), (2, 2)])
-def test_an_operation_gives_what_it_gives_on_the_whole(run_on, ring, ulysses):
-    for found in run_on(compare, ring=ring, ulysses=ulysses):
+@pytest.mark.parametrize(
+    ("backend", "ring", "ulysses"), [("auto", 2, 1), ("auto", 3, 1), ("auto", 2, 2), ("gloo", 2, 1)]
+)
+def test_an_operation_gives_what_it_gives_on_the_whole(run_on, backend, ring, ulysses):
+    for found in run_on(compare, backend=backend, ring=ring, ulysses=ulysses):
         errors = {case: error for case, (error, _) in found.items()}
         assert {case: e for case, e in errors.items() if not e < TOLERANCE.get(case[0], 1e-11)} == {}
         assert {case: whole for case, (_, whole) in found.items() if whole != WHOLE.get(case[0], set())} == {}
