@@ -313,6 +313,8 @@ def test_image_writes_files_and_says_so_as_json(capsys, tmp_path, expected):
     assert found["files"] == [str(target.with_stem(f"digit-{i}")) for i in range(3)]
     assert found["mesh"]["cfg"] == 2
     assert found["timings"]["generate"] > 0
+    assert found["components"]["transformer"]["whole"] == "tp=1 leaves its weights whole"
+    assert [held > 1e6 for held in found["components"]["transformer"]["held"]] == [True, True]
     drawn = np.stack([np.asarray(Image.open(file))[..., None] / 255 for file in found["files"]])
     near(drawn, expected, GREY)
 

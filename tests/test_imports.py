@@ -13,7 +13,7 @@ SOURCE = pathlib.Path(__file__).parents[1] / "src" / "multicard"
 FLOORS = [  # what a module may import, anywhere in it: its own floor and those before it in this list
     {"errors", "config", "extras", "memory", "partition", "values", "versions"},
     {"axis", "collectives", "mesh", "place", "device", "join", "rendezvous", "backends", "digest", "replica"},
-    {"layers", "quantized", "attention", "guidance"},
+    {"layers", "quantized", "attention", "guidance", "spatial"},
     {"weights", "models"},
     {"integrations"},
     {"llm", "engines", "diffusion", "progress"},

@@ -48,7 +48,7 @@ def test_axes_hold_the_ranks_that_differ_on_them_alone(run_on, degrees):
     def members(mesh):
         """Global ranks on each axis, told by the ranks themselves."""
         me = torch.tensor([float(mesh.rank)])
-        axes = (mesh.dp, mesh.cfg, mesh.ring, mesh.ulysses, mesh.tp, mesh.sequence, mesh.world)
+        axes = (mesh.dp, mesh.cfg, mesh.ring, mesh.ulysses, mesh.tp, mesh.sequence, mesh.replica, mesh.world)
         told = {a.name: (a.rank, [int(r) for r in collectives.all_gather(me.clone(), a)]) for a in axes}
         return mesh.rank, told, mc.init_mesh(mesh.config) is mesh
 
@@ -67,6 +67,8 @@ def test_axes_hold_the_ranks_that_differ_on_them_alone(run_on, degrees):
             assert told[name] == (places[rank][name], beside)
         ring, ulysses = places[rank]["ring"], places[rank]["ulysses"]
         assert told["sequence"][0] == ring * config.ulysses + ulysses
+        replica = [r for r in range(config.world_size) if places[r]["dp"] == places[rank]["dp"]]
+        assert told["replica"] == (replica.index(rank), replica)
         assert told["world"] == (rank, list(range(config.world_size)))
 
 

@@ -73,6 +73,17 @@ def compiles_ahead(name):
 
 
 LLM, DIFFUSERS = "integrations/transformers", "integrations/diffusers"
+OPERATIONS = {
+    "interpolation": (
+        "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d",
+    ),
+    "norms": ("_fused_rms_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
+    "pointwise": ("_to_copy",),
+    "reductions": ("_log_softmax", "_safe_softmax", "_softmax"),
+    "views": ("_reshape_alias", "_unsafe_view"),
+}  # fmt: skip
+"""Of torch.ops.aten, by the file in spatial/ that has their rules."""
+
 TABLE = {
     "python": {
         "_current_exceptions": Use("Ctrl-C in another thread", ("ranks/interrupt.py",), has(sys)),
@@ -82,7 +93,7 @@ TABLE = {
     },
     "torch.distributed": {
         "_allgather_base": Use("gloo by its own calls", ("backends/gloo.py",), has(dist.ProcessGroupGloo)),
-        "_flatten": Use("ring and ulysses as one axis", ("mesh.py",), has(dist.device_mesh.DeviceMesh)),
+        "_flatten": Use("several axes as one", ("mesh.py",), has(dist.device_mesh.DeviceMesh)),
         "_get_default_group": Use("the memo of meshes", ("mesh.py",), has(dist.distributed_c10d)),
         "_get_sequence_number_for_group": Use("who didn't arrive", ("ranks/activity.py",), has(dist.ProcessGroup)),
         "_resolve_process_group": Use("groups by name", ("backends/traced.py",), has(dist.distributed_c10d)),
@@ -92,9 +103,16 @@ TABLE = {
         "_world": Use("all groups, and their ranks", ("ranks/activity.py",), has(dist.distributed_c10d)),
     },
     "torch": {
+        **{
+            name: Use("operations on split rows", (f"spatial/{file}.py",), has(torch.ops.aten))
+            for file, names in OPERATIONS.items()
+            for name in names
+        },
         "_assert_async": Use("a check in a compiled graph", ("layers/embedding.py",), has(torch)),
         "_C": Use(
-            "DisableTorchFunctionSubclass, compiled code", ("guidance/lazy.py", "models/compiled.py"), has(torch)
+            "DisableTorchFunctionSubclass, compiled code",
+            ("guidance/lazy.py", "models/compiled.py", "spatial/rows.py"),
+            has(torch),
         ),
         "_aoti": Use("AOTIModelContainerRunnerCpu: compiled code", ("models/compiled.py",), runs_compiled_code),
         "_compiled_call_impl": Use("whether a model is compiled", (f"{DIFFUSERS}/checks.py",), has(torch.nn.Module)),
@@ -103,7 +121,7 @@ TABLE = {
             "whether this processor multiplies packed bfloat16", ("layers/packed.py",), has(torch.ops.mkldnn)
         ),
         "_linear_pointwise": Use("oneDNN's product", ("layers/packed.py",), has(torch.ops.mkldnn)),
-        "_make_wrapper_subclass": Use("lazy tensors", ("guidance/lazy.py",), has(torch.Tensor)),
+        "_make_wrapper_subclass": Use("tensors of ours", ("guidance/lazy.py", "spatial/rows.py"), has(torch.Tensor)),
         "_modules": Use("modules in place", ("integrations/styles.py",), has(torch.nn.Module())),
         "_nbytes": Use("the size of a packed weight", ("layers/packed.py",), has(torch.ops.mkldnn)),
         "_orig_mod": Use("what torch.compile wraps", (f"{DIFFUSERS}/denoisers.py",), is_compiled),
@@ -129,7 +147,11 @@ TABLE = {
         "_scaled_dot_product_flash_attention_for_cpu": Use(
             "attention with its log-sum-exp", ("attention/kernels/torch_cpu.py",), has(torch.ops.aten)
         ),
-        "_schema": Use("whether an operation writes", ("guidance/lazy.py",), has(torch.ops.aten.add.Tensor)),
+        "_schema": Use(
+            "whether an operation writes, and its arguments' names",
+            ("guidance/lazy.py", "spatial/pointwise.py", "spatial/reductions.py", "spatial/rows.py"),
+            has(torch.ops.aten.add.Tensor),
+        ),
         "_version": Use("whether a tensor was written to", (f"{DIFFUSERS}/state.py",), has(torch.Tensor)),
     },
     "transformers": {
@@ -142,6 +164,9 @@ TABLE = {
             "attention by segments of heads", (f"{LLM}/heads.py",), has(transformers.LlamaConfig())
         ),
         "_from_config": Use("models on meta", (f"{LLM}/load.py",), has(transformers.PreTrainedModel)),
+        "_keep_in_fp32_modules_strict": Use(
+            "dtypes as transformers loads", (f"{LLM}/part.py",), has(transformers.PreTrainedModel)
+        ),
         "_get_static_cache_init_shape": Use(
             "static caches of a rank's own heads", (f"{LLM}/generate.py",), has(transformers.GenerationMixin)
         ),
@@ -159,11 +184,15 @@ TABLE = {
         "_calculate_module_shape": Use(
             "whole shapes of split layers", (f"{DIFFUSERS}/lora.py",), has(diffusers.loaders.FluxLoraLoaderMixin)
         ),
-        "_class_name": Use("a folder's pipeline class", (f"{DIFFUSERS}/folder.py",), is_saved),
+        "_class_name": Use(
+            "the class of a folder's pipeline or model", (f"{DIFFUSERS}/folder.py", "integrations/load.py"), is_saved
+        ),
         "_cp_plan": Use("a model's own sequence plan", (f"{DIFFUSERS}/plans.py",), has(diffusers.ModelMixin)),
         "_diffusers_hook": Use("caches between steps", (f"{DIFFUSERS}/checks.py",), has(hooked())),
         "_is_stateful": Use("caches between steps", (f"{DIFFUSERS}/checks.py",), has(ModelHook)),
-        "_keep_in_fp32_modules": Use("dtypes as diffusers loads", (f"{DIFFUSERS}/load.py",), has(diffusers.ModelMixin)),
+        "_keep_in_fp32_modules": Use(
+            "dtypes as libraries load", (f"{DIFFUSERS}/load.py", f"{LLM}/part.py"), has(diffusers.ModelMixin)
+        ),
         "_native_cudnn": Use("a backend that can be split", (f"{DIFFUSERS}/checks.py",), is_backend),
         "_native_efficient": Use("a backend that can be split", (f"{DIFFUSERS}/checks.py",), is_backend),
         "_native_flash": Use("a backend that can be split", (f"{DIFFUSERS}/checks.py",), is_backend),

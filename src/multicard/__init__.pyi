@@ -9,8 +9,8 @@ from .axis import Axis as Axis
 from .config import ParallelConfig as ParallelConfig
 from .diffusion import DiffusionOutput as DiffusionOutput
 from .diffusion import DiffusionPipeline as DiffusionPipeline
+from .integrations.load import from_pretrained as from_pretrained
 from .integrations.parallelize import parallelize as parallelize
-from .integrations.transformers import from_pretrained as from_pretrained
 from .launch import Kept as Kept
 from .launch import Ranks as Ranks
 from .launch import launch as launch

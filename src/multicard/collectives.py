@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -85,6 +85,32 @@ def barrier(axis: Axis) -> None:
     """Wait until every rank of the axis has called this."""
     if axis.size > 1:
         dist.barrier(group=axis.group)
+
+
+class Exchange:
+    """Messages under way; see :func:`exchange`."""
+
+    def __init__(self, works: Sequence[dist.Work], tensors: Sequence[Tensor]) -> None:
+        self._works, self._tensors = works, tensors
+
+    def wait(self) -> None:
+        """Until all have arrived. The sent tensors may be changed afterwards."""
+        for work in self._works:
+            work.wait()
+        self._works, self._tensors = (), ()
+
+
+def exchange(sends: Mapping[int, Tensor], receives: Mapping[int, Tensor], axis: Axis) -> Exchange:
+    """Start sending tensors, by the rank to send to, and receiving into tensors, by the rank that sends.
+
+    Point-to-point messages, of which empty ones aren't sent: two ranks must agree on the sizes of theirs. Contiguous
+    tensors. Returns at once.
+    """
+    calls = [
+        *(dist.P2POp(dist.isend, x, group=axis.group, group_peer=to) for to, x in sends.items() if x.numel()),
+        *(dist.P2POp(dist.irecv, x, group=axis.group, group_peer=of) for of, x in receives.items() if x.numel()),
+    ]
+    return Exchange(dist.batch_isend_irecv(calls) if calls else (), (*sends.values(), *receives.values()))
 
 
 def _engine(axis: Axis) -> tuple[Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import os
@@ -16,7 +17,10 @@ from multicard.config import ParallelConfig
 from multicard.errors import ConfigError
 from multicard.integrations.diffusers.folder import PipelineFolder
 from multicard.integrations.diffusers.output import join, pack, unpack
+from multicard.integrations.diffusers.parts import check_parts
+from multicard.integrations.diffusers.pipeline import load_pipeline
 from multicard.integrations.diffusers.replicas import Batch
+from multicard.integrations.diffusers.reports import ComponentReport, report
 from multicard.integrations.diffusers.request import check_request
 from multicard.mesh import ParallelMesh
 from multicard.progress import loading_bar, steps_bar, steps_shown
@@ -40,8 +44,9 @@ class DiffusionOutput(types.SimpleNamespace):
 class DiffusionPipeline(Session):
     """Any diffusers pipeline folder on several ranks; a context manager.
 
-    Each rank loads the pipeline and splits it with :func:`multicard.parallelize`. Text encoders and autoencoders are
-    whole on every rank. Requests, failures, restarts and jobs: see :class:`~multicard.session.Session`.
+    Each rank loads its part of the pipeline, as :func:`multicard.parallelize` splits it; ``load_reports`` says, by rank
+    and component, what it has read and holds. Requests, failures, restarts and jobs: see
+    :class:`~multicard.session.Session`.
 
     Args:
         path: a folder with model_index.json and safetensors weights.
@@ -54,11 +59,13 @@ class DiffusionPipeline(Session):
         trust_remote_code: whether Python files in the folder may run; as in diffusers.
         lora: a LoRA's safetensors file, or a folder with one; or several of these. All are loaded by diffusers, with
             full weight.
+        parts: the parts to split, of "denoiser", "text" and "vae"; None: all that can be.
         progress: show each request's steps on standard error; None: only on a terminal.
         options: how ranks are started, as for :func:`multicard.launch`.
 
     Raises:
-        ConfigError, UnsupportedError, CheckpointError: before a rank starts, if the folder and the degrees show it.
+        ConfigError, UnsupportedError, CheckpointError: before a rank starts, if the folder and the degrees show it;
+            ConfigError if a rank's share doesn't fit in memory, naming degrees at which it would.
     """
 
     def __init__(
@@ -74,6 +81,7 @@ class DiffusionPipeline(Session):
         variant: str | None = None,
         trust_remote_code: bool = False,
         lora: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
+        parts: Sequence[str] | None = None,
         progress: bool | None = None,
         **options: Unpack[Options],
     ) -> None:
@@ -81,13 +89,16 @@ class DiffusionPipeline(Session):
         self.path = folder_path(path)
         self._progress = sys.stderr.isatty() if progress is None else progress
         self.lora = paths_of("lora", lora)
-        folder = PipelineFolder(self.path, parse_dtype(dtype), variant, trust_remote_code, self.lora)
+        given = None if parts is None else check_parts(parts)
+        folder = PipelineFolder(self.path, parse_dtype(dtype), variant, trust_remote_code, self.lora, given)
         folder.check(degrees)
         bar = functools.partial(loading_bar, False, "")  # diffusers shows its own, on rank 0
         super().__init__(degrees, options, _load, folder, bar=bar)
 
     def _after_loading(self) -> None:
         self._parameters: list[str] = self._run(_parameters)[0]
+        by_rank = self._run(_report)
+        self.load_reports = [{name: ComponentReport(**each) for name, each in found.items()} for found in by_rank]
 
     def __call__(self, *args: Any, seed: int = 0, **kwargs: Any) -> DiffusionOutput:
         """Run the pipeline with its own arguments, except that ``seed`` replaces a generator.
@@ -138,7 +149,11 @@ class DiffusionPipeline(Session):
 
 
 def _load(mesh: ParallelMesh, folder: PipelineFolder) -> Any:
-    return folder.load(mesh)
+    return load_pipeline(folder, mesh)
+
+
+def _report(mesh: ParallelMesh, pipe: Any) -> dict[str, dict[str, Any]]:
+    return {name: dataclasses.asdict(each) for name, each in report(pipe).items()}
 
 
 def _parameters(mesh: ParallelMesh, pipe: Any) -> list[str]:

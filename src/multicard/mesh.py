@@ -28,6 +28,7 @@ class ParallelMesh:
         device: where this rank computes.
         tp, ulysses, ring, cfg, dp: the axes.
         sequence: ring x ulysses as one axis; its rank is ``ring·ULYSSES + ulysses`` and names the slice held.
+        replica: cfg x ring x ulysses x tp as one axis: all ranks that work on one request.
         world: all ranks as one axis.
         device_mesh: the same mesh as a torch ``DeviceMesh``, for code that takes one; None with one rank.
         compares_inputs: whether ranks compare their inputs (see :mod:`multicard.replica`).
@@ -42,6 +43,7 @@ class ParallelMesh:
     ulysses: Axis
     tp: Axis
     sequence: Axis
+    replica: Axis
     world: Axis
     device_mesh: DeviceMesh | None = None
     compares_inputs: bool = True
@@ -50,11 +52,28 @@ class ParallelMesh:
     def world_size(self) -> int:
         return self.config.world_size
 
+    def by_weights(self) -> ParallelMesh:
+        """The same ranks with all of a replica on tp, for models that are split by weights alone."""
+        config = ParallelConfig(dp=self.dp.size, tp=self.replica.size)
+        alone: Any = {name: Axis(name, 0, 1) for name in ("cfg", "ring", "ulysses", "sequence")}
+        return dataclasses.replace(self, config=config, tp=self.replica, device_mesh=None, **alone)
+
 
 def single(device: str | torch.device = "cpu") -> ParallelMesh:
     """The mesh of one rank: no process group, every collective the identity."""
-    axes: Any = {name: Axis(name, 0, 1) for name in (*AXES, "sequence", "world")}
-    return ParallelMesh(config=ParallelConfig(), rank=0, device=torch.device(device), device_mesh=None, **axes)
+    return outline(ParallelConfig(), device)
+
+
+def outline(config: ParallelConfig, device: str | torch.device = "cpu") -> ParallelMesh:
+    """The first rank's mesh, without groups: for dry runs, as collectives can't run on it."""
+    sizes = {
+        **config.degrees,
+        "sequence": config.ring * config.ulysses,
+        "replica": config.world_size // config.dp,
+        "world": config.world_size,
+    }
+    axes: Any = {name: Axis(name, 0, size) for name, size in sizes.items()}
+    return ParallelMesh(config=config, rank=0, device=torch.device(device), device_mesh=None, **axes)
 
 
 _meshes: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[ParallelConfig, ParallelMesh]] = (
@@ -117,8 +136,9 @@ def _build(config: ParallelConfig, device: torch.device, timeout: float) -> Para
         return Axis(name, place[name], size, device_mesh.get_group(name) if size > 1 else None)
 
     axes: Any = {name: axis(name) for name in AXES}
-    sequence = _sequence_axis(axes["ring"], axes["ulysses"], device_mesh)
-    for group in {axis.group for axis in (*axes.values(), sequence) if axis.group is not None}:
+    sequence = _joined("sequence", [axes["ring"], axes["ulysses"]], device_mesh)
+    replica = _joined("replica", [axes[name] for name in AXES if name != "dp"], device_mesh)
+    for group in {axis.group for axis in (*axes.values(), sequence, replica) if axis.group is not None}:
         limit_waits(group, timeout)  # torch gives sub-groups its own default, half an hour
     return ParallelMesh(
         config=config,
@@ -126,13 +146,20 @@ def _build(config: ParallelConfig, device: torch.device, timeout: float) -> Para
         device=device,
         **axes,
         sequence=sequence,
+        replica=replica,
         world=Axis("world", rank, config.world_size, dist.group.WORLD),
         device_mesh=device_mesh,
     )
 
 
-def _sequence_axis(ring: Axis, ulysses: Axis, device_mesh: DeviceMesh) -> Axis:
-    rank, size = ring.rank * ulysses.size + ulysses.rank, ring.size * ulysses.size
-    if ring.size == 1 or ulysses.size == 1:
-        return Axis("sequence", rank, size, ring.group or ulysses.group)
-    return Axis("sequence", rank, size, device_mesh["ring", "ulysses"]._flatten("sequence").get_group())
+def _joined(name: str, axes: list[Axis], device_mesh: DeviceMesh) -> Axis:
+    """Neighbouring axes, outermost first, as one. A new group only if no other has the same ranks."""
+    rank, size = 0, 1
+    for axis in axes:
+        rank, size = rank * axis.size + axis.rank, size * axis.size
+    split = [axis for axis in axes if axis.size > 1]
+    if len(split) < 2:
+        return Axis(name, rank, size, split[0].group if split else None)
+    if size == device_mesh.size():
+        return Axis(name, rank, size, dist.group.WORLD)
+    return Axis(name, rank, size, device_mesh[tuple(axis.name for axis in split)]._flatten(name).get_group())

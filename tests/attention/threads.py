@@ -80,6 +80,7 @@ def meshes(config: mc.ParallelConfig) -> list[mc.ParallelMesh]:
             ring=axis("ring", r, config.ring, u),
             ulysses=axis("ulysses", u, config.ulysses, r),
             sequence=axis("sequence", rank, config.world_size),
+            replica=axis("replica", rank, config.world_size),
             world=axis("world", rank, config.world_size),
             **one,
         )

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import pathlib
+import sys
 import time
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from multicard.cli import early, options
 from multicard.errors import ConfigError, UnsupportedError
 from multicard.extras import need
+
+if TYPE_CHECKING:
+    from multicard.diffusion import DiffusionPipeline
 
 Prompts = Annotated[
     list[str] | None, typer.Argument(help="What to draw; several prompts are one batch.", show_default=False)
@@ -21,6 +25,7 @@ Labels = Annotated[
     list[int] | None,
     typer.Option("--class-label", help="Number of a class to draw; may be repeated: several are one batch."),
 ]
+Explain = Annotated[bool, typer.Option("--explain", help="Say how each component is divided over the ranks.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="NAME=VALUE: any other argument of the pipeline; VALUE is JSON.")
 ]
@@ -55,6 +60,9 @@ def image(
         typer.Option("--lora", help="A LoRA's safetensors file, or a folder with one; may be repeated."),
     ] = None,
     dtype: options.Dtype = "auto",
+    explain: Annotated[
+        bool, typer.Option("--explain", help="say how each component is divided over the ranks")
+    ] = False,
     ranks: dict[str, Any],
     as_json: options.Json = False,
 ) -> None:
@@ -92,9 +100,45 @@ def image(
         files = _save(found, target)
         if as_json:
             timings = {"load": loaded - begin, "generate": drawn - loaded}
-            print(json.dumps({"files": files, "seed": seed, "mesh": pipe.degrees.degrees, "timings": timings}))
+            about = {"seed": seed, "mesh": pipe.degrees.degrees, "components": _components(pipe), "timings": timings}
+            print(json.dumps({"files": files, **about}))
         else:
             print("\n".join(files))
+            print(_explained(pipe) if explain else _held(pipe), file=sys.stderr)
+
+
+def _components(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """Of each component, by name: bytes that every rank has read and holds, by rank, and why it is whole."""
+    return {
+        name: {
+            "read": [rank[name].read for rank in pipe.load_reports],
+            "held": [rank[name].held for rank in pipe.load_reports],
+            "how": first.how,
+            "whole": first.whole,
+        }
+        for name, first in pipe.load_reports[0].items()
+    }
+
+
+def _held(pipe: DiffusionPipeline) -> str:
+    """The same in one line: the most that a rank holds of each component."""
+    found = _components(pipe)
+    parts = [
+        f"{name} {max(each['held']) / 1e9:.3g}{' (whole)' if each['whole'] else ''}" for name, each in found.items()
+    ]
+    total = sum(max(each["held"]) for each in found.values())
+    return f"a rank holds at most {total / 1e9:.3g} GB: {', '.join(parts)}"
+
+
+def _explained(pipe: DiffusionPipeline) -> str:
+    """How each component is divided over the ranks, one a line."""
+    lines = []
+    for name, each in _components(pipe).items():
+        why = f"; {each['whole']}" if each["whole"] else ""
+        lines.append(
+            f"{name}: {each['how'] or 'nothing is divided'}{why}; a rank holds {max(each['held']) / 1e9:.3g} GB"
+        )
+    return "\n".join(lines)
 
 
 def _one_or_list(prompts: list[Any]) -> Any:

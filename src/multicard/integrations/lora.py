@@ -214,16 +214,17 @@ def check_config(config: Any, name: str) -> None:
 
 
 def check_targets(model: nn.Module, config: Any, name: str, keys: Sequence[str] | None) -> None:
-    """Refuse an adapter on a split module that isn't a linear layer within the model: on an embedding, or on the head,
-    with which peft saves the whole weight.
+    """Refuse an adapter on a split module that isn't a linear layer within the model: on an embedding, or on the head
+    of a language model, with which peft saves the whole weight.
 
     Args:
         keys: names of the adapter's tensors, if those say where it goes; None: the config does.
     """
     named = None if keys is None else {key.rsplit(".lora_", 1)[0].removeprefix("_orig_mod.") for key in keys}
+    headed = hasattr(model, "get_output_embeddings")
     for path, module in model.named_modules():
         cut = any(hasattr(parameter, "shard") for parameter in module.parameters(recurse=False))
-        inner = isinstance(module, Split) and getattr(module, "gather", None) is None
+        inner = isinstance(module, Split) and not (headed and getattr(module, "gather", None) is not None)
         if not cut or inner:
             continue
         if path in named if named is not None else check_target_module_exists(config, path):

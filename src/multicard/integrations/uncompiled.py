@@ -14,6 +14,7 @@ SEQUENCE = (
     "a sequence that is split over ranks can't be compiled: its cache and its slices change with each call. Leave it "
     "uncompiled, or split it by tp alone"
 )
+ROWS = "pictures whose rows are split over ranks can't be compiled. Leave it uncompiled"
 GUIDANCE = (
     "compiled after it was parallelized, it would compute every guidance branch on every rank. Compile it in place, "
     "with its own method compile(), or before mc.parallelize"

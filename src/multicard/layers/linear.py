@@ -107,13 +107,13 @@ class ColumnParallelLinear(_ParallelLinear):
         )
         return layer._fill(weight, bias)
 
-    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, added: Tensor | None = None) -> Tensor:  # named as nn.Linear's
         """``(..., in_features)`` to ``(..., this rank's features)``, or all of them with ``gather_output``.
 
         Args:
             added: ``(..., this rank's features)`` that are added to this rank's product (an adapter's).
         """
-        y = _plus(self.multiply(x, self.weight, self.bias), added)
+        y = _plus(self.multiply(input, self.weight, self.bias), added)
         return y if self.gather is None else self.gather(y)
 
 
@@ -170,15 +170,15 @@ class RowParallelLinear(_ParallelLinear):
         layer = cls(in_features, out_features, axis, bias, input_is_parallel, dtype, "meta", shares=shares)
         return layer._fill(linear.weight, linear.bias)
 
-    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, added: Tensor | None = None) -> Tensor:  # named as nn.Linear's
         """``(..., this rank's features)``, or all of them, to ``(..., out_features)``, the same on every rank.
 
         Args:
             added: ``(..., out_features)`` that this rank adds to its product before the sum over ranks (an adapter's).
         """
         if self.axis.size == 1:
-            return _plus(self.multiply(x, self.weight, self.bias), added)
-        return self.finish(collectives.all_reduce(_plus(self.partial(x), added), self.axis))
+            return _plus(self.multiply(input, self.weight, self.bias), added)
+        return self.finish(collectives.all_reduce(_plus(self.partial(input), added), self.axis))
 
     def partial(self, x: Tensor) -> Tensor:
         """This rank's product ``(..., out_features)``, to be added to the other ranks'. No collective."""

@@ -54,7 +54,7 @@ class Checkpoint(OpenFiles):
     """All tensors of a folder: one safetensors file, or an index of several. A context manager.
 
     Args:
-        stem: what the names of the files begin with.
+        stem: what the names of the files begin with, and after a dot the variant: "model", "model.fp16".
 
     Raises:
         CheckpointError: a file is missing, truncated, damaged or isn't safetensors; tensors overlap; the index names a
@@ -120,7 +120,8 @@ class Checkpoint(OpenFiles):
 
 
 def _files(folder: pathlib.Path, stem: str) -> tuple[list[pathlib.Path], dict[str, str] | None]:
-    index = folder / INDEX.format(stem)
+    name, dot, variant = stem.partition(".")
+    index = folder / (f"{name}.safetensors.index.{variant}.json" if dot else INDEX.format(stem))
     if not index.is_file():
         single = folder / SINGLE.format(stem)
         if not single.is_file() and any(folder.glob("*.bin")):

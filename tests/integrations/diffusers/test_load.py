@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import multicard as mc
-from multicard.integrations.diffusers.load import load_slices
+from multicard.integrations.diffusers.load import outline_denoiser
 from multicard.integrations.diffusers.tensor import is_split
 from multicard.integrations.parallelize import parallelize
 from pipelines import build, sample
@@ -18,7 +18,8 @@ def loaded(mesh, folder, names):
         pipe, arguments = build(name)
         expected = sample(pipe, arguments)
         whole = sum(p.numel() * p.element_size() for p in pipe.transformer.parameters())
-        model, report = load_slices(type(pipe.transformer), pathlib.Path(folder) / name, mesh)
+        outline = outline_denoiser(type(pipe.transformer), pathlib.Path(folder) / name, mesh)
+        model, report = outline.model, outline.read()
         pipe.register_modules(transformer=model)
         parallelize(pipe, mesh)  # which leaves its weights as they are
         got = sample(pipe, arguments)
@@ -44,8 +45,9 @@ def test_each_rank_reads_its_own_slices(run_on, tmp_path, tp):
 
 
 def bfloat16(mesh, folder):
-    model, _ = load_slices(type(build("wan")[0].transformer), pathlib.Path(folder), mesh, torch.bfloat16)
-    return {name: parameter.dtype for name, parameter in model.named_parameters()}
+    outline = outline_denoiser(type(build("wan")[0].transformer), pathlib.Path(folder), mesh, torch.bfloat16)
+    outline.read()
+    return {name: parameter.dtype for name, parameter in outline.model.named_parameters()}
 
 
 @pytest.mark.seam

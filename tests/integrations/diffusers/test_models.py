@@ -26,7 +26,7 @@ MESHES = {
     "cfg=2 tp=2": {"cfg": 2, "tp": 2},
 }
 ONLY_CFG = (  # slow, or a model that is above under another guidance
-    "hidream", "guider_apg", "guider_slg", "guider_auto", "modular_wan", "instruct_pix2pix", "controlnet_heun",
+    "hidream", "guider_apg", "guider_slg", "guider_auto", "modular_wan",
 )  # fmt: skip
 
 

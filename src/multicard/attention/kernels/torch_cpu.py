@@ -2,8 +2,8 @@
 
 Its known faults (torch 2.13), each refused here or avoided by the caller: zero-length queries or keys end the process
 with SIGFPE; a row masked with -inf everywhere gets LSE 0; bool masks and values of another head_dim raise; an inner
-stride other than 1 gives wrong results without an error; query heads that aren't a multiple of the key/value heads are
-accepted.
+stride other than 1 gives wrong results without an error, and so does a float32 mask of float64 queries; query heads
+that aren't a multiple of the key/value heads are accepted.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, sca
         k.transpose(1, 2),
         v.transpose(1, 2),
         is_causal=causal,
-        attn_mask=None if mask is None else additive(mask),
+        attn_mask=None if mask is None else additive(mask, torch.promote_types(q.dtype, torch.float32)),
         scale=scale,
     )
     return out.transpose(1, 2), lse.transpose(1, 2).float()

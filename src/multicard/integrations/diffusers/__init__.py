@@ -3,5 +3,6 @@
 from multicard.guidance import BatchPlan
 from multicard.integrations.diffusers.families import SequencePlan
 from multicard.integrations.diffusers.parallelize import parallelize
+from multicard.integrations.diffusers.reports import ComponentReport, report
 
-__all__ = ["BatchPlan", "SequencePlan", "parallelize"]
+__all__ = ["BatchPlan", "ComponentReport", "SequencePlan", "parallelize", "report"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -62,11 +63,25 @@ def check_sequence(model: nn.Module, plan: SequencePlan) -> None:
 
 def check_uncompiled(model: nn.Module) -> None:
     """Refuse a compiled model: the compiled code wouldn't contain the changes."""
-    name = type(uncompiled(model)).__name__
-    if uncompiled(model) is not model or model._compiled_call_impl is not None:
+    if is_compiled(model):
         raise UnsupportedError(
-            f"{name} is compiled, and tp, ring and ulysses change it inside: parallelize, then compile; or use cfg"
+            f"{type(uncompiled(model)).__name__} is compiled, and tp, ring and ulysses change it inside: parallelize, "
+            "then compile; or use cfg"
         )
+
+
+def check_rows(name: str, model: nn.Module, modules: Iterable[nn.Module]) -> None:
+    """Refuse pictures whose rows are split in a network of which a part is compiled, before it is run or changed."""
+    if any(map(is_compiled, modules)):
+        path = next(path for path, module in model.named_modules() if is_compiled(module))
+        raise UnsupportedError(
+            f"torch.compile of {f'{name}.{path}'.strip('.')}: pictures whose rows are split over ranks can't be "
+            "compiled; leave it uncompiled"
+        )
+
+
+def is_compiled(model: nn.Module) -> bool:
+    return uncompiled(model) is not model or model._compiled_call_impl is not None
 
 
 def check_caches(name: str, module: nn.Module, mesh: ParallelMesh) -> None:

@@ -197,6 +197,13 @@ TENSOR: dict[str, dict[str, str]] = {
         f"{_ALL_REFINED}.*.feed_forward.{{w1,w3}}": "column",
         f"{_ALL_REFINED}.*.feed_forward.w2": "row",
     },
+    **_alike(
+        "UNet2DConditionModel UNet3DConditionModel UNetMotionModel UNetSpatioTemporalConditionModel I2VGenXLUNet",
+        {
+            "**.{transformer_blocks,temporal_transformer_blocks}.*.{attn1,attn2}": "attention",
+            "**.{transformer_blocks,temporal_transformer_blocks}.*.{ff,ff_in}": "feed_forward",
+        },
+    ),
     "AuraFlowTransformer2DModel": {
         "{joint,single}_transformer_blocks.*.attn": "attention",
         "{joint,single}_transformer_blocks.*.{ff,ff_context}.{linear_1,linear_2}": "column",

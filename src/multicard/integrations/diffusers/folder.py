@@ -1,4 +1,4 @@
-"""Loading a diffusers pipeline from its folder, and the checks before it."""
+"""The folder of a diffusers pipeline, and the checks before it is loaded."""
 
 from __future__ import annotations
 
@@ -6,26 +6,22 @@ import dataclasses
 import os
 import pathlib
 import re
-import sys
 from typing import Any
 
 import torch
 
 from multicard.axis import Axis
 from multicard.config import ParallelConfig
-from multicard.errors import CheckpointError, MulticardError, UnsupportedError
+from multicard.errors import CheckpointError, UnsupportedError
 from multicard.extras import need
 from multicard.integrations.diffusers.checks import check_sequence
 from multicard.integrations.diffusers.denoisers import NAMES
-from multicard.integrations.diffusers.load import load_slices
-from multicard.integrations.diffusers.lora import load_lora, lora_file
-from multicard.integrations.diffusers.parallelize import parallelize
+from multicard.integrations.diffusers.lora import lora_file
+from multicard.integrations.diffusers.parts import check_parts
 from multicard.integrations.diffusers.plans import sequence_plan
 from multicard.integrations.diffusers.tensor import tensor_changes
 from multicard.integrations.untrusted import blamed_on, offline, read_config
-from multicard.mesh import ParallelMesh
 from multicard.values import did_you_mean
-from multicard.weights import agree
 from multicard.weights.checkpoint import read_header
 from multicard.weights.folder import read_json
 
@@ -46,6 +42,7 @@ class PipelineFolder:
         variant: which of several sets of weight files to load, for example "fp16".
         trust_remote_code: whether Python files in the folder may run.
         lora: files or folders of LoRAs to load into the pipeline.
+        parts: the parts to split, as for :func:`multicard.parallelize`; None: all that can be.
     """
 
     path: pathlib.Path
@@ -53,6 +50,7 @@ class PipelineFolder:
     variant: str | None = None
     trust_remote_code: bool = False
     lora: tuple[pathlib.Path, ...] = ()
+    parts: tuple[str, ...] | None = None
 
     def check(self, degrees: ParallelConfig) -> None:
         """Refuse a folder, as far as possible without starting a rank. Reads configs and the headers of weight files.
@@ -63,69 +61,29 @@ class PipelineFolder:
             UnsupportedError: pickled weights, Python code in the folder, a model without a plan for these degrees.
         """
         need("diffusers", "a diffusers pipeline")
-        index = self._index()
+        index = self.index()
         self._check_class(index.get("_class_name"))
         for name, (library, cls) in components(index).items():
             self._check_component(name, library, cls)
         self._check_variant(list(components(index)))
         for path in self.lora:
             lora_file(path)
-        if degrees.tp > 1 or degrees.ring * degrees.ulysses > 1:
-            for name, cls in _denoisers(index).items():
-                _check_plans(self.path / name, cls, degrees)
+        split = "denoiser" in check_parts(self.parts) and degrees.tp * degrees.ring * degrees.ulysses > 1
+        for name, cls in denoisers_of(index).items() if split else ():
+            check_plans(self.path / name, cls, degrees)
 
-    def load(self, mesh: ParallelMesh) -> Any:
-        """This rank's pipeline, split over ``mesh``. An all-gather tells every rank whether all have loaded it, and
-        another one whether they have loaded the LoRAs.
+    def index(self) -> dict[str, Any]:
+        """What model_index.json says.
 
         Raises:
-            CheckpointError: diffusers couldn't load it; every rank raises with the first rank's reason.
-            UnsupportedError: see :func:`multicard.parallelize`.
+            CheckpointError: a folder without one.
+            UnsupportedError: a file instead of a folder.
         """
-        import diffusers
-
-        _hide_bars(mesh.rank)
-        index = self._index()
-        # components that the index leaves out must be passed as None again
-        wanted: dict[str, Any] = dict.fromkeys(set(_pairs(index)) - set(components(index)))
-        if self.dtype is not None:
-            wanted["dtype" if _takes_dtype(diffusers) else "torch_dtype"] = self.dtype
-        failure: MulticardError | None = None
-        try:
-            with offline(), blamed_on(f"{self.path}: diffusers can't load it"):
-                pipe = diffusers.DiffusionPipeline.from_pretrained(
-                    str(self.path),
-                    use_safetensors=True,
-                    local_files_only=True,
-                    variant=self.variant,
-                    trust_remote_code=self.trust_remote_code,
-                    **wanted,
-                    **self._split_denoisers(index, mesh),
-                )
-        except MulticardError as error:
-            failure = error
-        agree(failure, mesh.world, mesh.device)
-        pipe = parallelize(pipe, mesh)
-        try:
-            load_lora(pipe, [lora_file(path) for path in self.lora])
-        except MulticardError as error:
-            failure = error
-        agree(failure, mesh.world, mesh.device)
-        return pipe.to(mesh.device)
-
-    def _split_denoisers(self, index: dict[str, Any], mesh: ParallelMesh) -> dict[str, Any]:
-        """With tensor parallelism, the denoisers of which this rank can read its own slices alone."""
-        import diffusers
-
-        if mesh.tp.size == 1 or self.variant is not None:
-            return {}
-        found = {
-            name: load_slices(getattr(diffusers, cls), self.path / name, mesh, self.dtype)
-            for name, cls in _denoisers(index).items()
-        }
-        return {name: loaded[0] for name, loaded in found.items() if loaded}
-
-    def _index(self) -> dict[str, Any]:
+        if self.path.is_file():
+            raise UnsupportedError(
+                f"{self.path} is a single file: load it with diffusers' from_single_file, then mc.parallelize; or "
+                "save_pretrained it once as a folder"
+            )
         if not self.path.is_dir():
             raise CheckpointError(f"{self.path}: no such folder; download a pipeline first with `hf download NAME`")
         file = self.path / INDEX
@@ -217,17 +175,17 @@ def variants(folder: pathlib.Path) -> set[str]:
 
 def components(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
     """Library and class of a pipeline's components, by name, without those that are left out."""
-    return {name: (value[0], value[1]) for name, value in _pairs(index).items() if value[0] is not None}
+    return {name: (value[0], value[1]) for name, value in pairs(index).items() if value[0] is not None}
 
 
-def _denoisers(index: dict[str, Any]) -> dict[str, str]:
+def denoisers_of(index: dict[str, Any]) -> dict[str, str]:
     """Classes of diffusers' own denoisers, by name."""
     return {
         name: cls for name, (library, cls) in components(index).items() if library == "diffusers" and NAMES.search(name)
     }
 
 
-def _pairs(index: dict[str, Any]) -> dict[str, list[Any]]:
+def pairs(index: dict[str, Any]) -> dict[str, list[Any]]:
     """The entries that are components; a pipeline's own class may be a pair too, of a file and a class in it."""
     return {
         name: value
@@ -237,7 +195,7 @@ def _pairs(index: dict[str, Any]) -> dict[str, list[Any]]:
     }
 
 
-def _check_plans(folder: pathlib.Path, name: str, degrees: ParallelConfig) -> None:
+def check_plans(folder: pathlib.Path, name: str, degrees: ParallelConfig) -> None:
     """Refuse a denoiser that can't be split over these degrees, by a dry run on the meta device."""
     import diffusers
 
@@ -252,19 +210,3 @@ def _check_plans(folder: pathlib.Path, name: str, degrees: ParallelConfig) -> No
         tensor_changes(model, Axis("tp", 0, degrees.tp))
     if degrees.ring * degrees.ulysses > 1:
         check_sequence(model, sequence_plan(model))
-
-
-def _takes_dtype(diffusers: Any) -> bool:
-    """``torch_dtype`` is called ``dtype`` since diffusers 0.42."""
-    return tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42)
-
-
-def _hide_bars(rank: int) -> None:
-    """Show loading bars only on rank 0's terminal."""
-    if rank == 0 and sys.stderr.isatty():
-        return
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()

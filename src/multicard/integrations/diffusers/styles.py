@@ -14,6 +14,7 @@ from multicard.errors import UnsupportedError
 from multicard.integrations import styles
 from multicard.integrations.diffusers.heads import projections
 from multicard.integrations.linears import check_linear
+from multicard.integrations.rest import gathered
 from multicard.integrations.styles import Change, Context, Style, replace, replaced_by_column, replaced_by_row
 from multicard.layers import ParallelRMSNorm, even_shares
 from multicard.layers.shard import concatenated
@@ -79,6 +80,7 @@ STYLES: dict[str, Style] = {
     "head_outputs": head_outputs,
     "attention_mlp_row": attention_mlp_row,
     "attention_mlp_column": attention_mlp_column,
+    "gathered": gathered,
 }
 """By name."""
 

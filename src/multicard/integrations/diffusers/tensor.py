@@ -11,6 +11,7 @@ from multicard.axis import Axis
 from multicard.integrations.diffusers.heads import localize, read_heads
 from multicard.integrations.diffusers.plans import tensor_plan
 from multicard.integrations.diffusers.styles import STYLES
+from multicard.integrations.rest import rest
 from multicard.integrations.seams import Hooks
 from multicard.integrations.styles import Change, changes
 
@@ -25,8 +26,11 @@ def tensor_changes(model: nn.Module, axis: Axis, plan: Mapping[str, str] | None 
         UnsupportedError: there is no plan, or a layer can't be split exactly; the message names it.
     """
     resolved, hooks = tensor_plan(model, plan), Hooks("diffusers")
+    styles = resolved.styles
+    if plan is None:
+        styles = {**styles, **rest(model, styles)}
     heads = {path: read_heads(model.get_submodule(path), axis, path) for path in resolved.attentions}
-    found = changes(model, resolved.styles, STYLES, axis, hooks, heads)
+    found = changes(model, styles, STYLES, axis, hooks, heads)
     for path, each in heads.items():
         found.append(functools.partial(localize, model.get_submodule(path), each))
     return [*found, lambda: model.__dict__.update({HOOKS: hooks})]

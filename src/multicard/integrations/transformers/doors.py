@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from multicard.integrations.adapters import AdapterState
 from multicard.integrations.calls import named, parameters
-from multicard.integrations.intercept import Plain, intercept
+from multicard.integrations.intercept import DOOR, Plain, intercept
 from multicard.integrations.seams import Hooks, RowProof, bypassed, counted
 from multicard.integrations.transformers.heads import ATTENDED, SEGMENTED
 from multicard.layers import ColumnParallelLinear, VocabParallelEmbedding
@@ -37,6 +37,11 @@ def open_door(model: PreTrainedModel, mesh: ParallelMesh, hooks: Hooks, sequence
     below = model.base_model if sequence is None else model.get_decoder()
     for module in {model, below}:
         intercept(module, "__call__", door, "call")
+
+
+def is_split(model: nn.Module) -> bool:
+    """Whether the model has a door."""
+    return isinstance(vars(model).get(DOOR), ModelDoor)
 
 
 class ModelDoor:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from multicard import mesh as meshes
-from multicard.axis import Axis
 from multicard.config import ParallelConfig
 from multicard.errors import UnsupportedError
 from multicard.integrations.transformers import load as loading
@@ -63,16 +62,8 @@ def check_folder(path: str | os.PathLike[str], degrees: ParallelConfig) -> Model
     Checkpoint(path).close()
     with blamed_on(f"{path}: config.json or generation_config.json is damaged"):
         config = ModelConfig.of(model)
-    parallelize(model, _outline(degrees))
+    parallelize(model, meshes.outline(degrees))
     return config
-
-
-def _outline(degrees: ParallelConfig) -> ParallelMesh:
-    """The first rank's mesh, without groups: collectives can't run on it."""
-    axes: dict[str, Any] = {name: Axis(name, 0, degree) for name, degree in degrees.degrees.items()}
-    sequence = Axis("sequence", 0, degrees.ring * degrees.ulysses)
-    world = Axis("world", 0, degrees.world_size)
-    return dataclasses.replace(meshes.single(), config=degrees, sequence=sequence, world=world, **axes)
 
 
 @dataclasses.dataclass

@@ -89,19 +89,28 @@ def _model_class(config: PreTrainedConfig, model_class: type[PreTrainedModel] | 
 
 
 def load(
-    model: PreTrainedModel, path: str | os.PathLike[str], mesh: ParallelMesh, sources: Sources, checksums: bool = False
+    model: PreTrainedModel,
+    path: str | os.PathLike[str],
+    mesh: ParallelMesh,
+    sources: Sources,
+    checksums: bool = False,
+    stem: str = "model",
+    packs: bool = True,
 ) -> Iterator[float | LoadReport]:
     """Read this rank's part of every parameter of a split model, and compute its buffers: :func:`weights.load`.
 
     Args:
         sources: made before the model was split.
         checksums: first compare the files with the folder's SHA256SUMS; the files are divided over the ranks.
+        stem: what the names of the weight files begin with.
+        packs: reorder weights for the CPU's matrix kernel; they can't be moved or cast then.
 
     Raises:
         CheckpointError: a tensor is missing, of another shape, or damaged; the same on every rank.
     """
+    finish = packer(model) if packs else None
     for done in weights.load(
-        model, path, mesh.world, mesh.device, sources.find, checksums=checksums, finish=packer(model)
+        model, path, mesh.world, mesh.device, sources.find, stem=stem, checksums=checksums, finish=finish
     ):
         if isinstance(done, LoadReport):
             _compute_buffers(model, mesh.device)

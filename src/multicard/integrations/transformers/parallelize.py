@@ -49,7 +49,7 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh, plan: Mapping[str, s
     pack = packer(model)
     for module in model.modules():
         pack(module)
-    _finish(model, mesh, *opened)
+    finish(model, mesh, *opened)
     return model
 
 
@@ -69,7 +69,8 @@ def _split(model: PreTrainedModel, mesh: ParallelMesh, plan: Mapping[str, str] |
     return hooks, split
 
 
-def _finish(model: PreTrainedModel, mesh: ParallelMesh, hooks: Hooks, sequence: Sequence | None) -> None:
+def finish(model: PreTrainedModel, mesh: ParallelMesh, hooks: Hooks, sequence: Sequence | None) -> None:
+    """Guard the methods of a split model, and put a door on its calls."""
     guard(model, mesh)
     if mesh.tp.size * mesh.sequence.size > 1:
         open_door(model, mesh, hooks, sequence)
@@ -121,7 +122,7 @@ def load_model(
     opened = _split(model, mesh, plan)
     for done in loading.load(model, path, mesh, sources, checksums):
         if isinstance(done, LoadReport):
-            _finish(model, mesh, *opened)
+            finish(model, mesh, *opened)
             yield model, done
         else:
             yield done

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from multicard.integrations import styles
+from multicard.integrations.rest import gathered
 from multicard.integrations.styles import Change, Context, Style, cut_parameter
 from multicard.integrations.transformers.experts import experts
 
@@ -19,6 +20,7 @@ STYLES: dict[str, Style] = {
     **styles.STYLES,
     "head_columns": head_columns,
     "experts": experts,
+    "gathered": gathered,
     "embedding": styles.whole,
     "head": styles.whole,
 }

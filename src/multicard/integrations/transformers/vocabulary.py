@@ -39,6 +39,15 @@ def vocabulary_changes(model: PreTrainedModel, axis: Axis, hooks: Hooks) -> list
     return [lambda: _split(model, tables, head, tied, axis, hooks)]
 
 
+def head_paths(model: PreTrainedModel) -> list[str]:
+    """Where the output head is."""
+    try:
+        head = model.get_output_embeddings()
+    except NotImplementedError:
+        return []
+    return [path for path, module in model.named_modules(remove_duplicate=False) if module is head]
+
+
 def _split(
     model: nn.Module, tables: list[nn.Embedding], head: nn.Module | None, tied: bool, axis: Axis, hooks: Hooks
 ) -> None:

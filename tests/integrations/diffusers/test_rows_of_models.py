@@ -1,0 +1,68 @@
+"""Autoencoders by rows of pictures on 2, 3 and 4 ranks against one process: every class of diffusers, odd heights."""
+
+import pytest
+import torch
+
+import autoencoders
+import multicard as mc
+import unets
+from multicard.integrations.diffusers.rows import RowSplit, split_by_rows
+
+WHOLE = {  # what is computed whole: pictures turned to tokens with others beside them, odd rows pooled by twos
+    "minimax_h3": {"slice", "cat"},
+    "rae": {"select"},
+    "i2vgen": {"_adaptive_avg_pool2d"},
+    **{f"t2i-{kind}": {"avg_pool2d"} for kind in ("full_adapter", "full_adapter_xl", "light_adapter")},
+}
+
+
+def halves(mesh, name, rows):
+    """Relative errors of decode and encode, and the operations that were computed whole."""
+    case = autoencoders.AUTOENCODERS[name]
+    torch.manual_seed(0)
+    model = case.build()
+    calls = [autoencoders.decode, *([autoencoders.encode] if case.encode else [])]
+    expected = [call(model, case, rows) for call in calls]
+    mc.parallelize(model, mesh)
+    found = {}
+    for call, wanted in zip(calls, expected, strict=True):
+        got = call(model, case, rows)
+        assert type(got) is torch.Tensor
+        found[call.__name__] = float((got - wanted).abs().max() / wanted.abs().max())
+    return found, dict(split_by_rows(model).whole)
+
+
+@pytest.mark.parametrize("name", sorted(autoencoders.AUTOENCODERS))
+@pytest.mark.parametrize("ranks", [3, *(pytest.param(n, marks=pytest.mark.soak) for n in (2, 4))])
+def test_autoencoders_are_exact(run_on, name, ranks):
+    for errors, whole in run_on(halves, name, 5, ring=ranks):
+        assert all(error < 1e-5 for error in errors.values()), errors
+        assert {*whole} == WHOLE.get(name, set())
+
+
+def unet(mesh, name, rows):
+    """Relative error of a forward, and the operations that were computed whole."""
+    case = unets.UNETS[name]
+    torch.manual_seed(0)
+    model = case.build()
+    rows += -rows % case.multiple
+    expected = unets.forward(model, case, rows)
+    RowSplit(model, mesh)
+    got = unets.forward(model, case, rows)
+    errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, expected, strict=True)]
+    return {"forward": max(errors)}, dict(split_by_rows(model).whole)
+
+
+@pytest.mark.parametrize("name", sorted(unets.UNETS))
+@pytest.mark.parametrize(
+    "degrees",
+    [
+        {"ring": 3},
+        *(pytest.param(each, marks=pytest.mark.soak) for each in ({"ulysses": 2}, {"ring": 2, "ulysses": 2})),
+    ],
+    ids=str,
+)
+def test_unets_are_exact(run_on, name, degrees):
+    for errors, whole in run_on(unet, name, 7, **degrees):
+        assert errors["forward"] < 1e-5
+        assert {*whole} == WHOLE.get(name, set())
