@@ -44,7 +44,7 @@ def main(path):
         page.paste(panel, (i * (width + SCALE), 0))
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     page.save(path)
-    print(f"{tuple(one.shape)} pixels; the largest difference is {difference.max() / one.abs().max():.1e} of the largest")
+    print(f"the largest difference is {difference.max() / one.abs().max():.1e} of the largest value")
 
 
 if __name__ == "__main__":
