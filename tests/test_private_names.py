@@ -120,7 +120,7 @@ TABLE = {
         "_is_mkldnn_bf16_supported": Use(
             "whether this processor multiplies packed bfloat16", ("layers/packed.py",), has(torch.ops.mkldnn)
         ),
-        "_linear_pointwise": Use("oneDNN's product", ("layers/packed.py",), has(torch.ops.mkldnn)),
+        "_linear_pointwise": Use("oneDNN's product", ("layers/packed.py", "spatial/weights.py"), has(torch.ops.mkldnn)),
         "_make_wrapper_subclass": Use("tensors of ours", ("guidance/lazy.py", "spatial/rows.py"), has(torch.Tensor)),
         "_modules": Use("modules in place", ("integrations/styles.py",), has(torch.nn.Module())),
         "_nbytes": Use("the size of a packed weight", ("layers/packed.py",), has(torch.ops.mkldnn)),

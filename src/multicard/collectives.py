@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from multicard.axis import Axis
 from multicard.backends import eager, traced
@@ -27,6 +28,8 @@ def all_reduce(x: Tensor, axis: Axis, op: str = "sum") -> Tensor:
     """
     if axis.size == 1:
         return x
+    if _is_special(x):
+        return handle_torch_function(all_reduce, (x,), x, axis, op)
     engine, group = _engine(axis)
     return engine.all_reduce(x, group, op)
 
@@ -40,6 +43,8 @@ def all_gather(x: Tensor, axis: Axis, dim: int = 0, sizes: Sequence[int] | None 
     """
     if axis.size == 1:
         return x
+    if _is_special(x):
+        return handle_torch_function(all_gather, (x,), x, axis, dim, sizes)
     dim = dim % x.ndim
     sizes = tuple(sizes) if sizes is not None else (x.shape[dim],) * axis.size
     _check_sizes("all_gather", x.shape[dim], sizes, axis)
@@ -111,6 +116,11 @@ def exchange(sends: Mapping[int, Tensor], receives: Mapping[int, Tensor], axis: 
         *(dist.P2POp(dist.irecv, x, group=axis.group, group_peer=of) for of, x in receives.items() if x.numel()),
     ]
     return Exchange(dist.batch_isend_irecv(calls) if calls else (), (*sends.values(), *receives.values()))
+
+
+def _is_special(x: Tensor) -> bool:
+    """Whether ``x`` is of a class that says itself what a function of torch is on it, as rows of pictures do."""
+    return not torch.compiler.is_compiling() and has_torch_function((x,))
 
 
 def _engine(axis: Axis) -> tuple[Any, Any]:

@@ -24,7 +24,7 @@ def pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     size = layout.outer * layout.rows
     if size == 1 and any(x.dim() >= -place and x.shape[place] != 1 for x in tensors):
         return NotImplemented
-    if any(x is not target and not _fits(x, place, layout) for x in rows):
+    if any(x is not target and not _fits(x, place, target) for x in rows):
         return NotImplemented
 
     def local(value: Any) -> Any:
@@ -39,9 +39,10 @@ def _preference(x: Rows) -> tuple[int, int]:
     return x.dim(), -max(x.held.sizes)
 
 
-def _fits(x: Rows, place: int, layout: Layout) -> bool:
-    """Whether moving rows makes ``x`` have this layout."""
-    return (x.held.dim - x.dim(), x.held.outer, x.held.rows) == (place, layout.outer, layout.rows)
+def _fits(x: Rows, place: int, target: Rows) -> bool:
+    """Whether moving rows makes ``x`` have the target's layout."""
+    alike = (x.held.dim - x.dim(), x.held.outer, x.held.rows) == (place, target.held.outer, target.held.rows)
+    return alike and x.ranks is target.ranks
 
 
 def _part(x: Tensor, place: int, layout: Layout, rank: int) -> Tensor:

@@ -133,7 +133,7 @@ class Rows(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         found = RULES.get(func.overloadpacket)
-        if found is None and torch.Tag.pointwise in func.tags:
+        if found is None and torch.Tag.pointwise in func.tags and torch.Tag.nondeterministic_seeded not in func.tags:
             found = RULES[torch.ops.aten.add]
         if found is not None:
             out = found(func, args, kwargs)

@@ -134,7 +134,7 @@ def cat(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     first = min((x for x in tensors if isinstance(x, Rows)), key=lambda x: max(x.held.sizes))
     dim, layout = dim % first.dim(), first.held
     alike = [x for x in tensors if isinstance(x, Rows)]
-    if any((x.held.dim, x.held.outer) != (layout.dim, layout.outer) for x in alike):
+    if any((x.held.dim, x.held.outer, x.ranks) != (layout.dim, layout.outer, first.ranks) for x in alike):
         return NotImplemented
     if dim == layout.dim:
         return _stacked(tensors, layout, first) if layout.outer == 1 else NotImplemented

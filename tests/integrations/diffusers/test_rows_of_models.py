@@ -47,7 +47,10 @@ def unet(mesh, name, rows):
     model = case.build()
     rows += -rows % case.multiple
     expected = unets.forward(model, case, rows)
-    RowSplit(model, mesh)
+    if mesh.tp.size > 1:
+        mc.parallelize(model, mesh)
+    else:  # also networks that are no denoisers
+        RowSplit(model, mesh)
     got = unets.forward(model, case, rows)
     errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, expected, strict=True)]
     return {"forward": max(errors)}, dict(split_by_rows(model).whole)
@@ -66,3 +69,10 @@ def test_unets_are_exact(run_on, name, degrees):
     for errors, whole in run_on(unet, name, 7, **degrees):
         assert errors["forward"] < 1e-5
         assert {*whole} == WHOLE.get(name, set())
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "motion", "svd"])
+def test_unets_by_rows_and_by_weights(run_on, name):
+    for errors, whole in run_on(unet, name, 7, ulysses=2, tp=2):
+        assert errors["forward"] < 1e-5
+        assert whole == {}
