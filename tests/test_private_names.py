@@ -111,7 +111,7 @@ TABLE = {
         "_assert_async": Use("a check in a compiled graph", ("layers/embedding.py",), has(torch)),
         "_C": Use(
             "DisableTorchFunctionSubclass, compiled code",
-            ("guidance/lazy.py", "models/compiled.py", "spatial/rows.py"),
+            ("guidance/lazy.py", "models/compiled.py", "spatial/products.py", "spatial/rows.py"),
             has(torch),
         ),
         "_aoti": Use("AOTIModelContainerRunnerCpu: compiled code", ("models/compiled.py",), runs_compiled_code),

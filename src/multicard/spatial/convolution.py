@@ -26,17 +26,18 @@ def convolution(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     n = x.held.dim - 2
     if n < 0 or x.held.outer != 1:
         return NotImplemented
-    each = lambda values: values[n] if len(values) > 1 else values[0]  # noqa: E731
-    at = (weight.shape[2 + n], each(stride), each(padding), each(dilation))
-    spread = lambda values: list(values) if len(values) > 1 else list(values) * (x.dim() - 2)  # noqa: E731
+    stride, padding, dilation, output_padding = (
+        list(each) if len(each) > 1 else list(each) * (x.dim() - 2)  # one number is meant for all dims
+        for each in (stride, padding, dilation, output_padding)
+    )
+    at = (weight.shape[2 + n], stride[n], padding[n], dilation[n])
 
     def step(slab: Tensor, rows: int) -> Tensor:
-        pads = spread(padding)
-        pads[n] = rows
+        pads = [*padding[:n], rows, *padding[n + 1 :]]
         return func(slab, weight, bias, stride, pads, dilation, transposed, output_padding, groups)
 
     if transposed:
-        if each(output_padding) or at[0] < at[1]:
+        if output_padding[n] or at[0] < at[1]:
             return NotImplemented
         return _transposed(x, TransposedWindow(*at), step)
     return _slide(x, Window(*at), step)
@@ -77,10 +78,8 @@ def _slide(x: Rows, window: Window, step: Step) -> Rows:
     if not have or top + bottom >= len(mine):
         slab = _slab(x, fetch.wait(), needed, missing[rank])
         return x.like(step(slab, 0), out)
-    pad = max(
-        above, below, 0
-    )  # rows of zeros at both ends; a few more, so that a row of the result starts at ``needed``
-    pad += (above - pad) % window.stride
+    pad = max(above, below, 0)  # rows of zeros at both ends
+    pad += (above - pad) % window.stride  # so that a row of the result reads from ``needed.start`` on
     result = step(x.local, pad).narrow(layout.dim, (pad - above) // window.stride, len(mine))
     fetched = fetch.wait()
     if top:

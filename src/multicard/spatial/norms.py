@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -90,8 +91,13 @@ def _combined(x: Rows, own: Tensor) -> tuple[Tensor, Tensor]:
     Means and variances are combined (Chan, Golub and LeVeque 1979), so no large sums are subtracted.
     """
     means, rstds = collectives.all_gather(own.unsqueeze(0), x.ranks.axis).unbind(1)
-    shares = torch.tensor([size / x.held.rows for size in x.held.sizes], dtype=own.dtype, device=own.device)
-    shares = shares.view(-1, 1, 1)
+    shares = _shares(x.held.sizes, own.dtype, own.device)
     mean = (shares * means).sum(0)
     variance = (shares * (rstds.square().reciprocal() + (means - mean).square())).sum(0)  # with eps in it
     return mean, torch.rsqrt(variance)
+
+
+@functools.lru_cache(maxsize=64)
+def _shares(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Of all rows those that each rank has, ``(ranks, 1, 1)``; kept, since copies to a card make it wait."""
+    return torch.tensor([size / sum(sizes) for size in sizes], dtype=dtype, device=device).view(-1, 1, 1)

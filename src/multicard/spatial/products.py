@@ -76,9 +76,9 @@ _plain: Any = F.scaled_dot_product_attention
 
 
 def attention(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``scaled_dot_product_attention``: over split tokens by :func:`multicard.attend`; otherwise local, where keys are
-    split with all of them gathered."""
-    return _attention(*args, **kwargs)
+    """``scaled_dot_product_attention``: over split tokens by :func:`multicard.attend`; otherwise local, on all keys."""
+    with torch._C.DisableTorchFunction():  # what attend makes isn't to be split
+        return _attention(*args, **kwargs)
 
 
 def _attention(
@@ -94,10 +94,10 @@ def _attention(
     options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
     tokens = query.dim() - 2
     mask = attn_mask.gathered() if isinstance(attn_mask, Rows) else attn_mask
-    if not isinstance(query, Rows) or query.held.dim > tokens:
+    if not isinstance(query, Rows) or query.held.dim > tokens or dropout_p:
         whole = [x.gathered() if isinstance(x, Rows) else x for x in (query, key, value)]
         next(x for x in (query, key, value) if isinstance(x, Rows)).ranks.whole["scaled_dot_product_attention"] += 1
-        return _plain(*whole, mask, is_causal=is_causal, **options)
+        return _plain(*whole, mask, dropout_p, is_causal, **options)
     held = query.held
     if held.dim < tokens:  # each sample or head by itself
         parts = [query.local, *(_local(_alike(x, held), held.dim, held, query.rank) for x in (key, value))]

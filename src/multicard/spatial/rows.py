@@ -135,12 +135,11 @@ class Rows(Tensor):
         found = RULES.get(func.overloadpacket)
         if found is None and torch.Tag.pointwise in func.tags and torch.Tag.nondeterministic_seeded not in func.tags:
             found = RULES[torch.ops.aten.add]
-        if found is not None:
-            out = found(func, args, kwargs)
-            if out is not NotImplemented:
-                return out
-        out = func.decompose(*args, **kwargs)
-        return on_whole(func, args, kwargs) if out is NotImplemented else out
+        with torch._C.DisableTorchFunction():  # what rules make isn't to be split
+            out = NotImplemented if found is None else found(func, args, kwargs)
+            if out is NotImplemented:
+                out = func.decompose(*args, **kwargs)
+            return on_whole(func, args, kwargs) if out is NotImplemented else out
 
 
 class NewRows(TorchFunctionMode):
