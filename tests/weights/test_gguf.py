@@ -13,14 +13,18 @@ import torch
 import tiny_ggufs as tiny
 from multicard.config import ParallelConfig
 from multicard.errors import CheckpointError, MulticardError, UnsupportedError
+from multicard.layers.shard import shard_of
 from multicard.mesh import single
+from multicard.models.compiler import outline
 from multicard.models.load import check_folder, load_decoder
+from multicard.models.outline import sources
 from multicard.quantized.types import BLOCK_TYPES
 from multicard.quantized.weight import blocks_of
 from multicard.quantized.words import dequantize
 from multicard.weights import open_files
 from multicard.weights.gguf.files import GGUFFiles
 from multicard.weights.gguf.header import read_header
+from multicard.weights.source import Reader
 
 ROWS, COLUMNS = 5, 768
 HALVES = {"Q8_0": (0,), "Q4_0": (0,), "Q5_0": (0,), "Q4_1": (0, 2), "Q5_1": (0, 2)}
@@ -109,12 +113,37 @@ def test_blocks_as_they_are(every_type):
     path, expected = every_type
     with GGUFFiles(path) as files:
         for kind in BLOCK_TYPES:
-            name, raw, inside = files.blocks(kind, 1, range(250, 601))
-            assert name == kind
+            raw, inside = files.blocks(kind, range(ROWS), range(250, 601))
             assert raw.shape[0] == ROWS
-            assert torch.equal(dequantize(name, raw)[:, inside.start : inside.stop], expected[kind][:, 250:601])
-            _, raw, inside = files.blocks(kind, 0, range(1, 3))
+            assert torch.equal(dequantize(kind, raw)[:, inside.start : inside.stop], expected[kind][:, 250:601])
+            raw, inside = files.blocks(kind, range(1, 3), range(COLUMNS))
             assert (len(raw), inside) == (2, range(COLUMNS))
+
+
+@pytest.mark.parametrize("family", tiny.MODELS)
+def test_blocks_are_read_some_rows_at_a_time(tmp_path, monkeypatch, family):
+    """Pieces of 32 rows, a whole head's, of parts that end inside a piece and inside a tile."""
+    path, several = tmp_path / "m.gguf", set()
+    tiny.write(path, family, types=["Q8_0", "Q6_K", "Q4_0"])
+    for rank in range(3):
+        model = outline(str(path), rank, 3, 1, torch.float32)
+        with GGUFFiles(path) as files:
+            source_of = sources(model.config, files, model)
+            for name, parameter in model.named_parameters():
+                weight, found = blocks_of(parameter), {}
+                if weight is None:
+                    continue
+                for piece in (1, 1 << 30):
+                    monkeypatch.setattr("multicard.weights.blocks.PIECE", piece)
+                    reader, out = Reader(files), torch.zeros(weight.words, dtype=torch.int32)
+                    source_of(name).fill(reader, name, shard_of(parameter), out)
+                    found[piece] = out, reader
+                (small, pieces), (whole, together) = found.values()
+                assert torch.equal(small, whole)
+                assert pieces.bytes_read == together.bytes_read
+                assert pieces.staging <= 3 * 32 * max(part.width * part.type.size for part in weight.parts)
+                several.add(pieces.staging < together.staging)
+    assert True in several
 
 
 def numbers(parameter):

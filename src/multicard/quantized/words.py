@@ -99,12 +99,15 @@ class Blocks:
             found += [torch.cat([F.pad(part, (0, -part.shape[-1] % WORD)) for part in parts], -1).flatten(1)]
         return torch.cat(found, 1).view(torch.int32)
 
-    def interleave(self, raw: Tensor) -> Tensor:
-        """The same as they are kept, ``(words,)``."""
-        words = self.in_words(raw)
-        full = self.rows - self.rows % LANES
-        tiles = words[:full].view(-1, LANES, self.row_words).transpose(1, 2)
-        return torch.cat([tiles.reshape(-1), words[full:].t().reshape(-1)])
+    def interleave(self, raw: Tensor, out: Tensor | None = None) -> Tensor:
+        """The same as they are kept, ``(words,)``; written into ``out`` if that is given."""
+        out = torch.empty(self.words, dtype=torch.int32) if out is None else out
+        rest = self.in_words(raw)
+        for tiles in self.tiles(out):
+            count, _, lanes = tiles.shape
+            some, rest = rest[: count * lanes], rest[count * lanes :]
+            tiles.copy_(some.view(count, lanes, self.row_words).transpose(1, 2))
+        return out
 
     def tiles(self, held: Tensor) -> list[Tensor]:
         """Views ``(tiles, row_words, lanes)`` of what :meth:`interleave` returns: whole tiles, and the rest."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from multicard.quantized.words import LANES, Blocks
 from multicard.weights.gguf.files import GGUFFiles
 from multicard.weights.source import Plain, Reader, Shapes, Source
 
+PIECE = 4 << 20  # bytes of blocks that are read at a time
 ROUNDED = 1 << 24  # numbers that are held in float32 at a time while they are rounded
 
 
@@ -37,15 +39,36 @@ class InBlocks:
         return self.plain.shapes(shard)
 
     def fill(self, reader: Reader, name: str, shard: Shard, out: Tensor) -> None:
-        """Read this rank's blocks into ``out``, int32 of one dimension."""
+        """Read this rank's blocks into ``out``, int32 of one dimension, some rows at a time."""
         at = 0
         for part, slices in zip(self.weight.parts, self.slices, strict=True):
-            raws = []
-            for key, spans in slices:
-                raw = torch.cat([reader.blocks(key, shard.dim, span) for span in spans])
-                raws.append(self.plain.in_order(key, raw) if shard.dim == 0 else raw)
-            out[at : at + part.words] = part.interleave(torch.cat(raws))
-            at += part.words
+            rest = torch.empty(0, part.width, part.type.size, dtype=torch.uint8)
+            for raw in self._pieces(reader, shard, part, slices):
+                reader.staging = max(reader.staging, 3 * raw.nbytes)  # as read, in order, and in words
+                raw = torch.cat([rest, raw]) if len(rest) else raw
+                full = len(raw) - len(raw) % LANES
+                at = _put(part, raw[:full], out, at)
+                rest = raw[full:].clone()
+            at = _put(part, rest, out, at)
+
+    def _pieces(
+        self, reader: Reader, shard: Shard, part: Blocks, slices: Sequence[tuple[str, Spans]]
+    ) -> Iterator[Tensor]:
+        """The blocks of a part's rows in order, about PIECE bytes at a time, uint8 ``(some, width, size)``."""
+        unit = math.lcm(LANES, self.plain.together)
+        height = max(1, PIECE // (part.width * part.type.size) // unit) * unit
+        for key, spans in slices:
+            lines, columns = (spans, range(shard.shape[1])) if shard.dim == 0 else ((range(part.rows),), spans[0])
+            for some in partition.chunks(lines, height):
+                raw = torch.cat([reader.blocks(key, span, columns) for span in some])
+                yield self.plain.in_order(key, raw) if shard.dim == 0 else raw
+
+
+def _put(part: Blocks, raw: Tensor, out: Tensor, at: int) -> int:
+    """Put rows of a part into ``out`` from word ``at`` on; returns the word after them."""
+    rows = dataclasses.replace(part, rows=len(raw))
+    rows.interleave(raw, out[at : at + rows.words])
+    return at + rows.words
 
 
 def in_blocks(files: GGUFFiles, plain: Plain, shard: Shard, dtype: torch.dtype) -> InBlocks | None:
@@ -85,9 +108,7 @@ class Rounded:
             some = dataclasses.replace(shard, spans=each)
             numbers = torch.empty(some.local_shape)
             self.source.fill(reader, name, some, numbers)
-            rows = dataclasses.replace(part, rows=len(numbers))
-            out[at : at + rows.words] = rows.interleave(to_blocks(part.kind, numbers))
-            at += rows.words
+            at = _put(part, to_blocks(part.kind, numbers), out, at)
             reader.staging = max(reader.staging, 3 * numbers.nbytes)
 
 

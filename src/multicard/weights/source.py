@@ -61,15 +61,13 @@ class Reader:
             start += len(span)
         return start
 
-    def blocks(self, key: str, dim: int, rows: range) -> Tensor:
-        """The blocks that hold ``rows`` of a quantised matrix along ``dim``, uint8 ``(rows, blocks, bytes)``."""
+    def blocks(self, key: str, rows: range, columns: range) -> Tensor:
+        """The blocks that hold ``columns`` of ``rows`` of a quantised matrix, uint8 ``(rows, blocks, bytes)``."""
         files = self.checkpoint
         assert isinstance(files, GGUFFiles)
-        _, raw, _ = files.blocks(key, dim, rows)
-        stored = files.tensors[key]
+        raw, _ = files.blocks(key, rows, columns)
         self.bytes_read += raw.nbytes
-        self.shard_bytes += stored.size(len(rows) * stored.shape[1 - dim])
-        self.staging = max(self.staging, 2 * raw.nbytes)
+        self.shard_bytes += files.tensors[key].size(len(rows) * len(columns))
         return raw
 
     def rectangle(self, key: str, rows: range, columns: range) -> Tensor:
@@ -115,6 +113,11 @@ class Plain:
             if shard.dim == 0 and (ordered := self.in_order(key, rows := out[at:stop])) is not rows:
                 rows.copy_(ordered)
             at = stop
+
+    @property
+    def together(self) -> int:
+        """Adjacent rows that :meth:`in_order` needs together: it takes multiples of so many."""
+        return 1
 
     def in_order(self, key: str, rows: Tensor) -> Tensor:
         """Rows of a tensor in the order in which the model has them."""

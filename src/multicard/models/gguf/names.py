@@ -51,6 +51,10 @@ class Named(Plain):
 
     pairs_of: int | None = None
 
+    @property
+    def together(self) -> int:
+        return self.pairs_of or 1
+
     def in_order(self, key: str, rows: Tensor) -> Tensor:
         turned = self.pairs_of is not None and key in map(self._part, INTERLEAVED)
         return in_halves(rows, self.pairs_of) if turned and self.pairs_of else rows

@@ -58,7 +58,7 @@ class GGUFFiles(OpenFiles):
         target = out if out.dim() == 2 else out[None]
         tall, done, staging = max(1, STAGING // (4 * len(columns))), 0, 0
         for start in range(0, len(lines), tall):
-            raw, inside = self._raw(entry, lines[start : start + tall], columns)
+            raw, inside = self.blocks(name, lines[start : start + tall], columns)
             kind = entry.kind.name
             wide = dequantize(kind, raw) if entry.quantized else raw.view(PLAIN[kind]).flatten(1)
             target[start : start + tall].copy_(wide[:, inside.start : inside.stop])
@@ -66,18 +66,14 @@ class GGUFFiles(OpenFiles):
             staging = max(staging, raw.nbytes + (wide.nbytes if entry.quantized else 0))
         return done, staging
 
-    def blocks(self, name: str, dim: int, rows: range) -> tuple[str, Tensor, range]:
-        """The blocks that hold rows ``rows`` along ``dim`` of a tensor of one or two dimensions, as they are.
+    def blocks(self, name: str, lines: range, columns: range) -> tuple[Tensor, range]:
+        """The blocks of a matrix that cover ``columns`` of ``lines``, as they are; a tensor of one dimension is a line.
 
         Returns:
-            the type's name; ``(rows, blocks, bytes)`` uint8; the range of columns within these blocks, where ``dim`` is
-            the last dimension: a slice may begin and end inside a block.
+            uint8 ``(lines, blocks, bytes)``, and the range of ``columns`` within these blocks: they may begin and end
+            inside a block.
         """
         entry = self.tensors[name]
-        return entry.kind.name, *self._raw(entry, *_slice(entry, dim, rows))
-
-    def _raw(self, entry: Entry, lines: range, columns: range) -> tuple[Tensor, range]:
-        """The blocks of a matrix that cover ``columns`` of ``lines``, and the range of ``columns`` within them."""
         elements, size = entry.kind.columns, entry.kind.size
         first, stop, whole = columns.start // elements, -(-columns.stop // elements), entry.shape[-1] // elements
         raw = torch.empty(len(lines), stop - first, size, dtype=torch.uint8)
