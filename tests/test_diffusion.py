@@ -23,6 +23,7 @@ from multicard.integrations.diffusers.folder import PipelineFolder, variants
 from multicard.integrations.diffusers.output import pack, unpack
 from multicard.integrations.diffusers.replicas import Batch
 from multicard.integrations.diffusers.request import check_request
+from snapshots import snapshot
 
 DIGITS = pathlib.Path(__file__).parents[1] / "examples" / "digits" / "pipeline"
 REQUEST = {"class_labels": [3, 7, 1], "num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "np"}
@@ -50,6 +51,11 @@ def near(found, expected, tolerance=1e-4):
     assert found.shape == expected.shape
     assert np.abs(found - expected).max() < tolerance
     assert expected.std() > 0.1  # a picture, not a grey field
+
+
+def test_a_snapshot_of_links(expected, tmp_path):
+    with mc.DiffusionPipeline(snapshot(DIGITS, tmp_path), timeout=30) as pipe:
+        near(pipe(**REQUEST, seed=SEED).images, expected)
 
 
 @pytest.mark.seam

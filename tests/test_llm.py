@@ -23,6 +23,7 @@ from multicard.models.load import load_decoder
 from multicard.models.sampling import Sampling
 from multicard.models.tokenizer import Tokenizer
 from multicard.weights.folder import folder_path
+from snapshots import snapshot
 
 SMOLLM2 = pathlib.Path(__file__).parents[1] / ".cache" / "smollm2"
 NAME = "qwen2-6-over-2"
@@ -53,6 +54,15 @@ def checkpoint(tmp_path_factory):
 def llm(checkpoint):
     with mc.LLM(checkpoint[0], tp=2, timeout=30) as llm:
         yield llm
+
+
+def test_a_snapshot_of_links_and_a_single_file(checkpoint, llm, tmp_path):
+    expected = llm.generate([5, 7, 11], max_new_tokens=5, ignore_eos=True).token_ids
+    linked = snapshot(checkpoint[0], tmp_path)
+    for path in (linked, linked / "model.safetensors"):
+        with mc.LLM(path, timeout=30) as again:
+            assert again.path == linked
+            assert again.generate([5, 7, 11], max_new_tokens=5, ignore_eos=True).token_ids == expected
 
 
 def greedy(model, ids, new):

@@ -24,8 +24,7 @@ from multicard.models.load import check_folder as check_ours
 from multicard.models.outline import QUANTIZE
 from multicard.replica import Replica
 from multicard.values import is_whole
-from multicard.weights import LoadReport, is_gguf
-from multicard.weights.folder import folder_path
+from multicard.weights import LoadReport, checkpoint_path, is_gguf
 
 LOG = logging.getLogger(__name__)
 MOST_DRAFTS = 64  # the logits of so many tokens are held at once
@@ -119,7 +118,7 @@ def parse_draft(draft: Any) -> pathlib.Path | str | None:
         return draft
     if not isinstance(draft, str | os.PathLike):
         raise ConfigError(f"draft={draft!r}: must be None, 'prompt' or a checkpoint's folder")
-    return folder_path(draft)
+    return checkpoint_path(draft)
 
 
 def _check_folder(path: pathlib.Path, degrees: ParallelConfig) -> tuple[Any, str]:

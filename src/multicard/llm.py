@@ -22,8 +22,8 @@ from multicard.models.tokenizer import Tokenizer
 from multicard.progress import loading_bar
 from multicard.ranks.settings import Options
 from multicard.session import Session
-from multicard.weights import LoadReport
-from multicard.weights.folder import folder_path, parse_dtype, paths_of
+from multicard.weights import LoadReport, checkpoint_path
+from multicard.weights.folder import parse_dtype, paths_of
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Text, token ids, or chat messages (``{"role": ..., "content": ...}``)."""
@@ -105,7 +105,7 @@ class LLM(Session):
         **options: Unpack[Options],
     ) -> None:
         degrees = ParallelConfig(tp=tp, ring=ring, ulysses=ulysses, dp=dp)
-        self.path = folder_path(path)
+        self.path = checkpoint_path(path)
         self.draft, self.lora = engines.parse_draft(draft), paths_of("lora", lora)
         loading = engines.Loading(parse_dtype(dtype), verify, compile, self.draft, draft_tokens, self.lora, quantize)
         self.config, self.engine = engines.check(self.path, degrees, loading)

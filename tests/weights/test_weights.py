@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import struct
 
 import pytest
@@ -20,7 +21,7 @@ from multicard.layers.packed import pack
 from multicard.layers.shard import Shard
 from multicard.mesh import single
 from multicard.models.load import check_folder, load_decoder
-from multicard.weights import Checkpoint, Plain
+from multicard.weights import Checkpoint, Plain, checkpoint_path
 
 NAME = "qwen2-6-over-2"
 TENSOR = "model.layers.1.mlp.down_proj.weight"
@@ -117,8 +118,24 @@ def test_a_folder_or_config_that_is_not_there(tmp_path, folder):
 
 def test_pickled_weights_are_refused(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(UnsupportedError, match="convert to safetensors"):
+    for path in (folder, folder / "pytorch_model.bin"):
+        with pytest.raises(UnsupportedError, match=r"can run code.*convert it: python -c .*save_pretrained"):
+            check_folder(checkpoint_path(path), ParallelConfig())
+
+
+def test_a_folders_only_file_stands_for_it(folder):
+    assert checkpoint_path(folder) == folder
+    file = (folder / "model.safetensors").rename(folder / "fine-tuned.safetensors")
+    assert checkpoint_path(file) == checkpoint_path(folder) == folder
+    check_folder(folder, ParallelConfig())
+    shutil.copy(file, folder / "adapter.safetensors")
+    with pytest.raises(CheckpointError, match=r"fine-tuned.safetensors isn't all of the weights in .*give the folder"):
+        checkpoint_path(file)
+    with pytest.raises(CheckpointError, match=r"model.safetensors: no such file"):
         check_folder(folder, ParallelConfig())
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no config.json beside it"):
+        checkpoint_path(file)
 
 
 def test_more_ranks_than_heads(folder):

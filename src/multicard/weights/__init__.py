@@ -1,6 +1,6 @@
 """Checkpoints, and the slices of their tensors that each rank reads."""
 
-from multicard.weights.checkpoint import Checkpoint
+from multicard.weights.checkpoint import Checkpoint, checkpoint_path
 from multicard.weights.files import TensorFiles
 from multicard.weights.formats import is_gguf, open_files
 from multicard.weights.load import LoadReport, SourceOf, agree, check, load
@@ -17,6 +17,7 @@ __all__ = [
     "TensorFiles",
     "agree",
     "check",
+    "checkpoint_path",
     "is_gguf",
     "load",
     "open_files",

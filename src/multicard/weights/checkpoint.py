@@ -16,6 +16,7 @@ from torch import Tensor
 
 from multicard.errors import CheckpointError, UnsupportedError
 from multicard.weights.files import STAGING, OpenFiles, open_regular
+from multicard.weights.folder import folder_path
 
 STORED_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 CODE_TYPES = {"I64": torch.int64, "I32": torch.int32, "I8": torch.uint8, "U8": torch.uint8, "F8_E4M3": torch.uint8}
@@ -26,6 +27,11 @@ LARGEST_HEADER = 100_000_000
 MOST_TENSORS = 1 << 17
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """Exceptions that reading damaged JSON may raise."""
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+CONVERT = (
+    'if you trust it, convert it: python -c "import transformers as t; '
+    "t.AutoModelForCausalLM.from_pretrained('{0}').save_pretrained('{0}-safetensors')\""
+)
 SINGLE, INDEX = "{}.safetensors", "{}.safetensors.index.json"
 
 
@@ -119,14 +125,38 @@ class Checkpoint(OpenFiles):
         return out
 
 
+def checkpoint_path(path: str | os.PathLike[str]) -> pathlib.Path:
+    """A checkpoint's absolute path; a folder's only safetensors file stands for the folder.
+
+    Raises:
+        CheckpointError: a safetensors file without a config beside it, or with other weights.
+        UnsupportedError: a pickled file.
+    """
+    found = folder_path(path)
+    if not found.is_file():
+        return found
+    if found.suffix in PICKLED:
+        raise UnsupportedError(f"{found} is pickled, which can run code: {CONVERT.format(found.parent)}")
+    if found.suffix != ".safetensors":
+        return found
+    if not (found.parent / "config.json").is_file():
+        raise CheckpointError(f"{found}: there is no config.json beside it; put the model's there")
+    if _files(found.parent, "model")[0] != [found]:
+        raise CheckpointError(f"{found} isn't all of the weights in {found.parent}: give the folder")
+    return found.parent
+
+
 def _files(folder: pathlib.Path, stem: str) -> tuple[list[pathlib.Path], dict[str, str] | None]:
     name, dot, variant = stem.partition(".")
     index = folder / (f"{name}.safetensors.index.{variant}.json" if dot else INDEX.format(stem))
     if not index.is_file():
-        single = folder / SINGLE.format(stem)
-        if not single.is_file() and any(folder.glob("*.bin")):
-            raise UnsupportedError(f"{folder} holds pickled weights only, which can run code: convert to safetensors")
-        return [single], None
+        single, others = folder / SINGLE.format(stem), list(folder.glob("*.safetensors"))
+        if single.is_file() or (not others and not any(folder.glob("*.bin"))):
+            return [single], None
+        if not others:
+            why = CONVERT.format(folder)
+            raise UnsupportedError(f"{folder} holds pickled weights only, which can run code: {why}")
+        return [others[0] if len(others) == 1 else single], None  # one file of any name
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))

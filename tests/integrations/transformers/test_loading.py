@@ -7,6 +7,7 @@ import torch
 
 import multicard as mc
 import zoo
+from snapshots import snapshot
 
 NAMES = ("bert", "gemma3", "gpt2", "gpt_oss", "llama-tied", "mixtral", "phi3", "qwen2_moe", "t5_encoder")
 
@@ -52,6 +53,15 @@ def test_each_rank_reads_its_slices_only(run_on, oracles, checkpoints, degrees):
         for name, (error, share) in rank.items():
             assert error <= 1e-5, name
             assert share <= (1.6 / degrees["tp"] + 0.15 if "tp" in degrees else 1), name
+
+
+def test_a_snapshot_of_links(run_on, oracles, checkpoints, tmp_path):
+    name = "qwen2_moe"
+    size = sum(path.stat().st_size for path in (checkpoints / name).glob("*.safetensors"))
+    snapshot(checkpoints / name, tmp_path).rename(tmp_path / "models--a--b" / "snapshots" / name)
+    references = {name: (oracles[name][0], size)}
+    for rank in run_on(load_and_compare, tmp_path / "models--a--b" / "snapshots", references, tp=2):
+        assert rank[name][0] <= 1e-5
 
 
 def test_damaged_checkpoints_are_refused_alike_on_every_rank(run_on, checkpoints, tmp_path):

@@ -120,7 +120,11 @@ class PipelineFolder:
         if weights or not (folder / "config.json").is_file() or any(kind in cls for kind in WITHOUT_WEIGHTS):
             return
         if any(any(folder.glob(pattern)) for pattern in PICKLED):
-            raise UnsupportedError(f"{folder} holds pickled weights only, which can run code: convert to safetensors")
+            raise UnsupportedError(
+                f"{folder} holds pickled weights only, which can run code: if you trust it, convert the pipeline: "
+                f"python -c \"import diffusers as d; d.DiffusionPipeline.from_pretrained('{self.path}', use_safetensors=False)"
+                f".save_pretrained('{self.path}-safetensors')\""
+            )
         raise CheckpointError(f"{folder}: no safetensors weights in it")
 
     def _check_variant(self, names: list[str]) -> None:
