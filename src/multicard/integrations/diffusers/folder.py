@@ -122,8 +122,8 @@ class PipelineFolder:
         if any(any(folder.glob(pattern)) for pattern in PICKLED):
             raise UnsupportedError(
                 f"{folder} holds pickled weights only, which can run code: if you trust it, convert the pipeline: "
-                f"python -c \"import diffusers as d; d.DiffusionPipeline.from_pretrained('{self.path}', use_safetensors=False)"
-                f".save_pretrained('{self.path}-safetensors')\""
+                f"python -c \"import diffusers as d; d.DiffusionPipeline.from_pretrained('{self.path}', "
+                f"use_safetensors=False).save_pretrained('{self.path}-safetensors')\""
             )
         raise CheckpointError(f"{folder}: no safetensors weights in it")
 
