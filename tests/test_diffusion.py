@@ -266,8 +266,8 @@ BAD = {
     "a dtype": (lambda f: None, {"dtype": "int3"}, ConfigError, "dtype='int3'"),
     "more ranks than heads": (lambda f: None, {"tp": 5}, UnsupportedError, "4 heads"),
     "a model without a plan": (
-        lambda f: edit(f / "model_index.json", transformer=["diffusers", "UNet2DModel"]),
-        {"ulysses": 2}, UnsupportedError, "UNet2DModel has no sequence-parallel plan",
+        lambda f: edit(f / "model_index.json", transformer=["diffusers", "PriorTransformer"]),
+        {"ulysses": 2}, UnsupportedError, "PriorTransformer has no sequence-parallel plan",
     ),
 }  # fmt: skip
 

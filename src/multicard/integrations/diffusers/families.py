@@ -159,6 +159,10 @@ SEQUENCE: dict[str, SequencePlan] = {
 }
 """Sequence plans, by class. If the model has a ``_cp_plan``, its splits and gathers are added to these."""
 
+ROWS = ("SanaTransformer2DModel",)
+"""Transformers without a sequence plan that are divided by rows of pictures, as U-Nets are: convolutions between their
+layers, and attention without a softmax, whose sums over tokens the ranks add up."""
+
 _JOINT_BLOCKS = {
     "transformer_blocks.*.{attn,attn2}": "attention",
     "transformer_blocks.*.{ff,ff_context}": "feed_forward",

@@ -19,6 +19,7 @@ from multicard.integrations.diffusers.denoisers import NAMES
 from multicard.integrations.diffusers.lora import lora_file
 from multicard.integrations.diffusers.parts import check_parts
 from multicard.integrations.diffusers.plans import sequence_plan
+from multicard.integrations.diffusers.rows import has_rows
 from multicard.integrations.diffusers.tensor import tensor_changes
 from multicard.integrations.untrusted import blamed_on, offline, read_config
 from multicard.values import did_you_mean
@@ -212,5 +213,5 @@ def check_plans(folder: pathlib.Path, name: str, degrees: ParallelConfig) -> Non
         model = cls.from_config(config)
     if degrees.tp > 1:
         tensor_changes(model, Axis("tp", 0, degrees.tp))
-    if degrees.ring * degrees.ulysses > 1:
+    if degrees.ring * degrees.ulysses > 1 and not has_rows(model):
         check_sequence(model, sequence_plan(model))

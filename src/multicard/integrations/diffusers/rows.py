@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from multicard.errors import UnsupportedError
 from multicard.integrations.diffusers.checks import check_rows
 from multicard.integrations.diffusers.denoisers import uncompiled
+from multicard.integrations.diffusers.families import ROWS
 from multicard.integrations.diffusers.sequence import SPLIT as SEQUENCE
 from multicard.integrations.intercept import Plain, intercept
 from multicard.integrations.seams import Hooks, bypassed
@@ -33,7 +34,8 @@ PACKAGES = ("unets", "controlnets", "adapter")
 def has_rows(module: nn.Module) -> bool:
     """Whether a denoiser, or a network beside one, is of convolutions over rows."""
     packages = [base.__module__.split(".") for base in type(uncompiled(module)).__mro__]
-    return any(p[:2] == ["diffusers", "models"] and any(name in p for name in PACKAGES) for p in packages)
+    unets = any(p[:2] == ["diffusers", "models"] and any(name in p for name in PACKAGES) for p in packages)
+    return unets or type(uncompiled(module)).__name__ in ROWS
 
 
 def beside_unets(pipe: Any) -> list[nn.Module]:
