@@ -15,10 +15,12 @@ from .launch import Kept as Kept
 from .launch import Ranks as Ranks
 from .launch import launch as launch
 from .layers import ColumnParallelConv2d as ColumnParallelConv2d
+from .layers import ColumnParallelConv3d as ColumnParallelConv3d
 from .layers import ColumnParallelLinear as ColumnParallelLinear
 from .layers import GatherLastDim as GatherLastDim
 from .layers import ParallelLMHead as ParallelLMHead
 from .layers import RowParallelConv2d as RowParallelConv2d
+from .layers import RowParallelConv3d as RowParallelConv3d
 from .layers import RowParallelLinear as RowParallelLinear
 from .layers import VocabParallelEmbedding as VocabParallelEmbedding
 from .llm import LLM as LLM

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from multicard.errors import ConfigError
-from multicard.layers.conv import ColumnParallelConv2d, RowParallelConv2d
+from multicard.layers.conv import ColumnParallelConv2d, ColumnParallelConv3d, RowParallelConv2d, RowParallelConv3d
 from multicard.mesh import single
 
 CASES = [
@@ -47,6 +47,33 @@ def convolutions(mesh):
     return errors
 
 
+VIDEO_CASES = [
+    {"in_channels": 5, "out_channels": 7, "kernel_size": 3, "padding": 1},
+    {"in_channels": 4, "out_channels": 6, "kernel_size": (2, 3, 1), "groups": 2, "stride": (1, 2, 1), "bias": False},
+    {"in_channels": 1, "out_channels": 2, "kernel_size": 3, "padding": (1, 1, 2), "padding_mode": "replicate"},
+]
+
+
+def video_convolutions(mesh):
+    torch.manual_seed(0)
+    errors = {}
+    for i, case in enumerate(VIDEO_CASES):
+        whole = nn.Conv3d(**case, dtype=torch.float64).requires_grad_(False)
+        x = torch.randn(2, whole.in_channels, 4, 7, 6, dtype=torch.float64)
+        column = ColumnParallelConv3d.from_conv(whole, mesh.tp, gather_output=True)
+        row = RowParallelConv3d.from_conv(whole, mesh.tp, input_is_parallel=False)
+        for name, layer in (("column", column), ("row", row)):
+            errors[i, name] = float((layer(x) - whole(x)).abs().max())
+            errors[i, name, "no batch"] = float((layer(x[0]) - whole(x[0])).abs().max())
+    return errors
+
+
+@pytest.mark.parametrize("tp", [2, 3])
+def test_videos(run_on, tp):
+    for errors in run_on(video_convolutions, tp=tp):
+        assert {case: error for case, error in errors.items() if not error < 1e-12} == {}
+
+
 @pytest.mark.parametrize("tp", [2, 3, 4])
 def test_exact_at_any_degree(run_on, tp):
     for errors in run_on(convolutions, tp=tp):
@@ -73,3 +100,5 @@ def test_parameters_keep_their_shard_rule():
 def test_other_convolutions_are_refused():
     with pytest.raises(ConfigError, match="ConvTranspose2d"):
         RowParallelConv2d.from_conv(nn.ConvTranspose2d(1, 1, 3), single().tp)
+    with pytest.raises(ConfigError, match=r"Conv2d isn't torch.nn.Conv3d"):
+        ColumnParallelConv3d.from_conv(nn.Conv2d(1, 1, 3), single().tp)

@@ -1,6 +1,6 @@
 """Layers split over a mesh axis, exact at any degree; on an axis of size 1 they are plain layers."""
 
-from multicard.layers.conv import ColumnParallelConv2d, RowParallelConv2d
+from multicard.layers.conv import ColumnParallelConv2d, ColumnParallelConv3d, RowParallelConv2d, RowParallelConv3d
 from multicard.layers.embedding import VocabParallelEmbedding
 from multicard.layers.head import GatherLastDim, ParallelLMHead
 from multicard.layers.linear import ColumnParallelLinear, RowParallelLinear
@@ -9,12 +9,14 @@ from multicard.layers.shard import Shard, even_shares, shard_of
 
 __all__ = [
     "ColumnParallelConv2d",
+    "ColumnParallelConv3d",
     "ColumnParallelLinear",
     "GatherLastDim",
     "ParallelLMHead",
     "ParallelRMSNorm",
     "RMSNorm",
     "RowParallelConv2d",
+    "RowParallelConv3d",
     "RowParallelLinear",
     "Shard",
     "VocabParallelEmbedding",
