@@ -13,6 +13,7 @@ split call is compared with the whole one. Ranks decide only by facts that are t
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Protocol
@@ -23,11 +24,11 @@ from torch.utils._pytree import tree_map_only
 
 from multicard import collectives
 from multicard.axis import Axis
-from multicard.errors import UnsupportedError
+from multicard.errors import RankError, UnsupportedError
 from multicard.guidance.batch import BatchPlan, merge_outputs
-from multicard.guidance.exchange import Agreed, agree, exchange, pack, size_of, unpack
+from multicard.guidance.exchange import Agreed, agree, exchange, pack, size_of, total, unpack
 from multicard.guidance.lazy import Promise, promise_like, unwrap
-from multicard.guidance.step import Kind, Step, deal, is_torn, part_of
+from multicard.guidance.step import Kind, Part, Step, deal, is_torn, part_of
 from multicard.guidance.trees import clone, fill, is_transparent, same_shapes, signature, template, tensors_of
 from multicard.guidance.trial import passes, random_state
 from multicard.replica import Status
@@ -42,14 +43,21 @@ class Denoiser(Protocol):
     @property
     def name(self) -> str: ...
 
-    def run(self, kwargs: Mapping[str, Any]) -> Any:
-        """Call it."""
+    def run(self, kwargs: Mapping[str, Any], part: Part | None = None) -> Any:
+        """Call it; ``kwargs`` have only this part of the batch, and no other rank has the rest if there is none."""
+
+    def skip(self, part: Part) -> None:
+        """Other ranks call it now; ``part`` has no rows."""
 
     def state(self) -> object:
         """A snapshot of its state besides parameters: equal before and after a call without side effects."""
 
-    def freeze(self) -> Callable[[Mapping[str, Any]], Any]:
-        """``run`` with the denoiser's current hooks, even if others are in place when it is called."""
+    def freeze(self, fresh: bool = False) -> Callable[[Mapping[str, Any]], Any]:
+        """``run`` with the denoiser's current hooks, even if others are in place when it is called.
+
+        Args:
+            fresh: as if it were the first call; what is kept from call to call isn't used or changed.
+        """
 
 
 @dataclasses.dataclass(eq=False)
@@ -88,7 +96,7 @@ class Branches:
         self._step: Step | None = None  # the recorded step that this one has followed so far
         self._packed: list[Tensor] = []
         self._status = Status.OK
-        self._drifts = False
+        self._drifts = self._told = False
         self._device = torch.device("cpu")
 
     def call(self, denoiser: Denoiser, kwargs: Mapping[str, Any]) -> Any:
@@ -147,10 +155,19 @@ class Branches:
         try:
             return run(kwargs)
         except Exception:
-            self._agree(Status.RAISED, (0, 0, 0))
+            if not self._told:
+                self._agree(Status.RAISED, (0, 0, 0))
             raise
         finally:
             self._running = False
+
+    def _total(self, numbers: tuple[float, float]) -> tuple[float, float]:
+        """``numbers`` summed over ranks, inside a call of which each computes a part."""
+        try:
+            return total(self.axis, self._device, numbers)
+        except RankError:
+            self._told = True  # all ranks know
+            raise
 
     def _whole(self, denoiser: Denoiser, kwargs: Mapping[str, Any], key: Hashable) -> Any:
         rows = self.plan.rows(kwargs)
@@ -162,7 +179,7 @@ class Branches:
             self._changes[key] += 1
         pure = not changed and torch.equal(noise, random_state(self._device)) and is_transparent(kwargs)
         kind = Kind(key, rows, tree_map_only(Tensor, template, output), self._device, pure)
-        trial = (denoiser.freeze(), trial_args, clone(output)) if trial_args is not None and pure else None
+        trial = (denoiser.freeze(fresh=True), trial_args, clone(output)) if trial_args is not None and pure else None
         self._made.append(Made(kind, trial=trial))
         return output
 
@@ -172,8 +189,12 @@ class Branches:
         whole, last = len(share) == kind.rows, position == len(step.kinds) - 1
         made = Made(kind)
         output = None
-        if share:
-            output = self._compute(denoiser.run, kwargs if whole else self.plan.take(kwargs, share, kind.rows))
+        part = Part(share, kind.rows, self._total if step.torn(position) else None)
+        if not share:
+            self._compute(lambda _: denoiser.skip(part), {})
+        else:
+            mine = kwargs if whole else self.plan.take(kwargs, share, kind.rows)
+            output = self._compute(functools.partial(denoiser.run, part=part), mine)
             if step.exchanged(position):  # packed at once: the pipeline may write into its output
                 self._pack(output, tensors_of(part_of(kind, share)))
         if not whole and not last:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,21 @@ class Kind:
     output: Any
     device: torch.device
     pure: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """What one rank computes of a call.
+
+    Attributes:
+        rows: of its batch; none: other ranks compute it.
+        batch: the number of rows that it has.
+        total: if ranks compute parts of the batch: two numbers, summed over all ranks, which must all ask for it.
+    """
+
+    rows: range
+    batch: int
+    total: Callable[[tuple[float, float]], tuple[float, float]] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -10,7 +10,8 @@ from torch import nn
 
 from multicard.errors import ConfigError
 from multicard.integrations.adapters import follow_adapters
-from multicard.integrations.diffusers.checks import check_caches, check_guidance, check_sequence, check_uncompiled
+from multicard.integrations.diffusers.caches import check_caches
+from multicard.integrations.diffusers.checks import check_guidance, check_sequence, check_uncompiled
 from multicard.integrations.diffusers.denoisers import denoisers
 from multicard.integrations.diffusers.doors import open_model, open_pipeline
 from multicard.integrations.diffusers.families import BATCH
@@ -99,7 +100,7 @@ def _denoiser_changes(
 ) -> list[Change]:
     """The changes that split denoisers: checked, not made yet."""
     for name, model in models.items():
-        check_caches(name or type(model).__name__, model, mesh)
+        check_caches(name or type(model).__name__, model, mesh, by_rows=has_rows(model))
     changes: list[Change] = []
     if mesh.tp.size > 1:
         for model in (model for model in models.values() if not is_split(model)):
