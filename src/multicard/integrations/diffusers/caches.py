@@ -22,8 +22,9 @@ from torch.utils._pytree import tree_map
 from multicard import collectives
 from multicard.errors import UnsupportedError
 from multicard.guidance import Part
-from multicard.integrations.diffusers.hooks import stateful_hooks
+from multicard.integrations.diffusers.hooks import own_hooks, stateful_hooks
 from multicard.integrations.diffusers.sequence import split_of
+from multicard.integrations.styles import Change
 from multicard.mesh import ParallelMesh
 
 HELD = "_multicard_held"
@@ -84,6 +85,31 @@ def check_caches(name: str, module: nn.Module, mesh: ParallelMesh, *, by_rows: b
             raise _refused(name, cache.name, "is being calibrated", "calibrate=True on one process")
         if mesh.sequence.size > 1 and getattr(config, "raw_vision_callback", None) is not None:
             raise _refused(name, cache.name, "measures by a raw_vision_callback", "neither ring nor ulysses")
+
+
+def enable_again(model: Any) -> Change:
+    """The change that puts a model's cache on the layers that take the place of split ones; the last of its changes.
+
+    Raises:
+        UnsupportedError: the cache wasn't enabled by ``enable_cache``, so it can't be.
+    """
+    config = getattr(model, "_cache_config", None)
+    if config is None:
+        for module in model.modules():
+            hooks = [hook for hook in own_hooks(module) if hook._is_stateful]
+            if hooks and not any(True for _ in module.children()):
+                cache = CACHES.get(type(hooks[0]).__name__, Cache(type(hooks[0]).__name__)).name
+                raise UnsupportedError(
+                    f"{type(model).__name__} has a {cache} on a {type(module).__name__}, which tp replaces: "
+                    "enable it by enable_cache(), or after mc.parallelize"
+                )
+
+    def again() -> None:
+        if config is not None:
+            model.disable_cache()
+            model.enable_cache(config)
+
+    return again
 
 
 def _refused(name: str, cache: str, why: str, use: str) -> UnsupportedError:

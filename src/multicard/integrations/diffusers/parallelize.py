@@ -10,7 +10,7 @@ from torch import nn
 
 from multicard.errors import ConfigError
 from multicard.integrations.adapters import follow_adapters
-from multicard.integrations.diffusers.caches import check_caches
+from multicard.integrations.diffusers.caches import check_caches, enable_again
 from multicard.integrations.diffusers.checks import check_guidance, check_sequence, check_uncompiled
 from multicard.integrations.diffusers.denoisers import denoisers
 from multicard.integrations.diffusers.doors import open_model, open_pipeline
@@ -105,7 +105,7 @@ def _denoiser_changes(
     if mesh.tp.size > 1:
         for model in (model for model in models.values() if not is_split(model)):
             check_uncompiled(model)
-            changes += tensor_changes(model, mesh.tp, plan.get("tensor"))
+            changes += [*tensor_changes(model, mesh.tp, plan.get("tensor")), enable_again(model)]
     if mesh.sequence.size > 1:
         if models:
             check_guidance(target)
