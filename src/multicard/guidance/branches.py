@@ -43,6 +43,10 @@ class Denoiser(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def keeps(self) -> bool:
+        """Whether a rank that hasn't made one call can't make the next, since something is kept from call to call."""
+
     def run(self, kwargs: Mapping[str, Any], part: Part | None = None) -> Any:
         """Call it; ``kwargs`` have only this part of the batch, and no other rank has the rest if there is none."""
 
@@ -65,6 +69,7 @@ class Made:
     """A call of the current step. ``trial`` has arguments and whole output if a split may have to be tried."""
 
     kind: Kind
+    keeps: bool = False
     promise: Promise | None = None
     trial: tuple[Callable[[Mapping[str, Any]], Any], Mapping[str, Any], Any] | None = None
 
@@ -127,10 +132,18 @@ class Branches:
 
         Returns:
             whether ranks' numbers may differ by rounding: one computed a whole batch that others joined from parts.
+
+        Raises:
+            UnsupportedError: it has fewer calls than the last one, of a denoiser that keeps something between calls.
         """
         made, step, drifts = self._made, self._step, self._drifts
         if not made:
             return False
+        if step and len(made) < len(step.kinds) and any(c.keeps and step.exchanged(i) for i, c in enumerate(made)):
+            raise UnsupportedError(
+                f"a step ended after {len(made)} of {len(step.kinds)} calls of a denoiser whose cache between steps is "
+                "only on the ranks that make them: disable the cache (disable_cache()), or use cfg=1"
+            )
         for call in made:
             if call.promise is not None:
                 call.promise.values()
@@ -180,16 +193,16 @@ class Branches:
         pure = not changed and torch.equal(noise, random_state(self._device)) and is_transparent(kwargs)
         kind = Kind(key, rows, tree_map_only(Tensor, template, output), self._device, pure)
         trial = (denoiser.freeze(fresh=True), trial_args, clone(output)) if trial_args is not None and pure else None
-        self._made.append(Made(kind, trial=trial))
+        self._made.append(Made(kind, denoiser.keeps, trial=trial))
         return output
 
     def _share(self, denoiser: Denoiser, kwargs: Mapping[str, Any], step: Step) -> Any:
         position = len(self._made)
         kind, share = step.kinds[position], step.shares[position][self.axis.rank]
         whole, last = len(share) == kind.rows, position == len(step.kinds) - 1
-        made = Made(kind)
+        made = Made(kind, denoiser.keeps)
         output = None
-        part = Part(share, kind.rows, self._total if step.torn(position) else None)
+        part = Part(step.shares[position], self.axis.rank, kind.rows, self._total if step.torn(position) else None)
         if not share:
             self._compute(lambda _: denoiser.skip(part), {})
         else:

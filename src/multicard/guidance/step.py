@@ -37,14 +37,21 @@ class Part:
     """What one rank computes of a call.
 
     Attributes:
-        rows: of its batch; none: other ranks compute it.
+        shares: the rows of its batch that each rank computes.
+        rank: this rank.
         batch: the number of rows that it has.
         total: if ranks compute parts of the batch: two numbers, summed over all ranks, which must all ask for it.
     """
 
-    rows: range
+    shares: tuple[range, ...]
+    rank: int
     batch: int
     total: Callable[[tuple[float, float]], tuple[float, float]] | None = None
+
+    @property
+    def rows(self) -> range:
+        """This rank's; none: other ranks compute the call."""
+        return self.shares[self.rank]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -28,7 +28,7 @@ from multicard.integrations.styles import Change
 from multicard.mesh import ParallelMesh
 
 HELD = "_multicard_held"
-"""The attribute of a state that says of which rows it is: (start, stop, batch); none: of all."""
+"""The attribute of a state that says which rows each rank has of it; none: all ranks have all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,12 +198,17 @@ class Caches:
             raise _refused(self._name, cache, "keeps one state for several calls of a step of this pipeline", "cfg=1")
         self._used |= names
 
+    @property
+    def keep(self) -> bool:
+        """Whether there is a cache, with several ranks for guidance."""
+        return bool(self._stores)
+
     @contextlib.contextmanager
     def during(self, part: Part | None) -> Iterator[None]:
         """Entered around a call of the denoiser with ``part`` of its batch; None: with all.
 
         Raises:
-            UnsupportedError: this rank's states aren't of these rows.
+            UnsupportedError: ranks keep the states of other rows.
         """
         for store in self._stores:
             store.take(part)
@@ -216,8 +221,13 @@ class Caches:
             store.mark(part)
 
     def skip(self, part: Part) -> None:
-        """Other ranks make a call of the denoiser, of which this one has no rows."""
+        """Other ranks make a call of the denoiser, of which this one has no rows.
+
+        Raises:
+            UnsupportedError: ranks keep the states of other rows.
+        """
         for store in self._stores:
+            store.take(part)
             store.mark(part)
         if part.total and any(store.cache.name == "FirstBlockCache" for store in self._stores):
             part.total((0.0, 0.0))  # the ranks with rows sum up what each measures
@@ -255,35 +265,36 @@ class Store:
         return "inference" if context is None else getattr(context, "name", context)  # the default is MagCache's
 
     def take(self, part: Part | None) -> None:
-        """Before a call: make the state one of this part of the batch; None: of all of it.
+        """Before a call: make the state one of this rank's part of the batch; None: of all of it.
 
         Raises:
-            UnsupportedError: it is of others.
+            UnsupportedError: it is of others; on every rank, unless only this one calls.
         """
+        if self.cache.rows is None and part is not None and part.total:
+            raise _refused(self._name, self.cache.name, "can't work on a part of the batch", "cfg=1")
         state = self._state()
-        held, wanted = getattr(state, HELD, None), _rows(part)
+        held, wanted = getattr(state, HELD, None), _shares(part)
         if state is None or held == wanted:
             return
         if held is not None or part is None:
             raise _refused(
                 self._name,
                 self.cache.name,
-                "has no state of this call on this rank, since other ranks computed it until now: the number or the "
-                "order of the calls of a step has changed, or an output was read before the step's last call",
+                "is only on the ranks that made these calls before: the calls of a step have changed, or an output was "
+                "read before the step's last call",
                 "cfg=1",
             )
-        if self.cache.rows is None:
-            raise _refused(self._name, self.cache.name, "can't work on a part of the batch", "cfg=1")
-        narrow = functools.partial(_narrow, rows=part.rows, batch=part.batch)
-        for field in self.cache.rows:
-            setattr(state, field, tree_map(narrow, getattr(state, field)))
+        if part.rows and self.cache.rows is not None:
+            narrow = functools.partial(_narrow, rows=part.rows, batch=part.batch)
+            for field in self.cache.rows:
+                setattr(state, field, tree_map(narrow, getattr(state, field)))
 
     def mark(self, part: Part | None) -> None:
         """After a call, of which this rank computed this part."""
         if part is not None and not part.rows:
             self._miss()
-        elif (state := self._state()) is not None:
-            setattr(state, HELD, _rows(part))
+        if (state := self._state()) is not None:
+            setattr(state, HELD, _shares(part))
 
     def freeze(self, fresh: bool) -> Callable[[], AbstractContextManager[None]]:
         """For later: the context of now; ``fresh``: without any state, for a while."""
@@ -319,19 +330,12 @@ class Store:
         if self._manager is not None:
             self._manager._state_cache[self.context] = Missed()
         else:
-            state = self._hook.state
-            state.cache, state.iteration = None, state.iteration + 1
-            setattr(state, HELD, NOTHING)
-
-
-NOTHING = (0, 0, 0)
+            self._hook.state.cache = None
+            self._hook.state.iteration += 1
 
 
 class Missed:
     """In place of a state that only other ranks have, until it is reset."""
-
-    def __init__(self) -> None:
-        setattr(self, HELD, NOTHING)
 
     def reset(self) -> None:
         pass  # the manager drops it
@@ -342,10 +346,11 @@ def _context(manager: Any) -> Any:
     return vars(manager)["_context" if "_context" in vars(manager) else "_current_context"]
 
 
-def _rows(part: Part | None) -> tuple[int, int, int] | None:
-    if part is None or len(part.rows) == part.batch:
+def _shares(part: Part | None) -> tuple[int | range, ...] | None:
+    """What identifies the rows that each rank has; None: all ranks have all."""
+    if part is None or all(len(share) == part.batch for share in part.shares):
         return None
-    return part.rows.start, part.rows.stop, part.batch
+    return part.batch, *part.shares
 
 
 def _narrow(leaf: Any, rows: range, batch: int) -> Any:

@@ -58,6 +58,10 @@ class HookedDenoiser:
         self._modules = list(uncompiled(module).modules())
         self._signature = inspect.signature(type(uncompiled(module)).forward)
 
+    @property
+    def keeps(self) -> bool:
+        return self.caches.keep
+
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The call's arguments by name."""
         bound = self._signature.bind(self.module, *args, **kwargs)
