@@ -28,6 +28,9 @@ Call = tuple[int, int, int, int]
 CALL_WORDS = 4
 
 NOT_THE_CALLER = ("<eval_with_key>", "typing_extensions.py")  # generated code, deprecated names
+FROM_ANYWHERE = os.path.join(
+    "guidance", "exchange.py"
+)  # a rank may call it from other lines: it has raised, or has no rows
 _BACKENDS = os.path.dirname(__file__)
 _OURS = os.path.dirname(_BACKENDS)
 _TORCH = os.path.dirname(torch.__file__)
@@ -74,6 +77,8 @@ def sites() -> tuple[int, str]:
 @functools.lru_cache(4096)
 def _whose(file: str) -> str:
     """Whose code a file is: "multicard", "program", or "" for torch, what it generates, and collectives themselves."""
+    if file.startswith(_OURS) and file.endswith(FROM_ANYWHERE):
+        return "program"
     if file.startswith(_OURS):
         return "" if file.startswith(_BACKENDS) or file.endswith("collectives.py") else "multicard"
     generated = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or "torchinductor_"  # the default's name begins so
