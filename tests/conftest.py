@@ -19,8 +19,8 @@ from multicard.ranks import environment, starter
 from multicard.ranks.settings import Settings
 
 SLOW = """
-test_check test_compile test_compiled test_compiled_models test_diffusion test_disagreements test_docs test_ends
-test_endurance test_examples test_families test_faults test_generate test_guidance test_idioms test_interrupt
+test_caches test_check test_compile test_compiled test_compiled_models test_diffusion test_disagreements test_docs
+test_ends test_endurance test_examples test_families test_faults test_generate test_guidance test_idioms test_interrupt
 test_launch test_llm test_llm_drafts test_llm_fallback test_llm_faults test_llm_gguf test_loading test_logs
 test_long_context test_lora test_lora_folders test_memory test_model_seams test_models test_other_users test_peft
 test_pipeline_seams test_quantized test_run test_shm_ecosystem test_shm_faults test_shm_stress test_smollm2

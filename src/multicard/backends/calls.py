@@ -28,9 +28,8 @@ Call = tuple[int, int, int, int]
 CALL_WORDS = 4
 
 NOT_THE_CALLER = ("<eval_with_key>", "typing_extensions.py")  # generated code, deprecated names
-FROM_ANYWHERE = os.path.join(
-    "guidance", "exchange.py"
-)  # a rank may call it from other lines: it has raised, or has no rows
+FROM_ANYWHERE = os.path.join("guidance", "exchange.py")
+"""A rank that has raised, or has no rows, calls it from other lines of the program than the others."""
 _BACKENDS = os.path.dirname(__file__)
 _OURS = os.path.dirname(_BACKENDS)
 _TORCH = os.path.dirname(torch.__file__)
