@@ -116,7 +116,14 @@ TABLE = {
         "_parameters": Use("weights in place", ("integrations/styles.py", f"{LLM}/experts.py"), has(torch.nn.Module())),
         "_pytree": Use(
             "tensors within arguments",
-            ("guidance/batch.py", "guidance/branches.py", "guidance/lazy.py", "guidance/trees.py", "replica.py"),
+            (
+                "guidance/batch.py",
+                "guidance/branches.py",
+                "guidance/lazy.py",
+                "guidance/trees.py",
+                f"{DIFFUSERS}/caches.py",
+                "replica.py",
+            ),
             has(torch.utils),
         ),
         "_reorder_linear_weight": Use("packed weights", ("layers/packed.py",), has(torch.ops.mkldnn)),

@@ -28,11 +28,11 @@ Call = tuple[int, int, int, int]
 CALL_WORDS = 4
 
 NOT_THE_CALLER = ("<eval_with_key>", "typing_extensions.py")  # generated code, deprecated names
-FROM_ANYWHERE = os.path.join("guidance", "exchange.py")
-"""A rank that has raised, or has no rows, calls it from other lines of the program than the others."""
 _BACKENDS = os.path.dirname(__file__)
 _OURS = os.path.dirname(_BACKENDS)
 _TORCH = os.path.dirname(torch.__file__)
+_REPLICA = os.path.join(_OURS, "replica.py")
+"""Ranks compare there; one that has raised, or has no rows of a call, does from another line of the program."""
 
 
 def to_call(name: str, x: Tensor | None, numel: int, detail: int, op: str) -> Call:
@@ -76,7 +76,7 @@ def sites() -> tuple[int, str]:
 @functools.lru_cache(4096)
 def _whose(file: str) -> str:
     """Whose code a file is: "multicard", "program", or "" for torch, what it generates, and collectives themselves."""
-    if file.startswith(_OURS) and file.endswith(FROM_ANYWHERE):
+    if file == _REPLICA:
         return "program"
     if file.startswith(_OURS):
         return "" if file.startswith(_BACKENDS) or file.endswith("collectives.py") else "multicard"

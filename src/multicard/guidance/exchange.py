@@ -34,7 +34,7 @@ def agree(axis: Axis, device: torch.device, status: Status, facts: Sequence[int]
         MismatchError: ranks are in different steps.
     """
     point = describe(facts).hash_here("cfg exchange")
-    everybody = _everybody(axis, device, status, point, torch.tensor(int(early)))
+    everybody = say(axis, device, status, point, torch.tensor(int(early)))
     for rank, (said, there, _) in enumerate(everybody):
         if Status.RAISED not in (status, said) and there != point:
             raise MismatchError(
@@ -52,13 +52,9 @@ def total(axis: Axis, device: torch.device, numbers: tuple[float, float]) -> tup
         RankError: the denoiser of another rank raised.
     """
     first, second = torch.tensor(numbers).view(torch.int32)
-    everybody = torch.tensor(_everybody(axis, device, Status.OK, int(first), second))[:, 1:]
+    everybody = torch.tensor(say(axis, device, Status.OK, int(first), second))[:, 1:]
     sums = everybody.to(torch.int32).view(torch.float32).double().sum(0)
     return sums[0].item(), sums[1].item()
-
-
-def _everybody(axis: Axis, device: torch.device, status: Status, number: int, on_device: Tensor) -> list[list[int]]:
-    return say(axis, device, status, number, on_device)  # one line for all: the check of collectives compares lines
 
 
 def pack(leaves: Sequence[Tensor]) -> Tensor:

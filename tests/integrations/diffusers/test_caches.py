@@ -232,7 +232,7 @@ def broken(mesh):
         found = error
     handle.remove()
     pipe.maybe_free_model_hooks()
-    assert torch.equal(sample(pipe, arguments), expected)
+    assert float((sample(pipe, arguments) - expected).abs().max() / expected.abs().max()) < 1e-5
     return found
 
 
