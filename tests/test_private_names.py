@@ -121,7 +121,7 @@ TABLE = {
                 "guidance/branches.py",
                 "guidance/lazy.py",
                 "guidance/trees.py",
-                f"{DIFFUSERS}/caches.py",
+                f"{DIFFUSERS}/stores.py",
                 "replica.py",
             ),
             has(torch.utils),
@@ -180,8 +180,8 @@ TABLE = {
         ),
         "_cp_plan": Use("a model's own sequence plan", (f"{DIFFUSERS}/plans.py",), has(diffusers.ModelMixin)),
         "_cache_config": Use("caches between steps", (f"{DIFFUSERS}/caches.py",), has(diffusers.CacheMixin)),
-        "_context": Use("the state of a branch", (f"{DIFFUSERS}/caches.py",), keeps_context),
-        "_current_context": Use("the same before 0.41", (f"{DIFFUSERS}/caches.py",), keeps_context),
+        "_context": Use("the state of a branch", (f"{DIFFUSERS}/stores.py",), keeps_context),
+        "_current_context": Use("the same in older releases", (f"{DIFFUSERS}/stores.py",), keeps_context),
         "_diffusers_hook": Use("hooks of diffusers", (f"{DIFFUSERS}/hooks.py",), has(hooked())),
         "_is_stateful": Use(
             "caches between steps",
@@ -191,7 +191,7 @@ TABLE = {
         "_should_compute_remaining_blocks": Use(
             "FirstBlockCache's decision", (f"{DIFFUSERS}/caches.py",), has(FBCHeadBlockHook)
         ),
-        "_state_cache": Use("states by branch", (f"{DIFFUSERS}/caches.py",), has(StateManager(dict))),
+        "_state_cache": Use("states by branch", (f"{DIFFUSERS}/stores.py",), has(StateManager(dict))),
         "_keep_in_fp32_modules": Use(
             "dtypes as libraries load", (f"{DIFFUSERS}/load.py", f"{LLM}/part.py"), has(diffusers.ModelMixin)
         ),
