@@ -213,6 +213,22 @@ def test_a_cache_that_only_another_rank_has(run_on):
     assert isinstance(first, RankError)
 
 
+def of_rows(mesh):
+    """SeaCache averages over the batch, of which each rank would have a part."""
+    pipe, arguments = build("wan", num_inference_steps=STEPS, prompt_embeds=embeds(2, 9, 32), guidance_scale=1.0)
+    arguments.pop("negative_prompt_embeds")
+    mc.parallelize(pipe, mesh)
+    pipe.transformer.enable_cache(sea(pipe))
+    with pytest.raises(UnsupportedError, match="SeaCache, which can't work on a part of the batch"):
+        sample(pipe, arguments)
+    return True
+
+
+@pytest.mark.skipif("sea" not in CASES, reason="this diffusers has no SeaCache")
+def test_a_cache_of_the_whole_batch(run_on):
+    assert all(run_on(of_rows, cfg=2))
+
+
 def broken(mesh):
     """A rank that raises before the ranks measure together."""
     pipe, arguments = build("ltx", num_inference_steps=STEPS)
