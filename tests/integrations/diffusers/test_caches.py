@@ -64,7 +64,7 @@ BATCHED = "takes both branches of guidance out of one batch"
 ONE_STATE = "keeps one state for several calls of a step"
 CASES = {  # pipeline, cache, why it is refused with cfg
     "first block, branches": ("flux_true_cfg", first_block(0.45), None),
-    "first block, a batch": ("ltx", first_block(0.08), None),
+    "first block, a batch": ("ltx", first_block(0.131), None),
     "first block, two streams": ("hunyuan_video", first_block(0.26), None),
     "mag, branches": ("wan", mag, None),
     "mag, a batch": ("ltx", mag, None),
