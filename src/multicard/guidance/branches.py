@@ -48,7 +48,7 @@ class Denoiser(Protocol):
         """Whether a rank that hasn't made one call can't make the next, since something is kept from call to call."""
 
     def run(self, kwargs: Mapping[str, Any], part: Part | None = None) -> Any:
-        """Call it; ``kwargs`` have only this part of the batch, and no other rank has the rest if there is none."""
+        """Call it; ``kwargs`` have only this part of the batch; None: all of it."""
 
     def skip(self, part: Part) -> None:
         """Other ranks call it now; ``part`` has no rows."""

@@ -47,8 +47,6 @@ class Door:
         denoiser = self._denoisers.get(module)
         caches = denoiser.caches if denoiser else Caches(name, inner, self.mesh)
         caches.adopt()
-        if split:
-            split.renew()
         intercept(module, "__call__", self, "denoise")
         if denoiser is None:
             proof, hooks = RowProof("diffusers", inner), tensor_hooks(inner)
