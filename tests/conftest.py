@@ -19,12 +19,12 @@ from multicard.ranks import environment, starter
 from multicard.ranks.settings import Settings
 
 SLOW = """
-test_check test_compile test_compiled test_compiled_models test_diffusion test_disagreements test_docs test_ends
-test_endurance test_examples test_families test_faults test_generate test_guidance test_idioms test_interrupt
-test_launch test_llm test_llm_drafts test_llm_fallback test_llm_faults test_llm_gguf test_llm_quantized test_loading
-test_logs test_long_context test_lora test_lora_folders test_memory test_model_seams test_models test_other_users
-test_peft test_pipeline_parts test_pipeline_seams test_quantized test_rows_in_use test_rows_of_models test_run
-test_shm_ecosystem test_shm_faults test_shm_stress test_smollm2 test_speculation test_split_rows test_start
+test_caches test_check test_compile test_compiled test_compiled_models test_diffusion test_disagreements test_docs
+test_ends test_endurance test_examples test_families test_faults test_generate test_guidance test_idioms
+test_interrupt test_launch test_llm test_llm_drafts test_llm_fallback test_llm_faults test_llm_gguf test_llm_quantized
+test_loading test_logs test_long_context test_lora test_lora_folders test_memory test_model_seams test_models
+test_other_users test_peft test_pipeline_parts test_pipeline_seams test_quantized test_rows_in_use test_rows_of_models
+test_run test_shm_ecosystem test_shm_faults test_shm_stress test_smollm2 test_speculation test_split_rows test_start
 test_strange_functions test_support test_surroundings test_text_encoders test_untrusted
 """
 """Modules that start processes of their own, compile, or run whole models: `make test-fast` leaves them out."""

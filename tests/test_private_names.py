@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 import transformers
 from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.first_block_cache import FBCHeadBlockHook
+from diffusers.hooks.hooks import StateManager
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from diffusers.pipelines.pag.pag_utils import PAGMixin
@@ -60,6 +62,10 @@ def hooked():
     module = torch.nn.Linear(1, 1)
     HookRegistry.check_if_exists_or_initialize(module)
     return module
+
+
+def keeps_context(name):
+    return {"_context", "_current_context"} & set(vars(StateManager(dict)))
 
 
 def runs_compiled_code(name):
@@ -128,7 +134,14 @@ TABLE = {
         "_parameters": Use("weights in place", ("integrations/styles.py", f"{LLM}/experts.py"), has(torch.nn.Module())),
         "_pytree": Use(
             "tensors within arguments",
-            ("guidance/batch.py", "guidance/branches.py", "guidance/lazy.py", "guidance/trees.py", "replica.py"),
+            (
+                "guidance/batch.py",
+                "guidance/branches.py",
+                "guidance/lazy.py",
+                "guidance/trees.py",
+                f"{DIFFUSERS}/stores.py",
+                "replica.py",
+            ),
             has(torch.utils),
         ),
         "_reorder_linear_weight": Use("packed weights", ("layers/packed.py",), has(torch.ops.mkldnn)),
@@ -188,8 +201,19 @@ TABLE = {
             "the class of a folder's pipeline or model", (f"{DIFFUSERS}/folder.py", "integrations/load.py"), is_saved
         ),
         "_cp_plan": Use("a model's own sequence plan", (f"{DIFFUSERS}/plans.py",), has(diffusers.ModelMixin)),
-        "_diffusers_hook": Use("caches between steps", (f"{DIFFUSERS}/checks.py",), has(hooked())),
-        "_is_stateful": Use("caches between steps", (f"{DIFFUSERS}/checks.py",), has(ModelHook)),
+        "_cache_config": Use("caches between steps", (f"{DIFFUSERS}/caches.py",), has(diffusers.CacheMixin)),
+        "_context": Use("the state of a branch", (f"{DIFFUSERS}/stores.py",), keeps_context),
+        "_current_context": Use("the same in older releases", (f"{DIFFUSERS}/stores.py",), keeps_context),
+        "_diffusers_hook": Use("hooks of diffusers", (f"{DIFFUSERS}/hooks.py",), has(hooked())),
+        "_is_stateful": Use(
+            "caches between steps",
+            (f"{DIFFUSERS}/caches.py", f"{DIFFUSERS}/hooks.py", f"{DIFFUSERS}/sequence.py"),
+            has(ModelHook),
+        ),
+        "_should_compute_remaining_blocks": Use(
+            "FirstBlockCache's decision", (f"{DIFFUSERS}/caches.py",), has(FBCHeadBlockHook)
+        ),
+        "_state_cache": Use("states by branch", (f"{DIFFUSERS}/stores.py",), has(StateManager(dict))),
         "_keep_in_fp32_modules": Use(
             "dtypes as libraries load", (f"{DIFFUSERS}/load.py", f"{LLM}/part.py"), has(diffusers.ModelMixin)
         ),

@@ -31,6 +31,8 @@ NOT_THE_CALLER = ("<eval_with_key>", "typing_extensions.py")  # generated code, 
 _BACKENDS = os.path.dirname(__file__)
 _OURS = os.path.dirname(_BACKENDS)
 _TORCH = os.path.dirname(torch.__file__)
+_REPLICA = os.path.join(_OURS, "replica.py")
+"""Ranks compare there; one that has raised, or has no rows of a call, does from another line of the program."""
 
 
 def to_call(name: str, x: Tensor | None, numel: int, detail: int, op: str) -> Call:
@@ -74,6 +76,8 @@ def sites() -> tuple[int, str]:
 @functools.lru_cache(4096)
 def _whose(file: str) -> str:
     """Whose code a file is: "multicard", "program", or "" for torch, what it generates, and collectives themselves."""
+    if file == _REPLICA:
+        return "program"
     if file.startswith(_OURS):
         return "" if file.startswith(_BACKENDS) or file.endswith("collectives.py") else "multicard"
     generated = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or "torchinductor_"  # the default's name begins so

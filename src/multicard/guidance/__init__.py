@@ -3,5 +3,6 @@
 from multicard.guidance.batch import BatchPlan
 from multicard.guidance.branches import Branches, Denoiser
 from multicard.guidance.lazy import unwrap
+from multicard.guidance.step import Part
 
-__all__ = ["BatchPlan", "Branches", "Denoiser", "unwrap"]
+__all__ = ["BatchPlan", "Branches", "Denoiser", "Part", "unwrap"]

@@ -13,6 +13,7 @@ split call is compared with the whole one. Ranks decide only by facts that are t
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Protocol
@@ -23,11 +24,11 @@ from torch.utils._pytree import tree_map_only
 
 from multicard import collectives
 from multicard.axis import Axis
-from multicard.errors import UnsupportedError
+from multicard.errors import RankError, UnsupportedError
 from multicard.guidance.batch import BatchPlan, merge_outputs
-from multicard.guidance.exchange import Agreed, agree, exchange, pack, size_of, unpack
+from multicard.guidance.exchange import Agreed, agree, exchange, pack, size_of, total, unpack
 from multicard.guidance.lazy import Promise, promise_like, unwrap
-from multicard.guidance.step import Kind, Step, deal, is_torn, part_of
+from multicard.guidance.step import Kind, Part, Step, deal, is_torn, part_of
 from multicard.guidance.trees import clone, fill, is_transparent, same_shapes, signature, template, tensors_of
 from multicard.guidance.trial import passes, random_state
 from multicard.replica import Status
@@ -42,14 +43,25 @@ class Denoiser(Protocol):
     @property
     def name(self) -> str: ...
 
-    def run(self, kwargs: Mapping[str, Any]) -> Any:
-        """Call it."""
+    @property
+    def keeps(self) -> bool:
+        """Whether a rank that hasn't made one call can't make the next, since something is kept from call to call."""
+
+    def run(self, kwargs: Mapping[str, Any], part: Part | None = None) -> Any:
+        """Call it; ``kwargs`` have only this part of the batch; None: all of it."""
+
+    def skip(self, part: Part) -> None:
+        """Other ranks call it now; ``part`` has no rows."""
 
     def state(self) -> object:
         """A snapshot of its state besides parameters: equal before and after a call without side effects."""
 
-    def freeze(self) -> Callable[[Mapping[str, Any]], Any]:
-        """``run`` with the denoiser's current hooks, even if others are in place when it is called."""
+    def freeze(self, fresh: bool = False) -> Callable[[Mapping[str, Any]], Any]:
+        """``run`` with the denoiser's current hooks, even if others are in place when it is called.
+
+        Args:
+            fresh: as if it were the first call; what is kept from call to call isn't used or changed.
+        """
 
 
 @dataclasses.dataclass(eq=False)
@@ -57,6 +69,7 @@ class Made:
     """A call of the current step. ``trial`` has arguments and whole output if a split may have to be tried."""
 
     kind: Kind
+    keeps: bool = False
     promise: Promise | None = None
     trial: tuple[Callable[[Mapping[str, Any]], Any], Mapping[str, Any], Any] | None = None
 
@@ -88,7 +101,7 @@ class Branches:
         self._step: Step | None = None  # the recorded step that this one has followed so far
         self._packed: list[Tensor] = []
         self._status = Status.OK
-        self._drifts = False
+        self._drifts = self._told = False
         self._device = torch.device("cpu")
 
     def call(self, denoiser: Denoiser, kwargs: Mapping[str, Any]) -> Any:
@@ -119,10 +132,18 @@ class Branches:
 
         Returns:
             whether ranks' numbers may differ by rounding: one computed a whole batch that others joined from parts.
+
+        Raises:
+            UnsupportedError: it has fewer calls than the last one, of a denoiser that keeps something between calls.
         """
         made, step, drifts = self._made, self._step, self._drifts
         if not made:
             return False
+        if step and len(made) < len(step.kinds) and any(c.keeps and step.exchanged(i) for i, c in enumerate(made)):
+            raise UnsupportedError(
+                f"a step ended after {len(made)} of {len(step.kinds)} calls of a denoiser whose cache between steps is "
+                "only on the ranks that make them: disable the cache (disable_cache()), or use cfg=1"
+            )
         for call in made:
             if call.promise is not None:
                 call.promise.values()
@@ -147,10 +168,19 @@ class Branches:
         try:
             return run(kwargs)
         except Exception:
-            self._agree(Status.RAISED, (0, 0, 0))
+            if not self._told:
+                self._agree(Status.RAISED, (0, 0, 0))
             raise
         finally:
             self._running = False
+
+    def _total(self, numbers: tuple[float, float]) -> tuple[float, float]:
+        """``numbers`` summed over ranks, inside a call of which each computes a part."""
+        try:
+            return total(self.axis, self._device, numbers)
+        except RankError:
+            self._told = True  # all ranks know
+            raise
 
     def _whole(self, denoiser: Denoiser, kwargs: Mapping[str, Any], key: Hashable) -> Any:
         rows = self.plan.rows(kwargs)
@@ -162,18 +192,22 @@ class Branches:
             self._changes[key] += 1
         pure = not changed and torch.equal(noise, random_state(self._device)) and is_transparent(kwargs)
         kind = Kind(key, rows, tree_map_only(Tensor, template, output), self._device, pure)
-        trial = (denoiser.freeze(), trial_args, clone(output)) if trial_args is not None and pure else None
-        self._made.append(Made(kind, trial=trial))
+        trial = (denoiser.freeze(fresh=True), trial_args, clone(output)) if trial_args is not None and pure else None
+        self._made.append(Made(kind, denoiser.keeps, trial=trial))
         return output
 
     def _share(self, denoiser: Denoiser, kwargs: Mapping[str, Any], step: Step) -> Any:
         position = len(self._made)
         kind, share = step.kinds[position], step.shares[position][self.axis.rank]
         whole, last = len(share) == kind.rows, position == len(step.kinds) - 1
-        made = Made(kind)
+        made = Made(kind, denoiser.keeps)
         output = None
-        if share:
-            output = self._compute(denoiser.run, kwargs if whole else self.plan.take(kwargs, share, kind.rows))
+        part = Part(step.shares[position], self.axis.rank, kind.rows, self._total if step.torn(position) else None)
+        if not share:
+            self._compute(lambda _: denoiser.skip(part), {})
+        else:
+            mine = kwargs if whole else self.plan.take(kwargs, share, kind.rows)
+            output = self._compute(functools.partial(denoiser.run, part=part), mine)
             if step.exchanged(position):  # packed at once: the pipeline may write into its output
                 self._pack(output, tensors_of(part_of(kind, share)))
         if not whole and not last:

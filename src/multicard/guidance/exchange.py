@@ -45,6 +45,18 @@ def agree(axis: Axis, device: torch.device, status: Status, facts: Sequence[int]
     return Agreed(any(said == Status.CHANGED for said, *_ in everybody), any(words[2] for words in everybody))
 
 
+def total(axis: Axis, device: torch.device, numbers: tuple[float, float]) -> tuple[float, float]:
+    """Two numbers, in float32, summed over ranks. One all-reduce, of the size of :func:`agree`'s.
+
+    Raises:
+        RankError: the denoiser of another rank raised.
+    """
+    first, second = torch.tensor(numbers).view(torch.int32)
+    everybody = torch.tensor(say(axis, device, Status.OK, int(first), second))[:, 1:]
+    sums = everybody.to(torch.int32).view(torch.float32).double().sum(0)
+    return sums[0].item(), sums[1].item()
+
+
 def pack(leaves: Sequence[Tensor]) -> Tensor:
     """The bytes of ``leaves``, concatenated."""
     return torch.cat([leaf.detach().contiguous().reshape(-1).view(torch.uint8) for leaf in leaves])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,28 @@ class Kind:
     output: Any
     device: torch.device
     pure: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """What one rank computes of a call.
+
+    Attributes:
+        shares: the rows of its batch that each rank computes.
+        rank: this rank.
+        batch: the number of rows that it has.
+        total: if ranks compute parts of the batch: two numbers, summed over all ranks, which must all ask for it.
+    """
+
+    shares: tuple[range, ...]
+    rank: int
+    batch: int
+    total: Callable[[tuple[float, float]], tuple[float, float]] | None = None
+
+    @property
+    def rows(self) -> range:
+        """This rank's; none: other ranks compute the call."""
+        return self.shares[self.rank]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

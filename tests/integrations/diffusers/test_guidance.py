@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import multicard as mc
-from multicard.errors import MismatchError, RankError, UnsupportedError
+from multicard.errors import MismatchError, RankError
 from pipelines import embeds, sample, wan_transformer
 
 STEPS = 6
@@ -250,31 +250,6 @@ def test_failures_reach_every_rank(run_on):
         assert isinstance(rank["other seed in a new shape"], MismatchError)
         assert "seed" in str(rank["other seed"])
         assert rank["afterwards"]
-
-
-def caches(mesh):
-    refused = []
-    pipe = scripted(layers=2)
-    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
-    for call in (lambda: mc.parallelize(pipe, mesh), lambda: mc.parallelize(pipe.transformer, mesh)):
-        try:
-            call()
-        except UnsupportedError as error:
-            refused.append(str(error))
-    pipe = mc.parallelize(scripted(layers=2), mesh)
-    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
-    try:
-        sample(pipe, {"rule": two})
-    except UnsupportedError as error:
-        refused.append(str(error))
-    return refused
-
-
-@pytest.mark.seam
-def test_caches_between_steps_are_refused(run_on):
-    for refused in run_on(caches, cfg=2):
-        assert len(refused) == 3
-        assert all("cfg=1" in message and "disable_cache" in message for message in refused)
 
 
 def bare(mesh, batch):

@@ -130,28 +130,3 @@ def test_a_pipeline_made_of_a_split_ones_components_is_split(run_on):
     for error, count in run_on(rows, cfg=2):
         assert error < 1e-5
         assert count == 2 + 1 + 1 + 1  # the first step whole, its trial, and one row in each of the others
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_step_caches_are_refused_with_the_sequence_split(run_on, when):
-    """Each rank would decide by its own tokens."""
-
-    def run(mesh):
-        import diffusers
-
-        pipe = scripted(layers=2)
-        steps = [
-            lambda: mc.parallelize(pipe, mesh),
-            lambda: pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1)),
-        ]
-        for step in steps if when == "after" else reversed(steps):
-            step()
-        pipe(rule=two, generator=torch.Generator().manual_seed(0))
-
-    def refusal(mesh):
-        with pytest.raises(UnsupportedError, match=r"FBC\w+, which keeps state from step to step: disable the cache"):
-            run(mesh)
-        return True
-
-    for degrees in ({"ulysses": 2}, {"ring": 2}):
-        assert all(run_on(refusal, **degrees))

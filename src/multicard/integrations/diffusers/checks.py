@@ -11,7 +11,6 @@ from multicard.errors import ConfigError, UnsupportedError
 from multicard.integrations.diffusers.denoisers import uncompiled
 from multicard.integrations.diffusers.families import SequencePlan
 from multicard.integrations.diffusers.plans import matching
-from multicard.mesh import ParallelMesh
 
 TORCH_BACKENDS = ("native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math")
 """diffusers' attention backends that call torch's ``scaled_dot_product_attention``."""
@@ -82,17 +81,3 @@ def check_rows(name: str, model: nn.Module, modules: Iterable[nn.Module]) -> Non
 
 def is_compiled(model: nn.Module) -> bool:
     return uncompiled(model) is not model or model._compiled_call_impl is not None
-
-
-def check_caches(name: str, module: nn.Module, mesh: ParallelMesh) -> None:
-    """Refuse caches between steps if ranks compute different branches or tokens, by which each would decide."""
-    if mesh.cfg.size == mesh.sequence.size == 1:
-        return
-    for part in module.modules():
-        registry = getattr(part, "_diffusers_hook", None)
-        for hook in registry.hooks.values() if registry else ():
-            if hook._is_stateful:
-                raise UnsupportedError(
-                    f"{name} has a {type(hook).__name__}, which keeps state from step to step: "
-                    "disable the cache (disable_cache()), or use tp or dp with cfg=1 and neither ring nor ulysses"
-                )

@@ -11,7 +11,9 @@ from typing import Any
 from torch import nn
 
 from multicard.errors import UnsupportedError
+from multicard.guidance import Part
 from multicard.integrations.adapters import AdapterState
+from multicard.integrations.diffusers.caches import Caches
 from multicard.integrations.diffusers.state import ModuleState
 from multicard.integrations.intercept import plain
 
@@ -43,12 +45,22 @@ def _is_beside(module: nn.Module) -> bool:
 class HookedDenoiser:
     """A denoising module as :class:`~multicard.guidance.Denoiser`; its arguments by name."""
 
-    def __init__(self, name: str, module: nn.Module, around: Callable[[], contextlib.AbstractContextManager[Any]]):
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        caches: Caches,
+        around: Callable[[], contextlib.AbstractContextManager[Any]],
+    ) -> None:
         """``around()`` is entered for each call."""
-        self.name, self.module, self._around = name, module, around
+        self.name, self.module, self.caches, self._around = name, module, caches, around
         self.adapters = AdapterState(uncompiled(module))
         self._modules = list(uncompiled(module).modules())
         self._signature = inspect.signature(type(uncompiled(module)).forward)
+
+    @property
+    def keeps(self) -> bool:
+        return self.caches.keep
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The call's arguments by name."""
@@ -61,19 +73,22 @@ class HookedDenoiser:
                 raise UnsupportedError(f"{self.name} takes *{parameter.name}: pass its arguments by name")
         return named
 
-    def run(self, kwargs: Mapping[str, Any]) -> Any:
-        with self._around():
+    def run(self, kwargs: Mapping[str, Any], part: Part | None = None) -> Any:
+        with self._around(), self.caches.during(part):
             return plain(self.module, "__call__")(**kwargs)
+
+    def skip(self, part: Part) -> None:
+        self.caches.skip(part)
 
     def state(self) -> object:
         return ModuleState(self._modules)
 
-    def freeze(self) -> Callable[[Mapping[str, Any]], Any]:
+    def freeze(self, fresh: bool = False) -> Callable[[Mapping[str, Any]], Any]:
         """``run`` with the current hooks: those of diffusers and accelerate are in the instance's ``forward``."""
-        hooked = self._hooked()
+        hooked, caches = self._hooked(), self.caches.freeze(fresh)
 
         def run(kwargs: Mapping[str, Any]) -> Any:
-            with _forwards(self._hooked(), hooked):
+            with _forwards(self._hooked(), hooked), caches():
                 return self.run(kwargs)
 
         return run

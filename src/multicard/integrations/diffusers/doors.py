@@ -16,7 +16,8 @@ from torch import nn
 
 from multicard.guidance import BatchPlan, Branches, unwrap
 from multicard.integrations.calls import named, parameters
-from multicard.integrations.diffusers.checks import check_caches, check_guidance
+from multicard.integrations.diffusers.caches import Caches
+from multicard.integrations.diffusers.checks import check_guidance
 from multicard.integrations.diffusers.denoisers import HookedDenoiser, denoisers, uncompiled
 from multicard.integrations.diffusers.sequence import split_of
 from multicard.integrations.diffusers.tensor import tensor_hooks
@@ -43,11 +44,11 @@ class Door:
         """Intercept ``module`` from now on."""
         inner = uncompiled(module)
         split = split_of(inner)
-        check_caches(name, module, self.mesh)
-        if split:
-            split.renew()
+        denoiser = self._denoisers.get(module)
+        caches = denoiser.caches if denoiser else Caches(name, inner, self.mesh)
+        caches.adopt()
         intercept(module, "__call__", self, "denoise")
-        if module not in self._denoisers:
+        if denoiser is None:
             proof, hooks = RowProof("diffusers", inner), tensor_hooks(inner)
 
             @contextlib.contextmanager
@@ -57,7 +58,7 @@ class Door:
                 with proof(name), split.proved() if split else contextlib.nullcontext():
                     yield
 
-            self._denoisers[module] = HookedDenoiser(name, module, around)
+            self._denoisers[module] = HookedDenoiser(name, module, caches, around)
 
     def denoise(self, module: nn.Module, plain: Plain, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The denoiser's ``__call__``."""
@@ -86,7 +87,16 @@ class Door:
 
     def share(self, denoiser: HookedDenoiser, given: Mapping[str, Any]) -> Any:
         """Run this rank's part of the call."""
-        return self.branches.call(denoiser, given) if self.branches else denoiser.run(given)
+        denoiser.caches.follow()
+        if self.branches is None:
+            return denoiser.run(given)
+        denoiser.caches.once()
+        return self.branches.call(denoiser, given)
+
+    def start_step(self) -> None:
+        """The calls from now on are of another step."""
+        for denoiser in self._denoisers.values():
+            denoiser.caches.start_step()
 
 
 class PipelineDoor(Door):
@@ -125,6 +135,7 @@ class PipelineDoor(Door):
             return plain(*args, **kwargs)
         self._steps += 1
         drifted = self.branches.end_step() if self.branches else False
+        self.start_step()
         args, kwargs = unwrap((args, dict(kwargs)))
         if drifted:
             args, kwargs = self.replica.same_numbers((args, kwargs))
@@ -142,6 +153,7 @@ class PipelineDoor(Door):
         self.replica.same_noise()
         self._running, failed = True, True
         self._calls = self._steps = 0
+        self.start_step()
         try:
             output = plain(*args, **kwargs)
             failed = False
@@ -175,6 +187,7 @@ class ModelDoor(Door):
 
     def share(self, denoiser: HookedDenoiser, given: Mapping[str, Any]) -> Any:
         self.place(denoiser.name, denoiser.module)
+        self.start_step()
         try:
             return super().share(denoiser, given)
         finally:

@@ -10,13 +10,8 @@ from torch import nn
 
 from multicard.errors import ConfigError
 from multicard.integrations.adapters import follow_adapters
-from multicard.integrations.diffusers.checks import (
-    check_caches,
-    check_guidance,
-    check_rows,
-    check_sequence,
-    check_uncompiled,
-)
+from multicard.integrations.diffusers.caches import check_caches, enable_again
+from multicard.integrations.diffusers.checks import check_guidance, check_rows, check_sequence, check_uncompiled
 from multicard.integrations.diffusers.denoisers import denoisers
 from multicard.integrations.diffusers.doors import open_model, open_pipeline
 from multicard.integrations.diffusers.families import BATCH
@@ -106,17 +101,17 @@ def _denoiser_changes(
 ) -> list[Change]:
     """The changes that split denoisers: checked, not made yet."""
     for name, model in models.items():
-        check_caches(name or type(model).__name__, model, mesh)
+        check_caches(name or type(model).__name__, model, mesh, by_rows=has_rows(model))
     changes: list[Change] = []
     if mesh.tp.size > 1:
         for model in (model for model in models.values() if not is_split(model)):
             check_uncompiled(model)
-            changes += tensor_changes(model, mesh.tp, plan.get("tensor"))
+            changes += [*tensor_changes(model, mesh.tp, plan.get("tensor")), enable_again(model)]
     if mesh.sequence.size > 1:
         if models:
             check_guidance(target)
-        beside = [] if isinstance(target, nn.Module) else beside_unets(target)
-        for model in (model for model in (*models.values(), *beside) if not shares_sequence(model, mesh)):
+        nets = beside_unets(target) if models and not isinstance(target, nn.Module) else []
+        for model in (model for model in (*models.values(), *nets) if not shares_sequence(model, mesh)):
             if has_rows(model) and not plan.get("sequence"):
                 check_rows(type(model).__name__, model, model.modules())
                 changes.append(functools.partial(RowSplit, model, mesh))

@@ -14,6 +14,7 @@ from multicard.errors import UnsupportedError
 from multicard.integrations.calls import changed, named, parameters
 from multicard.integrations.diffusers.attention import SplitAttention
 from multicard.integrations.diffusers.families import SequencePlan
+from multicard.integrations.diffusers.hooks import innermost, own_hooks, stateful_hooks
 from multicard.integrations.diffusers.plans import matching
 from multicard.integrations.seams import Hooks, bypassed
 from multicard.mesh import ParallelMesh
@@ -53,7 +54,9 @@ class SequenceSplit:
         self._length: int | None = None  # of the split sequence, on all ranks together; None: none is split now
         self._outer: Tensor | None = None  # the value of the plan's outer_mask, during a forward
         self._hooks = Hooks("diffusers")
-        self._attentions: set[nn.Module] = set()
+        self._attentions: dict[nn.Module, Callable[..., Any]] = {}  # with the forward that we gave it
+        self._may_skip: set[nn.Module] = set()  # attention modules whose work a cache may skip
+        self._cached = False
         self._count()
         self._place()
 
@@ -76,12 +79,32 @@ class SequenceSplit:
             for path, module in matching(model, pattern):
                 hooks.before(module, self._call_attention)
                 if module not in self._attentions:
-                    self._attentions.add(module)
-                    module.forward = self._attending(module.forward, path)
+                    owner, name = innermost(module)
+                    self._attentions[module] = self._attending(module, getattr(owner, name), path)
+                    setattr(owner, name, self._attentions[module])
         hooks.after(model, self._end, always_call=True)
 
+    @property
+    def length(self) -> int | None:
+        """The length of the split sequence on all ranks together; None: none is split now."""
+        return self._length
+
+    @property
+    def mine(self) -> range | None:
+        """This rank's tokens of the split sequence."""
+        return None if self._length is None else self._shares()[self.mesh.sequence.rank]
+
     def renew(self) -> None:
-        """Move the hooks to layers that have replaced a planned one since (peft wraps a layer in an adapter)."""
+        """Move the hooks to layers that have replaced a planned one since (peft wraps a layer in an adapter).
+
+        Also find the attention modules that caches of diffusers may skip now.
+        """
+        self._cached = any(True for _ in stateful_hooks(self._model))
+        self._may_skip = {
+            module
+            for module, ours in self._attentions.items()
+            if any(hook._is_stateful for hook in own_hooks(module)) and getattr(*innermost(module)) is ours
+        }
         if any(self._model.get_submodule(path) is not module for path, module in self._hooked.items()):
             self._hooks.remove()
             self._place()
@@ -101,7 +124,7 @@ class SequenceSplit:
         yield
         if not self._splits:
             raise bypassed("diffusers", f"nothing of {self._name}'s sequence was split")
-        if self._attended != self._called or not self._attended:
+        if self._attended != self._called or not (self._attended or self._cached):
             raise bypassed(
                 "diffusers",
                 f"{self._called} attention modules of {self._name} ran on a split sequence, and multicard.attend "
@@ -170,9 +193,9 @@ class SequenceSplit:
     # Attention
 
     def _call_attention(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._called += self._length is not None
+        self._called += self._length is not None and module not in self._may_skip
 
-    def _attending(self, forward: Callable[..., Any], path: str) -> Callable[..., Any]:
+    def _attending(self, module: nn.Module, forward: Callable[..., Any], path: str) -> Callable[..., Any]:
         @functools.wraps(forward)
         def attending(*args: Any, **kwargs: Any) -> Any:
             if self._length is None:  # called directly, outside the model
@@ -186,6 +209,7 @@ class SequenceSplit:
                     "processor and set_attention_backend('native')"
                 )
             self._attended += 1
+            self._called += module in self._may_skip
             return output
 
         return attending
