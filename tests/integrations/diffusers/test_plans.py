@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import multicard as mc
+import unets
 from multicard.errors import UnsupportedError
 from pipelines import embeds, mask
 
@@ -116,6 +117,13 @@ def allegro():
     }  # fmt: skip
 
 
+@model
+def kandinsky22():
+    """Its attention is outside transformer blocks, which our plan of U-Nets names."""
+    case = unets.UNETS["kandinsky22"]
+    return case.build(), case.inputs(6)
+
+
 def build(name):
     torch.manual_seed(0)
     denoiser, arguments = MODELS[name]()
@@ -139,7 +147,7 @@ def outcomes(mesh):
 
 
 NO_SEQUENCE = {"hunyuan_dit", "latte", "allegro"}
-NO_TENSOR = {"ovis_image"}
+NO_TENSOR = {"ovis_image", "kandinsky22"}
 
 
 @pytest.mark.parametrize(
