@@ -4,6 +4,7 @@ import diffusers
 import pytest
 import torch
 
+import autoencoders
 import multicard as mc
 import unets
 from multicard.errors import UnsupportedError
@@ -160,3 +161,23 @@ def test_exact_or_refused(run_on, degrees, refused):
         assert {name for name, outcome in found.items() if isinstance(outcome, str)} == refused
         assert all("plan=" in outcome for outcome in found.values() if isinstance(outcome, str))
         assert all(outcome < 1e-5 for outcome in found.values() if not isinstance(outcome, str)), found
+
+
+def edits(mesh):
+    torch.manual_seed(0)
+    unet = unets.UNETS["sd15"].build()
+    unet.register_to_config(sample_size=64)  # the pipeline compares it
+    others = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+    pipe = diffusers.LEditsPPPipelineStableDiffusion(
+        unet=unet,
+        vae=autoencoders.AUTOENCODERS["kl"].build(),
+        scheduler=diffusers.DDIMScheduler(),
+        requires_safety_checker=False,
+        **others,
+    )
+    with pytest.raises(UnsupportedError, match="averages attention maps over all heads"):
+        mc.parallelize(pipe, mesh)
+
+
+def test_attention_maps_of_split_heads_are_refused(run_on):
+    run_on(edits, tp=2)

@@ -13,6 +13,7 @@ from multicard.integrations.adapters import follow_adapters
 from multicard.integrations.diffusers.checks import (
     check_caches,
     check_guidance,
+    check_maps,
     check_rows,
     check_sequence,
     check_uncompiled,
@@ -109,6 +110,7 @@ def _denoiser_changes(
         check_caches(name or type(model).__name__, model, mesh)
     changes: list[Change] = []
     if mesh.tp.size > 1:
+        check_maps(target)
         for model in (model for model in models.values() if not is_split(model)):
             check_uncompiled(model)
             changes += tensor_changes(model, mesh.tp, plan.get("tensor"))
