@@ -4,7 +4,9 @@ import diffusers
 import pytest
 import torch
 
+import autoencoders
 import multicard as mc
+import unets
 from multicard.errors import UnsupportedError
 from pipelines import embeds, mask
 
@@ -116,6 +118,13 @@ def allegro():
     }  # fmt: skip
 
 
+@model
+def kandinsky22():
+    """Its attention is outside transformer blocks, which our plan of U-Nets names."""
+    case = unets.UNETS["kandinsky22"]
+    return case.build(), case.inputs(6)
+
+
 def build(name):
     torch.manual_seed(0)
     denoiser, arguments = MODELS[name]()
@@ -139,7 +148,7 @@ def outcomes(mesh):
 
 
 NO_SEQUENCE = {"hunyuan_dit", "latte", "allegro"}
-NO_TENSOR = {"ovis_image"}
+NO_TENSOR = {"ovis_image", "kandinsky22"}
 
 
 @pytest.mark.parametrize(
@@ -152,3 +161,23 @@ def test_exact_or_refused(run_on, degrees, refused):
         assert {name for name, outcome in found.items() if isinstance(outcome, str)} == refused
         assert all("plan=" in outcome for outcome in found.values() if isinstance(outcome, str))
         assert all(outcome < 1e-5 for outcome in found.values() if not isinstance(outcome, str)), found
+
+
+def edits(mesh):
+    torch.manual_seed(0)
+    unet = unets.UNETS["sd15"].build()
+    unet.register_to_config(sample_size=64)  # the pipeline compares it
+    others = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+    pipe = diffusers.LEditsPPPipelineStableDiffusion(
+        unet=unet,
+        vae=autoencoders.AUTOENCODERS["kl"].build(),
+        scheduler=diffusers.DDIMScheduler(),
+        requires_safety_checker=False,
+        **others,
+    )
+    with pytest.raises(UnsupportedError, match="averages attention maps over all heads"):
+        mc.parallelize(pipe, mesh)
+
+
+def test_attention_maps_of_split_heads_are_refused(run_on):
+    run_on(edits, tp=2)

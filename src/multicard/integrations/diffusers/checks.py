@@ -15,6 +15,9 @@ from multicard.integrations.diffusers.plans import matching
 TORCH_BACKENDS = ("native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math")
 """diffusers' attention backends that call torch's ``scaled_dot_product_attention``."""
 
+MAPS = ("ledits_pp", "stable_diffusion_attend_and_excite")
+"""Packages of diffusers.pipelines whose attention processors keep attention maps."""
+
 
 def check_guidance(target: Any) -> None:
     """Refuse pipelines whose attention processors tell guidance branches apart (perturbed attention guidance).
@@ -27,6 +30,19 @@ def check_guidance(target: Any) -> None:
         raise UnsupportedError(
             f"{name}: perturbed attention guidance attends to the sequence twice a layer, which ring and ulysses don't "
             f"cover; use cfg, tp or dp, or the pipeline without it ({name.replace('PAG', '')})"
+        )
+
+
+def check_maps(target: Any) -> None:
+    """Refuse, under tp, pipelines that average attention maps over heads, of which each rank has only some.
+
+    Raises:
+        UnsupportedError: the pipeline is one of them.
+    """
+    if any(package in type(target).__module__.split(".") for package in MAPS):
+        raise UnsupportedError(
+            f"{type(target).__name__} averages attention maps over all heads, of which a rank has only some under tp; "
+            "use cfg, ring, ulysses or dp"
         )
 
 

@@ -16,8 +16,12 @@ from torch import nn
 
 from multicard.guidance import BatchPlan, Branches, unwrap
 from multicard.integrations.calls import named, parameters
+<<<<<<< HEAD
 from multicard.integrations.diffusers.caches import Caches
 from multicard.integrations.diffusers.checks import check_guidance
+=======
+from multicard.integrations.diffusers.checks import check_caches, check_guidance, check_maps
+>>>>>>> qa
 from multicard.integrations.diffusers.denoisers import HookedDenoiser, denoisers, uncompiled
 from multicard.integrations.diffusers.sequence import split_of
 from multicard.integrations.diffusers.tensor import tensor_hooks
@@ -111,11 +115,13 @@ class PipelineDoor(Door):
         """Intercept the current components of ``pipe``; some may have been replaced since the last call.
 
         Raises:
-            UnsupportedError: there is no denoiser, one has a cache that keeps state from step to step, or guidance is
-                inside the attention of a split sequence.
+            UnsupportedError: there is no denoiser, one has a cache that keeps state from step to step, guidance is
+                inside the attention of a split sequence, or attention maps of split heads are read.
         """
         if self.mesh.sequence.size > 1:
             check_guidance(pipe)
+        if self.mesh.tp.size > 1:
+            check_maps(pipe)
         for name, module in denoisers(pipe).items():
             self.place(name, module)
         for component in pipe.components.values():

@@ -10,8 +10,19 @@ from torch import nn
 
 from multicard.errors import ConfigError
 from multicard.integrations.adapters import follow_adapters
+<<<<<<< HEAD
 from multicard.integrations.diffusers.caches import check_caches, enable_again
 from multicard.integrations.diffusers.checks import check_guidance, check_rows, check_sequence, check_uncompiled
+=======
+from multicard.integrations.diffusers.checks import (
+    check_caches,
+    check_guidance,
+    check_maps,
+    check_rows,
+    check_sequence,
+    check_uncompiled,
+)
+>>>>>>> qa
 from multicard.integrations.diffusers.denoisers import denoisers
 from multicard.integrations.diffusers.doors import open_model, open_pipeline
 from multicard.integrations.diffusers.families import BATCH
@@ -104,6 +115,7 @@ def _denoiser_changes(
         check_caches(name or type(model).__name__, model, mesh, by_rows=has_rows(model))
     changes: list[Change] = []
     if mesh.tp.size > 1:
+        check_maps(target)
         for model in (model for model in models.values() if not is_split(model)):
             check_uncompiled(model)
             changes += [*tensor_changes(model, mesh.tp, plan.get("tensor")), enable_again(model)]

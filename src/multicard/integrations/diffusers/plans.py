@@ -27,7 +27,7 @@ def tensor_plan(model: nn.Module, plan: Mapping[str, str] | None = None) -> Tens
 
     Raises:
         ConfigError: the plan doesn't fit the model.
-        UnsupportedError: there is no plan, or a part of it is unknown.
+        UnsupportedError: there is no plan, a part of it is unknown, or ours names nothing that this model has.
     """
     name, own = type(model).__name__, getattr(model, "_tp_plan", None)
     ours = plan is None and not own
@@ -39,6 +39,11 @@ def tensor_plan(model: nn.Module, plan: Mapping[str, str] | None = None) -> Tens
     rules = make_plan(plan or (_translate(own) if own else TENSOR[name]), optional=ours)
     paths = [path for path, _ in model.named_modules() if path]
     found = resolve(rules, paths, {**BLOCKS, **STYLES}, name)
+    if not found and ours:
+        raise UnsupportedError(
+            f"{name}: our tensor-parallel plan names {', '.join(TENSOR[name])}, and this model has none of them. "
+            "Use cfg, dp, ring or ulysses, or pass plan={'tensor': {pattern: style}}"
+        )
     if not found:
         raise ConfigError(f"the tensor plan of {name} matches none of its modules")
     styles: dict[str, str] = {}
