@@ -16,12 +16,8 @@ from torch import nn
 
 from multicard.guidance import BatchPlan, Branches, unwrap
 from multicard.integrations.calls import named, parameters
-<<<<<<< HEAD
 from multicard.integrations.diffusers.caches import Caches
-from multicard.integrations.diffusers.checks import check_guidance
-=======
-from multicard.integrations.diffusers.checks import check_caches, check_guidance, check_maps
->>>>>>> qa
+from multicard.integrations.diffusers.checks import check_guidance, check_maps
 from multicard.integrations.diffusers.denoisers import HookedDenoiser, denoisers, uncompiled
 from multicard.integrations.diffusers.sequence import split_of
 from multicard.integrations.diffusers.tensor import tensor_hooks

@@ -10,19 +10,14 @@ from torch import nn
 
 from multicard.errors import ConfigError
 from multicard.integrations.adapters import follow_adapters
-<<<<<<< HEAD
 from multicard.integrations.diffusers.caches import check_caches, enable_again
-from multicard.integrations.diffusers.checks import check_guidance, check_rows, check_sequence, check_uncompiled
-=======
 from multicard.integrations.diffusers.checks import (
-    check_caches,
     check_guidance,
     check_maps,
     check_rows,
     check_sequence,
     check_uncompiled,
 )
->>>>>>> qa
 from multicard.integrations.diffusers.denoisers import denoisers
 from multicard.integrations.diffusers.doors import open_model, open_pipeline
 from multicard.integrations.diffusers.families import BATCH
