@@ -65,7 +65,7 @@ docs: $(READY)  ## write the generated tables in docs/ again
 	$(BIN)/python tests/attention/features.py
 	$(BIN)/python tests/transformers_table.py
 	$(BIN)/python tests/versions_table.py
-	UPDATE_DOCS=1 $(BIN)/python -m pytest tests/integrations/diffusers/test_models.py
+	UPDATE_DOCS=1 $(BIN)/python -m pytest tests/integrations/diffusers/test_models.py tests/integrations/diffusers/test_rows_of_models.py
 
 lock:  ## write requirements.lock again: the newest versions that go together
 	$(PYTHON) tools/requirements.py lock
