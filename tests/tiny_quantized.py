@@ -90,6 +90,16 @@ def fp8(make, rows, columns, square=(16, 32), dtype=torch.bfloat16, leaf="weight
     return {"weight": weight, leaf: scales}, weight.float() * factors
 
 
+def bitsandbytes8(make, rows, columns):
+    codes, largest = make.codes(-127, 127, rows, columns), 127 * make.scales(torch.float32, 256, rows, 1)
+    tensors = {
+        "weight": codes.to(torch.int8),
+        "SCB": largest[:, 0],
+        "weight_format": torch.tensor(0, dtype=torch.uint8),
+    }
+    return tensors, codes * (largest / 127)
+
+
 def compressed(make, rows, columns, bits=4, group=32, zero=False, packed=True, dtype=torch.bfloat16):
     """``group``: 0 is one scale for all."""
     half, width = 2 ** (bits - 1), columns if group < 1 else group
@@ -162,6 +172,16 @@ SCHEMES = {
             "modules_to_not_convert": ["lm_head", "model.layers.1.self_attn.v_proj"],
         },
         fp8,
+        {},
+    ),
+    "bnb-int8": (
+        "qwen2",
+        {
+            "quant_method": "bitsandbytes",
+            "load_in_8bit": True,
+            "llm_int8_skip_modules": ["lm_head", "model.layers.1.self_attn.v_proj"],
+        },
+        bitsandbytes8,
         {},
     ),
     "ct-int4": ("llama", of_groups(PACKED, num_bits=4, strategy="group", group_size=32), compressed, {}),

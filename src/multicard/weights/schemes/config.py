@@ -12,6 +12,7 @@ from multicard.weights.schemes.awq import Awq
 from multicard.weights.schemes.compressed import Compressed
 from multicard.weights.schemes.fp8 import SquareFp8
 from multicard.weights.schemes.gptq import Gptq
+from multicard.weights.schemes.int8 import RowInt8
 from multicard.weights.schemes.method import Method
 from multicard.weights.schemes.scheme import Rule, Scheme, exactly
 
@@ -33,11 +34,6 @@ def scheme_of(raw: Any) -> Scheme:
     if not isinstance(raw, Mapping):
         raise CheckpointError(f"quantization_config={raw!r}: must be an object")
     name = raw.get("quant_method")
-    if name == "bitsandbytes":
-        raise UnsupportedError(
-            "quantization_config: quant_method 'bitsandbytes' isn't read: give the model's unquantised folder with "
-            "quantize='int4' or 'int8', which rounds it as it is read, or a GPTQ, AWQ, FP8 or GGUF checkpoint"
-        )
     if not isinstance(name, str) or name not in METHODS:
         raise UnsupportedError(
             f"quantization_config: quant_method {name!r} isn't read; {', '.join(METHODS)} are, and GGUF files"
@@ -96,6 +92,16 @@ def _fp8(raw: Mapping[str, Any]) -> tuple[Rule, ...]:
     named = "modules_to_not_convert" if raw.get("modules_to_not_convert") is not None else "ignored_layers"
     head = [] if raw.get(named) is not None else [Rule(HEAD, None)]
     return (*_left_out(raw, named), *head, Rule(ANY, method))
+
+
+def _bitsandbytes(raw: Mapping[str, Any]) -> tuple[Rule, ...]:
+    if not raw.get("load_in_8bit") or raw.get("load_in_4bit"):
+        raise UnsupportedError(
+            "bitsandbytes with 4 bits (nf4, fp4) isn't read, 8 bits are: give the model's unquantised folder with "
+            "quantize='int4', which rounds it as it is read, or a GPTQ, AWQ or GGUF checkpoint"
+        )
+    head = [Rule(HEAD, None)] if raw.get("llm_int8_skip_modules") is None else []
+    return (*_left_out(raw, "llm_int8_skip_modules"), *head, Rule(ANY, RowInt8()))
 
 
 def _compressed(raw: Mapping[str, Any]) -> tuple[Rule, ...]:
@@ -202,4 +208,10 @@ def _text(value: Any) -> str:
     return value
 
 
-METHODS = {"gptq": _gptq, "awq": _awq, "fp8": _fp8, "compressed-tensors": _compressed}
+METHODS = {
+    "gptq": _gptq,
+    "awq": _awq,
+    "fp8": _fp8,
+    "compressed-tensors": _compressed,
+    "bitsandbytes": _bitsandbytes,
+}
