@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multicard import partition
 from multicard.spatial.exchange import take
-from multicard.spatial.layout import Layout, inside, reshaped
+from multicard.spatial.layout import Layout, even, inside, reshaped
 from multicard.spatial.rows import Rows, rule
 
 
@@ -147,8 +146,7 @@ def cat(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _stacked(tensors: Sequence[Tensor], layout: Layout, like: Rows) -> Rows:
     """Tensors one after the other along their rows, of which each rank gets an even part."""
     ends = list(itertools.accumulate(x.shape[layout.dim] for x in tensors))
-    sizes = partition.split_sizes(ends[-1], like.ranks.axis.size)
-    layout = layout.cut((0, *itertools.accumulate(sizes)))
+    layout = even(layout.dim, ends[-1], like.ranks.axis.size)
     parts = []
     for end, x in zip(ends, tensors, strict=True):
         start, rows = end - x.shape[layout.dim], x.shape[layout.dim]
