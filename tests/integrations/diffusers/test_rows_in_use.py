@@ -8,6 +8,7 @@ import torch
 
 import autoencoders
 import multicard as mc
+import unets
 from multicard.errors import MismatchError, UnsupportedError
 from multicard.integrations.diffusers.rows import split_by_rows
 
@@ -148,3 +149,18 @@ def audio(mesh):
 
 def test_audio_is_refused_by_name(run_on):
     run_on(audio, ring=2)
+
+
+def cached_unet(mesh):
+    torch.manual_seed(0)
+    model = mc.parallelize(unets.UNETS["sd15"].build(), mesh)
+    callback = {"current_timestep_callback": lambda: 500}
+    diffusers.apply_pyramid_attention_broadcast(
+        model, diffusers.PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2, **callback)
+    )
+    with pytest.raises(UnsupportedError, match="keeps state from step to step"):
+        unets.forward(model, unets.UNETS["sd15"], 8)
+
+
+def test_a_cache_that_is_put_on_a_split_unet_is_refused(run_on):
+    run_on(cached_unet, ulysses=2)

@@ -21,7 +21,7 @@ from multicard import collectives
 from multicard.errors import UnsupportedError
 from multicard.guidance import Part
 from multicard.integrations.diffusers.hooks import own_hooks, stateful_hooks
-from multicard.integrations.diffusers.sequence import split_of
+from multicard.integrations.diffusers.sequence import SequenceSplit, split_of
 from multicard.integrations.diffusers.stores import Cache, Store, refused
 from multicard.integrations.styles import Change
 from multicard.mesh import ParallelMesh
@@ -108,7 +108,8 @@ class Caches:
             UnsupportedError: one can't be used on this mesh.
         """
         split = split_of(self._module)
-        check_caches(self._name, self._module, self._mesh, by_rows=split is None)
+        by_rows = not isinstance(split, SequenceSplit)
+        check_caches(self._name, self._module, self._mesh, by_rows=by_rows)
         if split:
             split.renew()
         self._config = getattr(self._module, "_cache_config", None)
